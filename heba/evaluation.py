@@ -1,0 +1,61 @@
+"""Accuracy, per-class accuracy and confusion of a classifier; encoding of test images."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from heba.images import normalise
+
+
+def harmonic_mean(base: float, novel: float) -> float:
+    """2 b n / (b + n), and 0 when both are 0; any unit, the same for both."""
+    return 2 * base * novel / (base + novel) if base + novel > 0 else 0.0
+
+
+@torch.no_grad()
+def encode_images(
+    images: np.ndarray,
+    encode: Callable[[Tensor], Tensor],
+    device: torch.device,
+    batch_size: int = 256,
+    progress: Callable[[int], object] = lambda n: None,
+) -> Tensor:
+    """Normalised features [n, E] (fp32, on the CPU) of packed uint8 `images` [n, 3, size, size]."""
+    features = []
+    for start in range(0, len(images), batch_size):
+        batch = torch.from_numpy(np.array(images[start : start + batch_size])).to(device)
+        features.append(F.normalize(encode(normalise(batch)).float(), dim=-1).cpu())
+        progress(len(batch))
+    return torch.cat(features)
+
+
+def classification_report(
+    image_features: Tensor, classifier: Tensor, labels: Tensor, class_names: list[str]
+) -> dict[str, Any]:
+    """Accuracy in percent, per class too, and the confusion matrix (rows are the true classes).
+
+    Args:
+        image_features: [n, E], normalised.
+        classifier: [n_classes, E], normalised.
+        labels: [n], 0..n_classes-1.
+        class_names: by label. A class without images has accuracy None and does not count.
+    """
+    from sklearn.metrics import confusion_matrix
+
+    if len(labels) == 0:
+        raise ValueError("no test images for these classes: " + ", ".join(class_names))
+    predicted = (image_features @ classifier.T).argmax(dim=-1)
+    confusion = confusion_matrix(labels.numpy(), predicted.numpy(), labels=range(len(class_names)))
+    per_class = {
+        name: (100 * float(row[i]) / int(row.sum()) if row.sum() else None)
+        for i, (name, row) in enumerate(zip(class_names, confusion, strict=True))
+    }
+    return {
+        "accuracy": 100 * float(np.trace(confusion)) / len(labels),
+        "per_class": per_class,
+        "confusion": confusion.tolist(),
+    }

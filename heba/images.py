@@ -1,0 +1,76 @@
+"""Images: decoding, the test transform packed as uint8, and the training augmentation."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def decode(path: Path) -> Image.Image:
+    """Decode an image file completely, as RGB. ValueError names a file that is missing or damaged."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"{path}: not a readable image ({error}); restore the file or download it again"
+        ) from None
+
+
+def resize_and_crop(image: Image.Image, size: int) -> np.ndarray:
+    """CLIP's test transform up to uint8, pixel for pixel as open_clip's PIL transform: shorter side to
+    `size` (bicubic), centre crop. Returns [3, size, size]."""
+    width, height = image.size
+    shorter = min(width, height)
+    new = (int(size * width / shorter), int(size * height / shorter))
+    if new != image.size:
+        image = image.resize(new, Image.Resampling.BICUBIC)
+    left, top = round((new[0] - size) / 2.0), round((new[1] - size) / 2.0)
+    return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 or float images [n, 3, h, w] in 0..255 to CLIP's input: (x / 255 - mean) / std, fp32."""
+    mean = torch.tensor(CLIP_MEAN, device=images.device).view(3, 1, 1)
+    std = torch.tensor(CLIP_STD, device=images.device).view(3, 1, 1)
+    return (images.float() / 255 - mean) / std
+
+
+def sample_crop(height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
+    """RandomResizedCrop's box (top, left, height, width): area 0.08 to 1 of the image, aspect 3/4 to 4/3,
+    as torchvision draws it (ten tries, then the central crop)."""
+    for _ in range(10):
+        u = torch.rand(4, generator=generator).tolist()
+        area = height * width * (0.08 + 0.92 * u[0])
+        ratio = math.exp(math.log(3 / 4) + u[1] * (math.log(4 / 3) - math.log(3 / 4)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(u[2] * (height - h + 1)), int(u[3] * (width - w + 1)), h, w
+    if width / height < 3 / 4:
+        w, h = width, round(width / (3 / 4))
+    elif width / height > 4 / 3:
+        h, w = height, round(height * (4 / 3))
+    else:
+        h, w = height, width
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def crop_batch(
+    images: Sequence[Tensor], boxes: Sequence[Sequence[int]], flips: Sequence[bool], size: int
+) -> Tensor:
+    """Cut the boxes out of uint8 `images` [3, h, w], resize to `size` (bicubic, antialiased), flip where
+    asked, and normalise. Returns [n, 3, size, size] fp32."""
+    out = []
+    for image, (top, left, h, w), flip in zip(images, boxes, flips, strict=True):
+        crop = image[None, :, top : top + h, left : left + w].float()
+        crop = interpolate(crop, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+        out.append(crop.flip(-1) if flip else crop)
+    return normalise(torch.cat(out).round_().clamp_(0, 255))

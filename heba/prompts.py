@@ -1,0 +1,87 @@
+"""Class descriptions to prompts to tokens (paper section 3; descriptions after CuPL)."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+DESCRIPTION_TEMPLATE = "a photo of a {}, {}"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """All prompts of a data set, class by class.
+
+    Attributes:
+        texts: the prompts.
+        class_index: the class of every prompt, ascending.
+        fallback: names of the classes that had no description and use the data set's template.
+    """
+
+    texts: list[str]
+    class_index: list[int]
+    fallback: list[str]
+
+
+def normalise_class_name(name: str) -> str:
+    """Lower case, with spaces for underscores: the key under which descriptions are filed."""
+    return name.replace("_", " ").lower()
+
+
+def read_descriptions(path: Path) -> dict[str, list[str]]:
+    """Read {class name: [description, ...]} from JSON; ValueError names the file and the key."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable descriptions file: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: expected an object that maps class names to lists of descriptions")
+    for name, texts in raw.items():
+        if not isinstance(texts, list) or not all(isinstance(t, str) and t.strip() for t in texts):
+            raise ValueError(f"{path}: class {name!r}: expected a list of non-empty strings")
+    return raw
+
+
+def build_prompts(class_names: list[str], descriptions: dict[str, list[str]], template: str) -> Prompts:
+    """ "a photo of a {class}, {description}" for every description of every class; `template`, with one {},
+    for a class without any.
+
+    Raises ValueError when not one class has a description although descriptions were given: the file then
+    belongs to another data set (the official code goes on without a word).
+    """
+    if template.count("{}") != 1:
+        raise ValueError(f"a template needs exactly one {{}} for the class name, got {template!r}")
+    by_name = {normalise_class_name(name): texts for name, texts in descriptions.items()}
+    texts: list[str] = []
+    class_index: list[int] = []
+    fallback: list[str] = []
+    for i, name in enumerate(class_names):
+        spoken = name.replace("_", " ")
+        own = [DESCRIPTION_TEMPLATE.format(spoken, d) for d in by_name.get(normalise_class_name(name), [])]
+        if not own:
+            fallback.append(name)
+            own = [template.format(spoken)]
+        texts += own
+        class_index += [i] * len(own)
+    if descriptions and len(fallback) == len(class_names):
+        raise ValueError(
+            f"none of the {len(class_names)} classes has a description; the descriptions name "
+            f"{', '.join(sorted(by_name)[:3])} ..., the classes are {', '.join(class_names[:3])} ..."
+        )
+    return Prompts(texts, class_index, fallback)
+
+
+def tokenize(texts: list[str], tokenizer: Callable[[list[str]], Tensor]) -> tuple[Tensor, list[str]]:
+    """Tokens [n, context_length] of `texts`, and those texts that had to be cut to fit.
+
+    `tokenizer` is one of open_clip's: it cuts a long text and puts EOT last.
+    """
+    tokens = tokenizer(texts)
+    eot = tokens.argmax(dim=-1)
+    # A text of exactly the context length is not cut, so only the candidates are encoded again to count.
+    full = (eot == tokens.shape[1] - 1).nonzero().flatten().tolist()
+    encode = getattr(tokenizer, "encode", None)
+    cut = [texts[i] for i in full if encode is None or len(encode(texts[i])) + 2 > tokens.shape[1]]
+    return tokens, cut
