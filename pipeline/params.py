@@ -1,0 +1,209 @@
+"""params.yaml: its schema, and one message with everything that is wrong with it."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+PARAMS_FILE = Path("params.yaml")
+
+BENCHMARKS = (
+    "imagenet",
+    "caltech101",
+    "oxford_pets",
+    "stanford_cars",
+    "oxford_flowers",
+    "food101",
+    "fgvc_aircraft",
+    "sun397",
+    "dtd",
+    "eurosat",
+    "ucf101",
+)
+VARIANTS = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Backbone(_Strict):
+    name: str
+    pretrained: str
+
+
+class Adapter(_Strict):
+    start: Count
+    end: Count
+    ratio: Count
+    scale: Positive
+    scale_novel: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
+    scale_factor: Positive
+    slow_ratio: Fraction
+
+
+class Train(_Strict):
+    epochs: Count
+    batch_size: Count
+    lr: Positive
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    neg_ratio: Annotated[int, Field(ge=0)]
+
+
+class Transfer(_Strict):
+    source: str
+    targets: list[str]
+    variants: list[str]
+    seeds: Seeds
+    adapter: Adapter
+    train: Train
+
+
+class Params(_Strict):
+    suite: Literal["embedded", "real"]
+    data_root: str
+    datasets: Annotated[list[str], Field(min_length=1)]
+    seeds: Seeds
+    shots: Count
+    backbone: Backbone
+    precision: Literal["auto", "fp32", "bf16"]
+    device: Literal["auto", "cpu", "cuda"]
+    adapter: Adapter
+    train: Train
+    transfer: Transfer
+
+
+class ParamsError(ValueError):
+    """Everything that is wrong with a params.yaml, one problem a line."""
+
+
+def load_params(path: Path = PARAMS_FILE) -> Params:
+    """Read and validate `path`; ParamsError lists all problems at once."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ParamsError(
+            f"{path} is not here: run from the repository's root, or restore it with `python -m pipeline preset demo`"
+        ) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ParamsError(f"{path} can not be read: {error}") from None
+    if not isinstance(raw, dict):
+        raise ParamsError(
+            f"{path} must map names to values; restore it with `python -m pipeline preset demo`"
+        )
+    problems: list[str] = []
+    params = None
+    try:
+        params = Params.model_validate(raw)
+    except ValidationError as error:
+        problems += [_describe(dict(e)) for e in error.errors()]
+    problems += _impossible(raw)
+    if problems or params is None:
+        listed = "\n".join(f"  {p}" for p in problems)
+        raise ParamsError(f"{path} has {len(problems)} problem{'s'[: len(problems) > 1]}:\n{listed}")
+    return params
+
+
+def _describe(error: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{key}: unknown key"
+    if error["type"] == "missing":
+        return f"{key}: missing"
+    hint = ""
+    if error["type"] == "float_type" and isinstance(error["input"], str):
+        hint = " (YAML reads 1e-3 as text: write 0.001 or 1.0e-3)"
+    return f"{key}: {error['msg']}, got {error['input']!r}{hint}"
+
+
+def _impossible(raw: dict[str, Any]) -> list[str]:
+    """Problems between values, of whatever part of `raw` has the right form."""
+
+    def get(*keys: str) -> Any:
+        value: Any = raw
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    problems = []
+    for keys, known in (
+        (("datasets",), BENCHMARKS),
+        (("transfer", "targets"), BENCHMARKS),
+        (("transfer", "variants"), VARIANTS),
+        (("seeds",), None),
+        (("transfer", "seeds"), None),
+    ):
+        values, key = get(*keys), ".".join(keys)
+        if not isinstance(values, list):
+            continue
+        for value in values:
+            if known and isinstance(value, str) and value not in known:
+                problems.append(f"{key}: there is no data set {value!r}; known are {', '.join(known)}")
+            if values.count(value) > 1 and f"{key}: {value!r} is listed twice" not in problems:
+                problems.append(f"{key}: {value!r} is listed twice")
+    datasets, source, targets = get("datasets"), get("transfer", "source"), get("transfer", "targets")
+    if isinstance(datasets, list):
+        if isinstance(source, str) and source not in datasets:
+            problems.append(f"transfer.source: {source!r} must be one of datasets")
+        if isinstance(targets, list):
+            absent = [t for t in targets if t not in datasets]
+            problems += [f"transfer.targets: {t!r} must be one of datasets" for t in absent]
+    if isinstance(targets, list) and source in targets:
+        problems.append(f"transfer.targets: {source!r} is the source")
+    name, suite, pretrained = get("backbone", "name"), get("suite"), get("backbone", "pretrained")
+    if isinstance(name, str):
+        if (suite == "embedded") != (name == "tiny") and suite in ("embedded", "real"):
+            problems.append(
+                f"backbone.name: suite {suite} needs "
+                f"{'the backbone tiny' if suite == 'embedded' else 'a model of open_clip, not ' + name}"
+            )
+        elif name == "tiny" and pretrained != "embedded":
+            problems.append(
+                f"backbone.pretrained: the tiny backbone has the weights 'embedded', not {pretrained!r}"
+            )
+        depth, reason = backbone_depth(name)
+        if reason:
+            problems.append(f"backbone.name: {reason}")
+        for section in ((), ("transfer",)):
+            start, end = get(*section, "adapter", "start"), get(*section, "adapter", "end")
+            key = ".".join((*section, "adapter"))
+            if depth and isinstance(end, int) and end > depth:
+                problems.append(f"{key}.end: {end} is beyond the last layer, {depth}, of {name}")
+            if isinstance(start, int) and isinstance(end, int) and start > end:
+                problems.append(f"{key}.start: {start} is above {key}.end {end}")
+    if name == "ViT-B-16" and pretrained == "openai":
+        problems.append("backbone.name: OpenAI's weights were trained with QuickGELU: use ViT-B-16-quickgelu")
+    return problems
+
+
+def backbone_depth(name: str) -> tuple[int | None, str | None]:
+    """Number of blocks of the shallower tower, or None and the reason why there is no such backbone.
+
+    Reads open_clip's config files without importing it, which would take seconds.
+    """
+    if name == "tiny":
+        path = Path(__file__).parents[1] / "heba/embedded/tiny_clip/config.json"
+    else:
+        spec = importlib.util.find_spec("open_clip")
+        assert spec is not None and spec.origin is not None
+        folder = Path(spec.origin).parent / "model_configs"
+        path = folder / f"{name}.json"
+        if path.parent != folder or not path.is_file():
+            return None, f"open_clip has no model {name!r}"
+    config = json.loads(path.read_text())
+    layers = [config.get(tower, {}).get("layers") for tower in ("vision_cfg", "text_cfg")]
+    # open_clip's text config has 12 layers unless it says otherwise; a ResNet gives a list of layers.
+    layers[1] = layers[1] or 12
+    if not all(isinstance(n, int) for n in layers) or "timm_model_name" in config.get("vision_cfg", {}):
+        return None, f"{name} has no plain vision transformer, which HeBA needs"
+    return min(layers), None

@@ -1,0 +1,129 @@
+"""Stages `train` and `train-source`: the adapters of one data set and seed.
+
+out/train/<dataset>-<seed>/   adapter.safetensors, config.json, history.csv (epoch, loss, lr)
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from heba.images import decode
+from heba.model import ADAPTER_FILE, AdaptedCLIP, save_adapter
+from heba.splits import base_labels, class_names, read_split, select_classes
+from heba.training import Settings, TextBank, train
+from pipeline import tracking
+from pipeline.backbone import device, load_backbone, use_bf16
+from pipeline.download import verified_folder
+from pipeline.params import Params
+from pipeline.paths import OUT, main_root, new_folder
+from pipeline.precompute import folder_of
+from pipeline.split import split_path
+
+
+def train_folder(dataset: str, seed: int, source: bool) -> Path:
+    return OUT / "train-source" / str(seed) if source else OUT / "train" / f"{dataset}-{seed}"
+
+
+def text_bank(dataset: str, n_classes: int, start: int, where: torch.device) -> TextBank:
+    """The prompts of the first `n_classes` classes, with their precomputed states below `start`."""
+    tensors = load_file(folder_of(dataset) / "text.safetensors")
+    counts = torch.bincount(tensors["class_index"])[:n_classes]
+    n = int(counts.sum())
+    tokens = tensors["tokens"][:n]
+    return TextBank(
+        tokens=tokens.to(where),
+        lengths=(tokens.argmax(dim=-1) + 1).tolist(),
+        offsets=[0, *counts.cumsum(0).tolist()],
+        hidden=tensors[f"hidden.{start}"][:n].to(where) if start > 1 else None,
+    )
+
+
+def checkpoint_path(inputs: dict[str, Any], files: list[Path]) -> Path:
+    """Where the epochs of this training are kept: under the main repository, by a hash of all its inputs.
+
+    DVC deletes a stage's outs before it runs, so a killed training can only resume from elsewhere.
+    """
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())
+    for file in files:
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return main_root() / ".heba" / "checkpoints" / f"{digest.hexdigest()[:32]}.safetensors"
+
+
+def run(params: Params, dataset: str, seed: int, source: bool) -> None:
+    """Train on the base classes of `dataset`, or with `source` on all classes for the transfer protocols."""
+    adapter, settings = (
+        (params.transfer.adapter, params.transfer.train) if source else (params.adapter, params.train)
+    )
+    images_folder = verified_folder(params, dataset) / "images"
+    split = read_split(split_path(dataset, seed, source))
+    names = class_names(split)
+    labels = range(len(names)) if source else base_labels(len(names))
+    train_items = select_classes(split, labels)["train"]
+    where = device(params)
+    clip, _ = load_backbone(params)
+    # The initialisation must not depend on what drew random numbers before.
+    torch.manual_seed(seed)
+    model = AdaptedCLIP(clip, adapter.start, adapter.end, adapter.scale, adapter.ratio).to(where)
+    bank = text_bank(dataset, len(labels), adapter.start, where)
+    images = [
+        torch.from_numpy(np.array(decode(images_folder / file)).transpose(2, 0, 1))
+        for file, _, _ in tqdm(train_items, desc="decode training images", delay=2, unit="image")
+    ]
+    inputs = {
+        "dataset": dataset,
+        "seed": seed,
+        "shots": params.shots,
+        "suite": params.suite,
+        "protocol": "transfer" if source else "base_to_novel",
+        "backbone": params.backbone.model_dump(),
+        "adapter": adapter.model_dump(exclude={"scale_novel"}),
+        "train": settings.model_dump(),
+        "bf16": use_bf16(params),
+    }
+    checkpoint = checkpoint_path(
+        inputs, [split_path(dataset, seed, source), folder_of(dataset) / "text.safetensors"]
+    )
+    if checkpoint.exists():
+        print(f"resuming from {checkpoint}", file=sys.stderr)
+    tracker = tracking.start_training(inputs)
+    steps = settings.epochs * (len(images) // settings.batch_size)
+    try:
+        with tqdm(total=steps, desc=f"train {dataset} seed {seed}", delay=2, unit="step") as bar:
+            history = train(
+                model,
+                images,
+                [label for _, label, _ in train_items],
+                bank,
+                Settings(
+                    **settings.model_dump(),
+                    scale_factor=adapter.scale_factor,
+                    slow_ratio=adapter.slow_ratio,
+                    seed=seed,
+                ),
+                bf16=use_bf16(params),
+                checkpoint=checkpoint,
+                on_epoch=tracker.epoch,
+                progress=bar.update,
+            )
+        config = inputs | {"class_names": [names[i] for i in labels]}
+        with new_folder(train_folder(dataset, seed, source)) as out:
+            save_adapter(model, out, config)
+            pd.DataFrame(history).to_csv(out / "history.csv", index=False)
+    except BaseException:
+        tracker.fail()
+        raise
+    checkpoint.unlink(missing_ok=True)
+    tracker.finish(train_folder(dataset, seed, source))
+
+
+def adapter_sha256(folder: Path) -> str:
+    """The content hash by which MLflow runs and evaluations know a training."""
+    return hashlib.sha256((folder / ADAPTER_FILE).read_bytes()).hexdigest()
