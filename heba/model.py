@@ -205,9 +205,7 @@ def clip_from_openai_weights(state: dict[str, Tensor]) -> Any:
     import open_clip
 
     state = {
-        k: v.float()
-        for k, v in state.items()
-        if k not in ("input_resolution", "context_length", "vocab_size")
+        k: v.float() for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")
     }
     try:
         width, _, patch, _ = state["visual.conv1.weight"].shape

@@ -39,9 +39,7 @@ def read_split(path: Path) -> Split:
                         f"{path}: {part}[{i}]: expected [path, label >= 0, class name], got {entry!r}"
                     )
     if names and sorted(names) != list(range(len(names))):
-        raise ValueError(
-            f"{path}: labels must be 0..n-1 without gaps, got {len(names)} labels up to {max(names)}"
-        )
+        raise ValueError(f"{path}: labels must be 0..n-1 without gaps, got {len(names)} labels up to {max(names)}")
     return split
 
 
@@ -89,6 +87,5 @@ def select_classes(split: Split, labels: range) -> Split:
     """Keep the images of `labels`, relabelled from 0 (base or novel half; chosen after sampling)."""
     new = {label: i for i, label in enumerate(labels)}
     return {
-        part: [(file, new[label], name) for file, label, name in split[part] if label in new]
-        for part in PARTS
+        part: [(file, new[label], name) for file, label, name in split[part] if label in new] for part in PARTS
     }

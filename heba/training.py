@@ -256,9 +256,7 @@ def load_checkpoint(
                     optimizer.state[parameter]["momentum_buffer"] = momentum
             generator.set_state(file.get_tensor("generator"))
     except Exception as error:
-        raise ValueError(
-            f"{path}: damaged checkpoint ({error}); delete it to train from the start"
-        ) from error
+        raise ValueError(f"{path}: damaged checkpoint ({error}); delete it to train from the start") from error
     return history
 
 
@@ -308,9 +306,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = lr
         steps = plan_epoch(labels, sizes, bank, model, settings, generator)
-        batches = [
-            (lambda s=s: crop_batch([data[j] for j in s.images], s.boxes, s.flips, size), s) for s in steps
-        ]
+        batches = [(lambda s=s: crop_batch([data[j] for j in s.images], s.boxes, s.flips, size), s) for s in steps]
         try:
             losses = train_epoch(model, optimizer, batches, bank, settings.label_smoothing, bf16, progress)
         except FloatingPointError as error:

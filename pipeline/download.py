@@ -25,7 +25,7 @@ def manifest_path(dataset: str) -> Path:
 
 
 def describe_folder(folder: Path) -> dict[str, Any]:
-    """The manifest of a data set: number of images, bytes, a hash over names and contents, the split's hash."""
+    """The manifest of a data set: images, bytes, a hash over names and contents, the split's hash."""
     files = sorted(p for p in (folder / "images").rglob("*") if p.is_file())
     digest = hashlib.sha256()
     total = 0

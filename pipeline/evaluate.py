@@ -33,7 +33,7 @@ def record_path(protocol: str, dataset: str, seed: int) -> Path:
 
 
 def run(params: Params, dataset: str, seed: int, protocol: str) -> None:
-    """Evaluate the training of `dataset` (base_to_novel) or of the source (transfer) on `dataset`'s test set."""
+    """Evaluate the training of `dataset`, or of the source in transfer, on `dataset`'s test images."""
     source = protocol != "base_to_novel"
     adapter = params.transfer.adapter if source else params.adapter
     trained = train_folder(dataset, seed, source)
@@ -104,8 +104,6 @@ def compare(
     return {
         "n_images": len(rows),
         "classnames": chosen,
-        "zero_shot": classification_report(
-            test["features"][rows], texts["classifier"][labels], targets, chosen
-        ),
+        "zero_shot": classification_report(test["features"][rows], texts["classifier"][labels], targets, chosen),
         "heba": classification_report(encode_images(packed, encode, where), classifier, targets, chosen),
     }

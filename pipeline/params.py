@@ -93,14 +93,13 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ParamsError(
-            f"{path} is not here: run from the repository's root, or restore it with `python -m pipeline preset demo`"
+            f"{path} is not here: run from the repository's root, or restore it with "
+            "`python -m pipeline preset demo`"
         ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ParamsError(f"{path} can not be read: {error}") from None
     if not isinstance(raw, dict):
-        raise ParamsError(
-            f"{path} must map names to values; restore it with `python -m pipeline preset demo`"
-        )
+        raise ParamsError(f"{path} must map names to values; restore it with `python -m pipeline preset demo`")
     problems: list[str] = []
     params = None
     try:
@@ -195,8 +194,7 @@ def backbone_depth(name: str) -> tuple[int | None, str | None]:
         path = Path(__file__).parents[1] / "heba/embedded/tiny_clip/config.json"
     else:
         spec = importlib.util.find_spec("open_clip")
-        assert spec is not None and spec.origin is not None
-        folder = Path(spec.origin).parent / "model_configs"
+        folder = Path(spec.origin if spec and spec.origin else "").parent / "model_configs"
         path = folder / f"{name}.json"
         if path.parent != folder or not path.is_file():
             return None, f"open_clip has no model {name!r}"

@@ -1,4 +1,4 @@
-"""Where things are, also when DVC runs a stage in a temporary workspace; outs that appear whole or not at all."""
+"""Where things are, also in DVC's temporary workspaces; outs that appear whole or not at all."""
 
 import os
 import shutil

@@ -88,9 +88,7 @@ def _check_vocabulary(params: Params, tokens: torch.Tensor) -> None:
 
         unknown = set(tokens.flatten().tolist()) - known_tokens() - {0}
         if unknown:
-            raise ValueError(
-                f"the tiny CLIP has no embedding for the tokens {sorted(unknown)}; use other words"
-            )
+            raise ValueError(f"the tiny CLIP has no embedding for the tokens {sorted(unknown)}; use other words")
 
 
 def _images(params: Params, test: list, folder: Path, clip, out: Path) -> None:

@@ -181,7 +181,8 @@ def find_or_create_run(store: Any, folder: Path) -> str:
         return found[0].info.run_id
     run_id = store.create_run(experiment, run_name=run_name(config), tags=tags()).info.run_id
     store.log_batch(run_id, params=[Param(k, v) for k, v in flat_params(config).items()])
-    log_epochs(store, run_id, pd.read_csv(folder / "history.csv").to_dict("records"))
+    history = pd.read_csv(folder / "history.csv").to_dict("records")
+    log_epochs(store, run_id, [{str(k): v for k, v in record.items()} for record in history])
     log_outs(store, run_id, folder)
     store.set_terminated(run_id)
     return run_id

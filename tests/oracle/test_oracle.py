@@ -119,8 +119,7 @@ def recorded_step(draws, labels, counts, width):
     """A recorded step as ours; the official template index runs over prompts padded with the first one."""
     selected = draws["selected_classes"]
     prompts = [
-        c * width + (t if t < counts[c] else 0)
-        for c, t in zip(selected, draws["template_index"], strict=True)
+        c * width + (t if t < counts[c] else 0) for c, t in zip(selected, draws["template_index"], strict=True)
     ]
 
     def scales(tower, case):
@@ -262,10 +261,7 @@ def test_few_shot_samples(dataset):
     expected = info("fewshot")
     split = splits.read_split(SHARED / "splits" / expected["datasets"][dataset]["file"])
     assert len(splits.class_names(split)) == expected["datasets"][dataset]["n_classes"]
-    assert (
-        len(splits.base_labels(len(splits.class_names(split))))
-        == expected["datasets"][dataset]["base_classes"]
-    )
+    assert len(splits.base_labels(len(splits.class_names(split)))) == expected["datasets"][dataset]["base_classes"]
     for case, numbers in expected["fewshot"][dataset].items():
         shots, seed = (int(x.split("_")[1]) for x in case.split("-"))
         sample = splits.sample_few_shot(split, shots, seed)
@@ -280,9 +276,7 @@ def test_few_shot_samples_by_index(dataset):
 
     def items(per_class):
         return [
-            (str(c * per_class + i), c, str(c))
-            for c in range(expected["n_classes"])
-            for i in range(per_class)
+            (str(c * per_class + i), c, str(c)) for c in range(expected["n_classes"]) for i in range(per_class)
         ]
 
     split = {"train": items(expected["train_per_class"]), "val": items(expected["val_per_class"]), "test": []}

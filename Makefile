@@ -1,0 +1,25 @@
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+
+.PHONY: repro test lint ui
+
+repro: $(READY)
+	. $(VENV)/bin/activate && dvc repro && python -m pipeline track
+	@echo "Report: reports/index.html (tables in reports/README.md)"
+	@echo "Runs:   make ui"
+
+test: $(READY)
+	. $(VENV)/bin/activate && pytest
+
+lint: $(READY)
+	. $(VENV)/bin/activate && ruff check . && ruff format --check . && mypy
+
+# The plain equivalent of `make ui` is in the README; the UI listens on the loopback address only.
+ui: $(READY)
+	. $(VENV)/bin/activate && mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" --host 127.0.0.1 --port 5000
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@

@@ -1,0 +1,42 @@
+"""The tiny CLIP: open_clip's architecture and tokenizer, weights from this repository."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+FOLDER = Path(__file__).parent / "tiny_clip"
+TOKEN_TABLE = "token_embedding.weight"
+
+
+def new_tiny_clip() -> tuple[Any, Callable[[list[str]], Tensor]]:
+    """The tiny architecture with random weights, and open_clip's tokenizer."""
+    import open_clip
+
+    config = json.loads((FOLDER / "config.json").read_text())
+    tokenizer = open_clip.SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
+    return open_clip.CLIP(**config), tokenizer
+
+
+def known_tokens() -> set[int]:
+    """The tokens that pretraining saw; no others have an embedding."""
+    return set(load_file(FOLDER / "model.safetensors")["token_ids"].tolist())
+
+
+def load_tiny_clip() -> tuple[Any, Callable[[list[str]], Tensor]]:
+    """The pretrained tiny CLIP (fp32, eval mode) and its tokenizer.
+
+    The file has the rows of the token table that are in use; all others are zero here.
+    """
+    model, tokenizer = new_tiny_clip()
+    state = {
+        k: v.float() if v.is_floating_point() else v for k, v in load_file(FOLDER / "model.safetensors").items()
+    }
+    table = torch.zeros_like(model.token_embedding.weight)
+    table[state.pop("token_ids")] = state[TOKEN_TABLE]
+    model.load_state_dict(state | {TOKEN_TABLE: table})
+    return model.eval(), tokenizer

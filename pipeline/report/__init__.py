@@ -1,0 +1,1 @@
+"""Stage `report`: tables and figures from the evaluation records."""

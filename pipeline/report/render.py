@@ -1,0 +1,189 @@
+"""reports/: Markdown, CSV, LaTeX, one HTML page that needs no network, and metrics.json for DVC."""
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Template
+from matplotlib.figure import Figure
+
+from pipeline.report import tables
+from pipeline.report.tables import Record
+
+EMBEDDED = (
+    "These numbers come from the embedded suite: a tiny CLIP and small generated images. "
+    "They show that the pipeline works and are no paper result."
+)
+STAR = "* A generated stand-in, not the data set of that name (FGVCAircraft: scikit-learn's handwritten digits)."
+H_NOTE = (
+    "H of a data set is the harmonic mean of its base and novel accuracy averaged over seeds; H of the average "
+    "is the harmonic mean of the averaged base and novel, as in the papers. ± is the sample standard deviation "
+    "over seeds."
+)
+PROTOCOLS = {
+    "base_to_novel": "Base-to-novel generalisation",
+    "cross_dataset": "Cross-data-set transfer",
+    "domain_generalization": "Domain generalisation",
+}
+# Fixed, so that dvc.yaml can list them; a protocol without results says so in its files.
+FILES = ["README.md", "index.html", "metrics.json"] + [f"{p}.{e}" for p in PROTOCOLS for e in ("md", "csv", "tex")]
+
+
+def numeric(records: list[Record], protocol: str) -> pd.DataFrame:
+    """The numeric table of a protocol; empty when there are no records."""
+    if not any(r["protocol"] == protocol for r in records):
+        return pd.DataFrame()
+    if protocol == "base_to_novel":
+        return tables.base_to_novel_table(records)
+    return tables.transfer_table(records, protocol)
+
+
+def displayed(table: pd.DataFrame, protocol: str, embedded: bool) -> pd.DataFrame:
+    if protocol == "base_to_novel":
+        return tables.display_base_to_novel(table, embedded)
+    return tables.display_transfer(table, embedded)
+
+
+def notes(table: pd.DataFrame, protocol: str, embedded: bool) -> list[str]:
+    """Sentences under a table."""
+    found = (
+        [H_NOTE]
+        if protocol == "base_to_novel"
+        else ["Accuracy in percent; ± is the sample standard deviation over seeds."]
+    )
+    fewer = tables.incomplete(table)
+    if fewer:
+        found.append("Fewer seeds than the others: " + ", ".join(tables.TITLES[d] for d in fewer) + ".")
+    return found + ([EMBEDDED, STAR] if embedded else [])
+
+
+def bars(table: pd.DataFrame, columns: list[tuple[str, str]], embedded: bool, label: str) -> str:
+    """A bar chart over the rows of `table` as a base64 PNG."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(columns)
+    for i, (column, name) in enumerate(columns):
+        axes.bar([x + i * width for x in range(len(table))], table[column], width, label=name)
+    titles = [tables.row_title(str(d), table, embedded) for d in table.index]
+    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(table))], titles, rotation=35, ha="right")
+    axes.set_ylabel(label)
+    axes.axhline(0, color="black", linewidth=0.6)
+    if len(columns) > 1:
+        axes.legend(ncols=2, fontsize="small")
+    buffer = io.BytesIO()
+    # The library's version would change the bytes of the report.
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def figures(table: pd.DataFrame, protocol: str, embedded: bool) -> list[str]:
+    if protocol == "base_to_novel":
+        methods = (("zero_shot", "CLIP"), ("heba", "HeBA"))
+        columns = [(f"{m}_{g}", f"{n} {g}") for g in ("base", "novel") for m, n in methods]
+        gains = [(f"difference_{g}", g) for g in ("base", "novel")]
+        return [
+            bars(table, columns, embedded, "accuracy, %"),
+            bars(table, gains, embedded, "HeBA minus CLIP, points"),
+        ]
+    return [bars(table, [("zero_shot", "CLIP"), ("heba", "HeBA")], embedded, "accuracy, %")]
+
+
+PAGE = Template(
+    """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>HeBA: results</title>
+<style>
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
+th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
+th:first-child, td:first-child { text-align: left }
+tr:last-child td { font-weight: 600 }
+.published tr:last-child td { font-weight: 400 }
+.warning { background: #fff3cd; padding: .6rem 1rem; border-left: 4px solid #d9a400 }
+.note { color: #555; font-size: 13px }
+img { max-width: 100% }
+</style>
+<h1>HeBA: results</h1>
+{% if embedded %}<p class="warning">{{ embedded }}</p>{% endif %}
+{% for s in sections %}
+<h2>{{ s.title }}</h2>
+{{ s.table }}
+{% for n in s.notes %}<p class="note">{{ n }}</p>{% endfor %}
+{% for f in s.figures %}<p><img alt="{{ s.title }}" src="data:image/png;base64,{{ f }}"></p>{% endfor %}
+{% if s.published %}<h3>Published</h3><div class="published">{{ s.published }}</div>{% endif %}
+{% endfor %}
+</html>
+""",
+    autoescape=False,
+)
+
+
+def render_report(records: list[Record], out: Path, published: bool) -> None:
+    """Write all report files into `out`. Published figures appear, as rows of their own, only with `published`."""
+    embedded = any(r["suite"] == "embedded" for r in records)
+    sections: list[dict[str, Any]] = []
+    summary = ["# Results", ""] + ([f"**{EMBEDDED}**", ""] if embedded else [])
+    for protocol, title in PROTOCOLS.items():
+        table = numeric(records, protocol)
+        if table.empty:
+            for extension in ("md", "csv", "tex"):
+                (out / f"{protocol}.{extension}").write_text(f"no results of {protocol}\n")
+            continue
+        shown = displayed(table, protocol, embedded)
+        below = notes(table, protocol, embedded)
+        other = pd.DataFrame(tables.published_rows(protocol, ["Base", "Novel", "H"])) if published else None
+        text = [shown.to_markdown(index=False, disable_numparse=True), "", *(f"{n}\n" for n in below)]
+        if other is not None:
+            text += [
+                "Published figures:",
+                "",
+                other.fillna("").to_markdown(index=False, disable_numparse=True),
+                "",
+            ]
+        (out / f"{protocol}.md").write_text(f"# {title}\n\n" + "\n".join(text), encoding="utf-8")
+        table.round(4).to_csv(out / f"{protocol}.csv")
+        latex = shown.rename(columns=lambda c: c.replace("Δ", r"$\Delta$")).replace("±", r"$\\pm$", regex=True)
+        style = latex.style.hide(axis="index")
+        comment = "".join(f"% {n}\n" for n in below)
+        (out / f"{protocol}.tex").write_text(
+            comment + style.to_latex(hrules=True, column_format="l" + "r" * (len(shown.columns) - 1)),
+            encoding="utf-8",
+        )
+        summary += [f"## {title}", "", *text]
+        sections.append(
+            {
+                "title": title,
+                "table": shown.to_html(index=False, border=0),
+                "notes": below,
+                "figures": figures(table, protocol, embedded),
+                "published": None if other is None else other.fillna("").to_html(index=False, border=0),
+            }
+        )
+    (out / "README.md").write_text("\n".join(summary), encoding="utf-8")
+    page = PAGE.render(sections=sections, embedded=EMBEDDED if embedded else "")
+    (out / "index.html").write_text(page + "\n", encoding="utf-8")
+    (out / "metrics.json").write_text(json.dumps(metrics(records), indent=1) + "\n")
+
+
+def metrics(records: list[Record]) -> dict[str, Any]:
+    """The averages, and every data set, for `dvc metrics show`."""
+    found: dict[str, Any] = {}
+    for protocol in PROTOCOLS:
+        table = numeric(records, protocol).round(2)
+        if table.empty:
+            continue
+        rows = {d: row.drop("seeds").dropna().to_dict() for d, row in table.iterrows()}
+        found[protocol] = {"average": rows.pop("average"), "datasets": rows}
+    return found
+
+
+def summary_text(records: list[Record]) -> str:
+    """The base-to-novel table for the terminal."""
+    table = numeric(records, "base_to_novel")
+    if table.empty:
+        return "no base_to_novel results"
+    embedded = any(r["suite"] == "embedded" for r in records)
+    shown = displayed(table, "base_to_novel", embedded)
+    return shown.to_string(index=False) + (f"\n{EMBEDDED}" if embedded else "")

@@ -1,0 +1,205 @@
+"""The comparison tables as numeric pandas frames, in percent.
+
+The harmonic mean H of a data set is the one of its base and novel accuracy averaged over seeds; H of an
+average is the one of the averaged base and novel, as in the papers. std is the sample standard deviation
+over seeds.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+Record = dict[str, Any]
+TITLES = {
+    "imagenet": "ImageNet",
+    "caltech101": "Caltech101",
+    "oxford_pets": "OxfordPets",
+    "stanford_cars": "StanfordCars",
+    "oxford_flowers": "Flowers102",
+    "food101": "Food101",
+    "fgvc_aircraft": "FGVCAircraft",
+    "sun397": "SUN397",
+    "dtd": "DTD",
+    "eurosat": "EuroSAT",
+    "ucf101": "UCF101",
+    "imagenetv2": "ImageNetV2",
+    "imagenet_sketch": "ImageNet-Sketch",
+    "imagenet_a": "ImageNet-A",
+    "imagenet_r": "ImageNet-R",
+}
+ORDER = {key: i for i, key in enumerate(TITLES)}
+METHODS = ("zero_shot", "heba")
+PUBLISHED = Path(__file__).with_name("published.yaml")
+
+
+def harmonic_mean(base: float, novel: float) -> float:
+    """2 b n / (b + n), and 0 when both are 0."""
+    return 2 * base * novel / (base + novel) if base + novel > 0 else 0.0
+
+
+def load_records(paths: Iterable[Path]) -> list[Record]:
+    """Read evaluation records; ValueError names the file and the key that is wrong."""
+    records = []
+    for path in paths:
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON: {error}") from None
+        for key in ("protocol", "suite", "dataset", "seed", "shots", "groups"):
+            if key not in record:
+                raise ValueError(f"{path}: key {key!r} is missing; evaluate this data set again")
+        if record["dataset"] not in TITLES:
+            raise ValueError(f"{path}: key 'dataset': unknown data set {record['dataset']!r}")
+        for group, values in record["groups"].items():
+            for method in METHODS:
+                if not isinstance(values.get(method, {}).get("accuracy"), int | float):
+                    raise ValueError(f"{path}: key 'groups.{group}.{method}.accuracy' must be a number")
+        records.append(record)
+    return sorted(records, key=lambda r: (r["protocol"], ORDER[r["dataset"]], r["seed"]))
+
+
+def accuracies(records: list[Record], protocol: str) -> pd.DataFrame:
+    """One row per record of `protocol`: dataset, seed and an accuracy column `<method>_<group>` each."""
+    rows = [
+        {"dataset": r["dataset"], "seed": r["seed"]}
+        | {f"{m}_{g}": v[m]["accuracy"] for g, v in r["groups"].items() for m in METHODS}
+        for r in records
+        if r["protocol"] == protocol
+    ]
+    return pd.DataFrame(rows)
+
+
+def base_to_novel_table(records: list[Record]) -> pd.DataFrame:
+    """Rows: data sets and `average`. Columns: <method>_{base,novel,h}, heba_{base,novel,h}_std,
+    difference_{base,novel,h}, seeds. std is NaN with one seed."""
+    data = accuracies(records, "base_to_novel")
+    rows: dict[str, dict[str, float]] = {}
+    for dataset in sorted(data["dataset"].unique(), key=ORDER.__getitem__):
+        part = data[data["dataset"] == dataset]
+        row = {f"{m}_{g}": part[f"{m}_{g}"].mean() for m in METHODS for g in ("base", "novel")}
+        h = [harmonic_mean(b, n) for b, n in zip(part["heba_base"], part["heba_novel"], strict=True)]
+        row |= {f"heba_{g}_std": part[f"heba_{g}"].std(ddof=1) for g in ("base", "novel")}
+        row["heba_h_std"] = pd.Series(h).std(ddof=1)
+        row["seeds"] = len(part)
+        rows[dataset] = row
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    average = table.mean()
+    # Averages are over data sets; their spread is that of the per-seed averages.
+    by_seed = data.groupby("seed").mean(numeric_only=True)
+    if len(table) * len(by_seed) == len(data):
+        h_by_seed = [harmonic_mean(b, n) for b, n in zip(by_seed["heba_base"], by_seed["heba_novel"], strict=True)]
+        for g in ("base", "novel"):
+            average[f"heba_{g}_std"] = by_seed[f"heba_{g}"].std(ddof=1)
+        average["heba_h_std"] = pd.Series(h_by_seed).std(ddof=1)
+    else:
+        average[[f"heba_{g}_std" for g in ("base", "novel", "h")]] = float("nan")
+    table.loc["average"] = average
+    for m in METHODS:
+        table[f"{m}_h"] = [
+            harmonic_mean(b, n) for b, n in zip(table[f"{m}_base"], table[f"{m}_novel"], strict=True)
+        ]
+    for g in ("base", "novel", "h"):
+        table[f"difference_{g}"] = table[f"heba_{g}"] - table[f"zero_shot_{g}"]
+    columns = [f"{m}_{g}" for m in METHODS for g in ("base", "novel", "h")]
+    columns += [f"heba_{g}_std" for g in ("base", "novel", "h")]
+    columns += [f"difference_{g}" for g in ("base", "novel", "h")] + ["seeds"]
+    return table[columns].rename_axis("dataset")
+
+
+def transfer_table(records: list[Record], protocol: str) -> pd.DataFrame:
+    """Rows: target data sets and `average`. Columns: zero_shot, heba, heba_std, difference, seeds."""
+    data = accuracies(records, protocol)
+    groups = data.groupby("dataset")
+    table = pd.DataFrame(
+        {
+            "zero_shot": groups["zero_shot_all"].mean(),
+            "heba": groups["heba_all"].mean(),
+            "heba_std": groups["heba_all"].std(ddof=1),
+            "seeds": groups.size().astype(float),
+        }
+    )
+    table = table.loc[sorted(table.index, key=ORDER.__getitem__)]
+    table.loc["average"] = table.mean()
+    table.loc["average", "heba_std"] = (
+        data.groupby("seed")["heba_all"].mean().std(ddof=1)
+        if len(groups) * data["seed"].nunique() == len(data)
+        else float("nan")
+    )
+    table["difference"] = table["heba"] - table["zero_shot"]
+    return table[["zero_shot", "heba", "heba_std", "difference", "seeds"]].rename_axis("dataset")
+
+
+def incomplete(table: pd.DataFrame) -> list[str]:
+    """Data sets of a table that have fewer seeds than the fullest one."""
+    seeds = table["seeds"].drop("average")
+    return list(seeds.index[seeds < seeds.max()])
+
+
+def row_title(dataset: str, table: pd.DataFrame, embedded: bool) -> str:
+    """Display name of a row; an average says over how many data sets."""
+    if dataset == "average":
+        return f"Average of {len(table) - 1}"
+    return TITLES[dataset] + ("*" if embedded else "")
+
+
+def number(mean: float, std: float | None = None, sign: bool = False) -> str:
+    """ "61.20", "61.20 ± 0.50" or "+3.10"."""
+    text = f"{mean:+.2f}" if sign else f"{mean:.2f}"
+    return text if std is None or pd.isna(std) else f"{text} ± {std:.2f}"
+
+
+def published_rows(protocol: str, columns: list[str]) -> list[dict[str, Any]]:
+    """Published figures of `protocol`, one row per method and data set, with their source."""
+    entries = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
+    return [
+        {
+            "Data set": "Average" if e["dataset"] == "average" else TITLES[e["dataset"]],
+            "Method": f"{e['method']} (published)",
+        }
+        | {
+            c: number(e["values"][k]) if k in e["values"] else ""
+            for c, k in zip(columns, ("base", "novel", "hm"), strict=False)
+        }
+        | {"Source": e["source"]}
+        if protocol == "base_to_novel"
+        else {
+            "Data set": "Average" if e["dataset"] == "average" else TITLES[e["dataset"]],
+            "Method": f"{e['method']} (published)",
+            "Accuracy": number(e["values"]["accuracy"]),
+            "Source": e["source"],
+        }
+        for e in entries
+        if e["protocol"] == protocol
+    ]
+
+
+def display_base_to_novel(table: pd.DataFrame, embedded: bool) -> pd.DataFrame:
+    """The table as text."""
+    rows = []
+    for dataset, row in table.iterrows():
+        cells = {"Data set": row_title(str(dataset), table, embedded)}
+        for g, name in (("base", "Base"), ("novel", "Novel"), ("h", "H")):
+            cells[f"CLIP {name}"] = number(row[f"zero_shot_{g}"])
+        for g, name in (("base", "Base"), ("novel", "Novel"), ("h", "H")):
+            cells[f"HeBA {name}"] = number(row[f"heba_{g}"], row[f"heba_{g}_std"])
+        for g, name in (("base", "Base"), ("novel", "Novel"), ("h", "H")):
+            cells[f"Δ {name}"] = number(row[f"difference_{g}"], sign=True)
+        rows.append(cells)
+    return pd.DataFrame(rows)
+
+
+def display_transfer(table: pd.DataFrame, embedded: bool) -> pd.DataFrame:
+    """The table as text."""
+    return pd.DataFrame(
+        {
+            "Data set": row_title(str(dataset), table, embedded),
+            "CLIP": number(row["zero_shot"]),
+            "HeBA": number(row["heba"], row["heba_std"]),
+            "Δ": number(row["difference"], sign=True),
+        }
+        for dataset, row in table.iterrows()
+    )

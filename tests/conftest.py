@@ -1,1 +1,0 @@
-"""Shared fixtures. `HEBA_SHARED` (default ../shared) holds the full oracle files; a clone has a subset."""

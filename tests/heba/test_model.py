@@ -1,0 +1,105 @@
+"""Adapters on open_clip's two text layouts; what the official code gets wrong."""
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from heba.model import ADAPTER_FILE, AdaptedCLIP, class_features, load_adapter, save_adapter
+from heba.training import select_classes
+
+VISION = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
+TEXT = {"context_length": 16, "vocab_size": 100, "width": 64, "heads": 2, "layers": 2}
+
+
+def make_clip(layout):
+    torch.manual_seed(0)
+    return layout(embed_dim=32, vision_cfg=dict(VISION), text_cfg=dict(TEXT), quick_gelu=True)
+
+
+@pytest.fixture(params=[open_clip.CLIP, open_clip.CustomTextCLIP])
+def clip(request):
+    return make_clip(request.param)
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(1, 90, (5, 16), generator=generator)
+    for i, eot in enumerate((3, 5, 4, 7, 6)):
+        tokens[i, eot], tokens[i, eot + 1 :] = 99, 0
+    return torch.randn(3, 3, 32, 32, generator=generator), tokens
+
+
+@torch.no_grad()
+def test_the_plain_model_is_untouched_and_texts_are_cut_exactly(clip):
+    images, tokens = batch()
+    plain_image, plain_text = clip.encode_image(images), clip.encode_text(tokens)
+    weights = {k: v.clone() for k, v in clip.state_dict().items()}
+    model = AdaptedCLIP(clip, 1, 2, 0.1)
+    # Scale 0 is the plain model, through the hooks and on the cut texts.
+    assert torch.allclose(model.encode_image(images, 0.0), plain_image, atol=1e-5)
+    assert torch.allclose(model.encode_text(tokens, 0.0), plain_text, atol=1e-5)
+    assert not torch.allclose(model.encode_image(images), plain_image, atol=1e-3)
+    assert not torch.allclose(model.encode_text(tokens), plain_text, atol=1e-3)
+    # Outside of the adapted calls, the CLIP that was given is as it was.
+    assert torch.allclose(clip.encode_image(images), plain_image, atol=1e-5)
+    assert all(torch.equal(weights[k], v) for k, v in clip.state_dict().items())
+
+
+def test_gradients_reach_the_adapters_only(clip):
+    images, tokens = batch()
+    model = AdaptedCLIP(clip, 2, 2, 0.1)
+    (model.encode_image(images).sum() + model.encode_text(tokens).sum()).backward()
+    assert all(p.grad is None for p in clip.parameters())
+    for name, parameter in model.adapters.named_parameters():
+        # After the last image block only CLS is read, so its MLP adapter has no effect.
+        dead = name.startswith("visual_adapter.2.mlp_conv")
+        assert (parameter.grad.abs().max() == 0) == dead, name
+
+
+@torch.no_grad()
+def test_save_and_load_give_identical_features(clip, tmp_path):
+    images, _ = batch()
+    model = AdaptedCLIP(clip, 1, 2, 0.1)
+    save_adapter(model, tmp_path, {"seed": 1})
+    again, config = load_adapter(make_clip(type(clip)), tmp_path)
+    assert config["seed"] == 1
+    assert torch.equal(model.encode_image(images), again.encode_image(images))
+
+
+def test_missing_extra_and_misshapen_tensors_are_all_named(tmp_path):
+    model = AdaptedCLIP(make_clip(open_clip.CLIP), 1, 2, 0.1)
+    save_adapter(model, tmp_path, {})
+    tensors = load_file(tmp_path / ADAPTER_FILE)
+    del tensors["text_adapter.1.att_conv.down.weight"]
+    tensors["stranger"] = torch.zeros(1)
+    tensors["text_adapter.2.att_conv.norm.bias"] = torch.zeros(7)
+    save_file(tensors, tmp_path / ADAPTER_FILE)
+    with pytest.raises(ValueError, match="does not fit") as error:
+        load_adapter(make_clip(open_clip.CLIP), tmp_path)
+    for part in ("missing text_adapter.1.att_conv.down", "unexpected stranger", "norm.bias has shape (7,)"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(("start", "end"), [(1, 3), (0, 2), (2, 1)])
+def test_impossible_blocks_are_refused(start, end):
+    with pytest.raises(ValueError, match=r"adapter\.start"):
+        AdaptedCLIP(make_clip(open_clip.CLIP), start, end, 0.1)
+
+
+def test_exactly_one_negative_class_works():
+    selected, targets = select_classes([0, 2], 3, 1, torch.Generator())
+    assert (selected, targets) == ([0, 2, 1], [0, 1])
+
+
+def test_no_batch_class_is_missing_or_doubled():
+    generator = torch.Generator().manual_seed(0)
+    for ratio in (0, 1, 5):
+        selected, targets = select_classes([7, 3, 7, 1], 12, ratio, generator)
+        assert len(set(selected)) == len(selected) == {0: 12, 1: 6, 5: 12}[ratio]
+        assert [selected[t] for t in targets] == [7, 3, 7, 1]
+
+
+def test_a_class_without_prompts_is_an_error():
+    with pytest.raises(ValueError, match=r"\[1\] have no prompt"):
+        class_features(torch.randn(2, 4), torch.tensor([0, 2]), 3)

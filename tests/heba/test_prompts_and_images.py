@@ -1,0 +1,92 @@
+"""Prompts, metrics and image handling at their boundaries."""
+
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from open_clip.transform import image_transform_v2
+from PIL import Image
+
+from heba.evaluation import classification_report, harmonic_mean
+from heba.images import crop_batch, decode, normalise, resize_and_crop, sample_crop
+from heba.prompts import build_prompts, read_descriptions, tokenize
+
+
+def test_descriptions_are_found_whatever_the_spelling_of_the_class():
+    prompts = build_prompts(["Sea_Lion", "cat"], {"sea lion": ["wet.", "grey."]}, "a photo of a {}.")
+    assert prompts.texts == ["a photo of a Sea Lion, wet.", "a photo of a Sea Lion, grey.", "a photo of a cat."]
+    assert prompts.class_index == [0, 0, 1]
+    assert prompts.fallback == ["cat"]
+
+
+def test_descriptions_that_fit_no_class_are_an_error_not_silence():
+    with pytest.raises(ValueError, match="none of the 2 classes"):
+        build_prompts(["a", "b"], {"x": ["y"]}, "a {}.")
+
+
+def test_a_bad_descriptions_file_is_named(tmp_path):
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps({"cat": "not a list"}))
+    with pytest.raises(ValueError, match=r"d\.json: class 'cat'"):
+        read_descriptions(path)
+
+
+def test_texts_over_the_context_length_are_reported():
+    tokenizer = open_clip.SimpleTokenizer(context_length=8)
+    exact, over = "a b c d e f", "a b c d e f g"
+    tokens, cut = tokenize([exact, over, "a"], tokenizer)
+    assert cut == [over]
+    assert tokens.shape == (3, 8)
+    assert (tokens.argmax(-1) == torch.tensor([7, 7, 2])).all()
+
+
+@pytest.mark.parametrize("size", [(50, 31), (31, 50), (32, 32), (33, 80), (7, 9)])
+def test_the_test_transform_is_open_clips_to_the_pixel(size):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    theirs = image_transform_v2(open_clip.transform.PreprocessCfg(size=32), is_train=False)(picture)
+    ours = normalise(torch.from_numpy(resize_and_crop(picture, 32).copy())[None])[0]
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(0, 9))
+def test_crops_lie_inside_the_image(height, width, seed):
+    top, left, h, w = sample_crop(height, width, torch.Generator().manual_seed(seed))
+    assert 0 <= top <= top + h <= height
+    assert 0 <= left <= left + w <= width
+    assert h >= 1
+    assert w >= 1
+
+
+def test_flips_mirror():
+    image = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)
+    plain, flipped = crop_batch([image, image], [(0, 0, 8, 8)] * 2, [False, True], 8)
+    assert torch.equal(plain, flipped.flip(-1))
+    assert torch.allclose(plain, normalise(image[None])[0])
+
+
+def test_a_truncated_image_is_named(tmp_path):
+    path = tmp_path / "x.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:900])
+    with pytest.raises(ValueError, match=r"x\.png: not a readable image"):
+        decode(path)
+
+
+@given(st.floats(0, 100), st.floats(0, 100))
+def test_harmonic_mean_lies_between(a, b):
+    h = harmonic_mean(a, b)
+    assert min(a, b) - 1e-9 <= h + 1e-9 or min(a, b) == 0
+    assert h <= (a + b) / 2 + 1e-9
+    assert h == harmonic_mean(b, a)
+
+
+def test_classification_report_by_hand():
+    features = torch.eye(3)[[0, 0, 1, 1, 1]]
+    report = classification_report(features, torch.eye(3), torch.tensor([0, 1, 1, 1, 0]), ["a", "b", "c"])
+    assert report["confusion"] == [[1, 1, 0], [1, 2, 0], [0, 0, 0]]
+    assert report["accuracy"] == 60
+    assert report["per_class"] == {"a": 50, "b": pytest.approx(200 / 3), "c": None}

@@ -1,0 +1,81 @@
+"""The loop: resuming gives the same bytes, bad losses stop it."""
+
+import open_clip
+import pytest
+import torch
+
+from heba.model import AdaptedCLIP, cut_after_eot
+from heba.training import Settings, TextBank, train
+from tests.heba.test_model import batch, make_clip
+
+SETTINGS = {
+    "epochs": 4,
+    "batch_size": 4,
+    "lr": 0.01,
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "label_smoothing": 0.1,
+    "scale_factor": 2.0,
+    "slow_ratio": 0.5,
+    "neg_ratio": 1,
+    "seed": 3,
+}
+
+
+def setup(**changed):
+    clip = make_clip(open_clip.CLIP)
+    torch.manual_seed(5)
+    model = AdaptedCLIP(clip, 1, 2, 0.1)
+    tokens = cut_after_eot(batch()[1])
+    bank = TextBank(tokens, (tokens.argmax(-1) + 1).tolist(), [0, 1, 2, 3, 4, 5], None)
+    images = [torch.randint(0, 256, (3, 36 + i, 40), dtype=torch.uint8) for i in range(10)]
+    return model, images, [i % 5 for i in range(10)], bank, Settings(**(SETTINGS | changed))
+
+
+class Stop(Exception):
+    pass
+
+
+def test_resuming_gives_the_same_bytes(tmp_path):
+    whole = setup()
+    history = train(*whole)
+    broken = setup()
+
+    def interrupt(record):
+        if record["epoch"] == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(*broken, checkpoint=tmp_path / "c.safetensors", on_epoch=interrupt)
+    resumed = setup()
+    seen = []
+    assert train(*resumed, checkpoint=tmp_path / "c.safetensors", on_epoch=seen.append) == history == seen
+    for a, b in zip(whole[0].adapters.parameters(), resumed[0].adapters.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_it_learns_and_depends_on_the_seed():
+    first = train(*setup(epochs=8))
+    assert first[-1]["loss"] < first[0]["loss"]
+    assert train(*setup(epochs=8, seed=4)) != first
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    model, *rest = setup()
+    with torch.no_grad():
+        next(iter(model.adapters.parameters())).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"epoch 1: .*train\.lr"):
+        train(model, *rest)
+
+
+def test_a_batch_that_can_not_be_filled_is_an_error():
+    with pytest.raises(ValueError, match=r"train\.batch_size"):
+        train(*setup(batch_size=11))
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    path = tmp_path / "c.safetensors"
+    path.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="delete it") as error:
+        train(*setup(), checkpoint=path)
+    assert str(path) in str(error.value)

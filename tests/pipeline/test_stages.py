@@ -1,0 +1,152 @@
+"""Stages as a user runs them, in a small repository of their own, with real DVC and MLflow."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+def pipeline(folder, *args, **env):
+    bin_folder = Path(sys.executable).parent
+    path = f"{bin_folder}{os.pathsep}{os.environ['PATH']}"
+    base = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_", "GIT_"))}
+    return subprocess.run(
+        args, cwd=folder, capture_output=True, text=True, env=base | {"PATH": path} | env, check=False
+    )
+
+
+def stage(folder, *args, **env):
+    return pipeline(folder, sys.executable, "-m", "pipeline", *args, **env)
+
+
+@pytest.fixture(scope="module")
+def repo(tmp_path_factory):
+    """A clone with one data set, one variant, one seed and two epochs, reproduced once."""
+    folder = tmp_path_factory.mktemp("clone with space")
+    for name in ("heba", "pipeline", "dvc.yaml", ".gitignore", ".dvcignore"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params |= {"datasets": ["imagenet", "dtd"], "seeds": [1], "shots": 2}
+    params["train"] |= {"epochs": 2, "batch_size": 4}
+    params["transfer"] |= {"targets": ["dtd"], "variants": ["imagenet_a"]}
+    params["transfer"]["train"] |= {"epochs": 1, "batch_size": 4}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    for command in (
+        ["git", "init", "-q"],
+        ["git", "config", "user.email", "test@example.org"],
+        ["git", "config", "user.name", "test"],
+        ["dvc", "init", "-q"],
+        ["git", "add", "-A"],
+        ["git", "commit", "-qm", "start"],
+        ["dvc", "repro", "-q"],
+    ):
+        done = pipeline(folder, *command)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_repro_makes_the_report_and_does_nothing_the_second_time(repo):
+    metrics = json.loads((repo / "reports" / "metrics.json").read_text())
+    assert set(metrics) == {"base_to_novel", "cross_dataset", "domain_generalization"}
+    again = pipeline(repo, "dvc", "repro")
+    assert "up to date" in again.stdout
+    assert "Running stage" not in again.stdout
+
+
+def test_every_training_is_a_run_with_its_evaluation(repo):
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{repo / 'mlflow.db'}")
+    experiments = {e.name: e.experiment_id for e in client.search_experiments()}
+    runs = client.search_runs([experiments["base_to_novel"]])
+    assert {r.info.run_name for r in runs} == {"dtd-2shot-seed1", "imagenet-2shot-seed1"}
+    for run in runs:
+        assert run.info.status == "FINISHED"
+        assert {"heba_base", "heba_novel", "heba_h", "zero_shot_h", "loss", "lr", "seconds"} <= set(
+            run.data.metrics
+        )
+        assert run.data.tags["dvc.stage"].startswith("train@")
+        assert run.data.tags["mlflow.source.git.commit"]
+        names = {f.path for f in client.list_artifacts(run.info.run_id, "evaluation")}
+        assert any(n.endswith(".png") for n in names)
+    (source,) = client.search_runs([experiments["transfer"]])
+    assert {"dtd_heba_all", "imagenet_a_heba_all"} <= set(source.data.metrics)
+
+
+def test_training_again_gives_the_same_bytes_and_tracking_may_fail(repo):
+    adapter = repo / "out" / "train" / "dtd-1" / "adapter.safetensors"
+    before = adapter.read_bytes()
+    done = stage(repo, "train", "--dataset", "dtd", "--seed", "1", MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("MLflow tracking failed") == 1
+    assert adapter.read_bytes() == before
+
+
+def test_late_tracking_fills_an_empty_store(repo, tmp_path):
+    uri = f"sqlite:///{tmp_path / 'late.db'}"
+    done = stage(repo, "track", MLFLOW_TRACKING_URI=uri)
+    assert done.returncode == 0, done.stderr
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(uri)
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert len(runs) == 3
+    assert all("loss" in r.data.metrics for r in runs)
+
+
+def test_changing_shots_leaves_download_and_precompute_alone(repo):
+    done = pipeline(repo, "dvc", "status", "--json")
+    assert json.loads(done.stdout) == {}
+    params = (repo / "params.yaml").read_text()
+    (repo / "params.yaml").write_text(params.replace("shots: 2", "shots: 4"))
+    changed = json.loads(pipeline(repo, "dvc", "status", "--json").stdout)
+    (repo / "params.yaml").write_text(params)
+    kinds = {name.split("@")[0] for name in changed}
+    assert {"split", "train"} <= kinds
+    assert not kinds & {"download", "download-variant", "precompute", "precompute-variant"}
+
+
+def test_errors_are_messages(repo, tmp_path):
+    wrong = stage(repo, "train", "--dataset", "mnist", "--seed", "1")
+    assert wrong.returncode == 1
+    assert wrong.stderr.startswith("error: --dataset mnist")
+    image = next((repo / "data" / "embedded" / "dtd" / "images").rglob("*.png"))
+    kept = image.read_bytes()
+    image.unlink()
+    missing = stage(repo, "precompute", "--dataset", "dtd")
+    image.write_bytes(kept)
+    assert missing.returncode == 1
+    assert "download@dtd" in missing.stderr
+    assert "Traceback" not in missing.stderr
+
+
+def test_the_novel_scale_takes_effect(repo):
+    record = repo / "out" / "evaluate" / "dtd-1.json"
+    before = json.loads(record.read_text())
+    params = (repo / "params.yaml").read_text()
+    (repo / "params.yaml").write_text(params.replace("scale_novel: null", "scale_novel: 0.0", 1))
+    done = stage(repo, "evaluate", "--dataset", "dtd", "--seed", "1")
+    (repo / "params.yaml").write_text(params)
+    after = json.loads(record.read_text())
+    record.write_text(json.dumps(before, ensure_ascii=False, indent=1) + "\n")
+    assert done.returncode == 0, done.stderr
+    assert after["groups"]["base"] == before["groups"]["base"]
+    # Scale 0 is zero-shot CLIP.
+    assert after["groups"]["novel"]["heba"] == after["groups"]["novel"]["zero_shot"]
+
+
+def test_help_teaches():
+    shown = stage(ROOT, "--help").stdout
+    for name in ("download", "split", "precompute", "train", "evaluate", "report", "preset", "track"):
+        assert name in shown
