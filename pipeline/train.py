@@ -96,7 +96,7 @@ def run(params: Params, dataset: str, seed: int, source: bool) -> None:
     tracker = tracking.start_training(inputs)
     steps = settings.epochs * (len(images) // settings.batch_size)
     try:
-        with tqdm(total=steps, desc=f"train {dataset} seed {seed}", delay=2, unit="step") as bar:
+        with tqdm(total=steps, desc=f"train {dataset} seed {seed}", delay=2, mininterval=2, unit="step") as bar:
             history = train(
                 model,
                 images,

@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for model.safetensors")
     parser.add_argument("--seed", type=int, default=0, help="of drawings, initialisation and batches")
-    parser.add_argument("--steps", type=int, default=900, help="of 256 image-caption pairs each")
+    parser.add_argument("--steps", type=int, default=600, help="of 256 image-caption pairs each")
     parser.add_argument("--per-class", type=int, default=300, help="clean drawings per class")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
     args = parser.parse_args()
