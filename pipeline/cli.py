@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.params import Params, ParamsError, load_params
+from pipeline.paths import EVALUATION_STAGES, evaluate_path, new_folder
 
 app = typer.Typer(
     help="The stages of the HeBA pipeline. `dvc repro` runs them in order; each runs alone too, "
@@ -77,19 +78,28 @@ def evaluate(
     params = _params(dataset)
     from pipeline import evaluate
 
-    if protocol not in evaluate.STAGES:
-        raise ParamsError(f"--protocol {protocol}: not one of {', '.join(evaluate.STAGES)}")
+    if protocol not in EVALUATION_STAGES:
+        raise ParamsError(f"--protocol {protocol}: not one of {', '.join(EVALUATION_STAGES)}")
     evaluate.run(params, dataset, seed, protocol)
 
 
 @app.command()
 def report() -> None:
     """Render reports/ from all evaluations and print the summary."""
-    from pipeline.paths import OUT, new_folder
     from pipeline.report import render, tables
 
     params = _params()
-    records = tables.load_records(sorted(OUT.glob("evaluate*/*.json")))
+    # Records of data sets or seeds that params.yaml no longer names may still lie there.
+    wanted = [
+        *(evaluate_path("base_to_novel", d, s) for d in params.datasets for s in params.seeds),
+        *(evaluate_path("cross_dataset", d, s) for d in params.transfer.targets for s in params.transfer.seeds),
+        *(
+            evaluate_path("domain_generalization", d, s)
+            for d in params.transfer.variants
+            for s in params.transfer.seeds
+        ),
+    ]
+    records = tables.load_records([path for path in wanted if path.exists()])
     with new_folder(Path("reports")) as folder:
         render.render_report(records, folder, published=params.suite == "real")
     print(render.summary_text(records))

@@ -17,19 +17,9 @@ from heba.splits import base_labels
 from pipeline import tracking
 from pipeline.backbone import device, load_backbone, use_bf16
 from pipeline.params import Params
-from pipeline.paths import OUT, new_file
+from pipeline.paths import evaluate_path, new_file
 from pipeline.precompute import folder_of
 from pipeline.train import adapter_sha256, train_folder
-
-STAGES = {
-    "base_to_novel": "evaluate",
-    "cross_dataset": "evaluate-cross",
-    "domain_generalization": "evaluate-domain",
-}
-
-
-def record_path(protocol: str, dataset: str, seed: int) -> Path:
-    return OUT / STAGES[protocol] / f"{dataset}-{seed}.json"
 
 
 def run(params: Params, dataset: str, seed: int, protocol: str) -> None:
@@ -70,7 +60,7 @@ def run(params: Params, dataset: str, seed: int, protocol: str) -> None:
         for method in ("zero_shot", "heba"):
             accuracy = {g: record["groups"][g][method]["accuracy"] for g in ("base", "novel")}
             record[f"{method}_harmonic_mean"] = harmonic_mean(accuracy["base"], accuracy["novel"])
-    out = record_path(protocol, dataset, seed)
+    out = evaluate_path(protocol, dataset, seed)
     with new_file(out) as path:
         path.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     tracking.log_evaluation(record, trained)

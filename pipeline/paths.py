@@ -7,6 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 OUT = Path("out")
+EVALUATION_STAGES = {
+    "base_to_novel": "evaluate",
+    "cross_dataset": "evaluate-cross",
+    "domain_generalization": "evaluate-domain",
+}
+
+
+def evaluate_path(protocol: str, dataset: str, seed: int) -> Path:
+    """The record that an evaluation writes."""
+    return OUT / EVALUATION_STAGES[protocol] / f"{dataset}-{seed}.json"
 
 
 def main_root() -> Path:

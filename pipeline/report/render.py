@@ -134,7 +134,12 @@ def render_report(records: list[Record], out: Path, published: bool) -> None:
         shown = displayed(table, protocol, embedded)
         below = notes(table, protocol, embedded)
         other = pd.DataFrame(tables.published_rows(protocol, ["Base", "Novel", "H"])) if published else None
-        text = [shown.to_markdown(index=False, disable_numparse=True), "", *(f"{n}\n" for n in below)]
+        # Markdown reads "* " at the start of a line as a bullet.
+        text = [
+            shown.to_markdown(index=False, disable_numparse=True),
+            "",
+            *(f"{n}\n".replace("* ", "\\* ", 1) for n in below),
+        ]
         if other is not None:
             text += [
                 "Published figures:",
@@ -146,9 +151,10 @@ def render_report(records: list[Record], out: Path, published: bool) -> None:
         table.round(4).to_csv(out / f"{protocol}.csv")
         latex = shown.rename(columns=lambda c: c.replace("Δ", r"$\Delta$")).replace("±", r"$\\pm$", regex=True)
         style = latex.style.hide(axis="index")
-        comment = "".join(f"% {n}\n" for n in below)
+        # Not comments: the notes must go where the table goes.
+        typeset = "".join(f"\n\\par\\footnotesize {n}\n" for n in below).replace("±", r"$\pm$")
         (out / f"{protocol}.tex").write_text(
-            comment + style.to_latex(hrules=True, column_format="l" + "r" * (len(shown.columns) - 1)),
+            style.to_latex(hrules=True, column_format="l" + "r" * (len(shown.columns) - 1)) + typeset,
             encoding="utf-8",
         )
         summary += [f"## {title}", "", *text]

@@ -33,6 +33,7 @@ TITLES = {
 }
 ORDER = {key: i for i, key in enumerate(TITLES)}
 METHODS = ("zero_shot", "heba")
+GROUPS = {"base_to_novel": ("base", "novel"), "cross_dataset": ("all",), "domain_generalization": ("all",)}
 PUBLISHED = Path(__file__).with_name("published.yaml")
 
 
@@ -41,23 +42,38 @@ def harmonic_mean(base: float, novel: float) -> float:
     return 2 * base * novel / (base + novel) if base + novel > 0 else 0.0
 
 
+def check_accuracy(record: Record, path: Path, keys: tuple[str, ...]) -> None:
+    """ValueError unless the value under `keys` is a percentage; json reads NaN, and True is an int."""
+    value: Any = record
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 100:
+        raise ValueError(f"{path}: key '{'.'.join(keys)}' must be a number from 0 to 100")
+
+
 def load_records(paths: Iterable[Path]) -> list[Record]:
     """Read evaluation records; ValueError names the file and the key that is wrong."""
-    records = []
+    records: list[Record] = []
     for path in paths:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}: not JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}: must be a JSON object")
         for key in ("protocol", "suite", "dataset", "seed", "shots", "groups"):
             if key not in record:
                 raise ValueError(f"{path}: key {key!r} is missing; evaluate this data set again")
         if record["dataset"] not in TITLES:
             raise ValueError(f"{path}: key 'dataset': unknown data set {record['dataset']!r}")
-        for group, values in record["groups"].items():
+        if record["protocol"] not in GROUPS:
+            raise ValueError(f"{path}: key 'protocol': unknown protocol {record['protocol']!r}")
+        for group in GROUPS[record["protocol"]]:
             for method in METHODS:
-                if not isinstance(values.get(method, {}).get("accuracy"), int | float):
-                    raise ValueError(f"{path}: key 'groups.{group}.{method}.accuracy' must be a number")
+                check_accuracy(record, path, ("groups", group, method, "accuracy"))
+        # An average over both suites would look like a result and be none.
+        if records and record["suite"] != records[0]["suite"]:
+            raise ValueError(f"{path}: key 'suite': {record['suite']!r}, but {records[0]['suite']!r} in others")
         records.append(record)
     return sorted(records, key=lambda r: (r["protocol"], ORDER[r["dataset"]], r["seed"]))
 

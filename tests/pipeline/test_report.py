@@ -4,6 +4,8 @@ import json
 import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.report import render, tables
 
@@ -88,3 +90,42 @@ def test_a_malformed_record_is_named(tmp_path):
     path.write_text(json.dumps({k: v for k, v in RECORDS[0].items() if k != "seed"}))
     with pytest.raises(ValueError, match=r"r\.json: key 'seed'"):
         tables.load_records([path])
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"groups": None}, "groups.base.zero_shot.accuracy"),
+        ({"groups": {"base": RECORDS[0]["groups"]["base"]}}, "groups.novel.zero_shot.accuracy"),
+        ({"groups": {"base": {"zero_shot": {"accuracy": float("nan")}}}}, "groups.base.zero_shot.accuracy"),
+        ({"groups": {"base": {"zero_shot": {"accuracy": True}}}}, "groups.base.zero_shot.accuracy"),
+        ({"protocol": "other"}, "protocol"),
+    ],
+)
+def test_a_wrong_value_is_named(tmp_path, change, key):
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(RECORDS[0] | change))
+    with pytest.raises(ValueError, match=rf"r\.json: key '{key}'"):
+        tables.load_records([path])
+
+
+def test_two_suites_do_not_share_a_table(tmp_path):
+    for name, suite in (("a", "real"), ("b", "embedded")):
+        (tmp_path / f"{name}.json").write_text(json.dumps(RECORDS[0] | {"suite": suite}))
+    with pytest.raises(ValueError, match=r"b\.json: key 'suite'"):
+        tables.load_records(sorted(tmp_path.iterdir()))
+
+
+def test_the_notes_are_typeset_in_latex(tmp_path):
+    render.render_report(RECORDS, tmp_path, published=False)
+    tex = (tmp_path / "base_to_novel.tex").read_text()
+    assert "%" not in tex
+    assert "±" not in tex
+    assert "\n\\* A generated stand-in" in (tmp_path / "base_to_novel.md").read_text()
+
+
+@given(st.floats(0, 100), st.floats(0, 100))
+def test_harmonic_mean_lies_between_and_below_the_mean(a, b):
+    h = tables.harmonic_mean(a, b)
+    assert h == tables.harmonic_mean(b, a)
+    assert min(a, b) - 1e-9 <= h <= (a + b) / 2 + 1e-9
