@@ -113,6 +113,11 @@ def draw_scales(n_blocks: int, scale: float, settings: Settings, generator: torc
     return torch.where(fast, scale * settings.scale_factor, scale)
 
 
+def steps_per_epoch(n_images: int, settings: Settings) -> int:
+    """Complete batches in an epoch; fewer images than a batch make one batch of all, as in CoOp's loader."""
+    return max(1, n_images // settings.batch_size)
+
+
 def plan_epoch(
     labels: list[int],
     sizes: Sequence[tuple[int, int]],
@@ -131,8 +136,9 @@ def plan_epoch(
     order = torch.randperm(len(labels), generator=generator).tolist()
     n_blocks = model.end - model.start + 1
     steps = []
-    for i in range(0, len(order) - settings.batch_size + 1, settings.batch_size):
-        images = order[i : i + settings.batch_size]
+    batch_size = min(settings.batch_size, len(order))
+    for step in range(steps_per_epoch(len(order), settings)):
+        images = order[step * batch_size : (step + 1) * batch_size]
         boxes = [sample_crop(sizes[j][0], sizes[j][1], generator) for j in images]
         flips = (torch.rand(len(images), generator=generator) < 0.5).tolist()
         selected, targets = select_classes(
@@ -281,13 +287,8 @@ def train(
     Returns:
         One {"epoch", "loss", "lr"} per epoch; loss is the mean over the steps.
     Raises:
-        ValueError: fewer images than a batch. FloatingPointError: a loss that is not finite.
+        FloatingPointError: a loss that is not finite. ValueError: a damaged checkpoint.
     """
-    if len(images) < settings.batch_size:
-        raise ValueError(
-            f"{len(images)} training images do not fill one batch of {settings.batch_size} "
-            "(incomplete batches are dropped): lower train.batch_size or raise shots"
-        )
     device = model.logit_factor().device
     size = model.clip.visual.image_size
     size = size[0] if isinstance(size, (tuple, list)) else size
@@ -298,7 +299,7 @@ def train(
     history: list[dict[str, float]] = []
     if checkpoint is not None and checkpoint.exists():
         history = load_checkpoint(checkpoint, model, optimizer, generator)
-        progress(len(history) * (len(images) // settings.batch_size))
+        progress(len(history) * steps_per_epoch(len(images), settings))
         for record in history:
             on_epoch(record)
     for epoch in range(len(history), settings.epochs):

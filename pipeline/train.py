@@ -18,7 +18,7 @@ from tqdm import tqdm
 from heba.images import decode
 from heba.model import ADAPTER_FILE, AdaptedCLIP, save_adapter
 from heba.splits import base_labels, class_names, read_split, select_classes
-from heba.training import Settings, TextBank, train
+from heba.training import Settings, TextBank, steps_per_epoch, train
 from pipeline import tracking
 from pipeline.backbone import device, load_backbone, use_bf16
 from pipeline.download import verified_folder
@@ -91,10 +91,18 @@ def run(params: Params, dataset: str, seed: int, source: bool) -> None:
     checkpoint = checkpoint_path(
         inputs, [split_path(dataset, seed, source), folder_of(dataset) / "text.safetensors"]
     )
+    if len(images) < settings.batch_size:
+        print(
+            f"{dataset}: {len(images)} images, fewer than train.batch_size {settings.batch_size}: one batch of all",
+            file=sys.stderr,
+        )
     if checkpoint.exists():
         print(f"resuming from {checkpoint}", file=sys.stderr)
     tracker = tracking.start_training(inputs)
-    steps = settings.epochs * (len(images) // settings.batch_size)
+    schedule = Settings(
+        **settings.model_dump(), scale_factor=adapter.scale_factor, slow_ratio=adapter.slow_ratio, seed=seed
+    )
+    steps = settings.epochs * steps_per_epoch(len(images), schedule)
     try:
         with tqdm(total=steps, desc=f"train {dataset} seed {seed}", delay=2, mininterval=2, unit="step") as bar:
             history = train(
@@ -102,12 +110,7 @@ def run(params: Params, dataset: str, seed: int, source: bool) -> None:
                 images,
                 [label for _, label, _ in train_items],
                 bank,
-                Settings(
-                    **settings.model_dump(),
-                    scale_factor=adapter.scale_factor,
-                    slow_ratio=adapter.slow_ratio,
-                    seed=seed,
-                ),
+                schedule,
                 bf16=use_bf16(params),
                 checkpoint=checkpoint,
                 on_epoch=tracker.epoch,

@@ -68,9 +68,10 @@ def test_a_loss_that_is_not_finite_stops_the_run():
         train(model, *rest)
 
 
-def test_a_batch_that_can_not_be_filled_is_an_error():
-    with pytest.raises(ValueError, match=r"train\.batch_size"):
-        train(*setup(batch_size=11))
+def test_fewer_images_than_a_batch_make_one_batch_of_all():
+    small, exact = train(*setup(batch_size=11)), train(*setup(batch_size=10))
+    assert small == exact
+    assert len(small) == 4
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
