@@ -92,10 +92,7 @@ def run(params: Params, dataset: str, seed: int, source: bool) -> None:
         inputs, [split_path(dataset, seed, source), folder_of(dataset) / "text.safetensors"]
     )
     if len(images) < settings.batch_size:
-        print(
-            f"{dataset}: {len(images)} images, fewer than train.batch_size {settings.batch_size}: one batch of all",
-            file=sys.stderr,
-        )
+        print(f"{dataset}: {len(images)} images, less than train.batch_size: one batch of all", file=sys.stderr)
     if checkpoint.exists():
         print(f"resuming from {checkpoint}", file=sys.stderr)
     tracker = tracking.start_training(inputs)
