@@ -159,6 +159,10 @@ def _impossible(raw: dict[str, Any]) -> list[str]:
             problems += [f"transfer.targets: {t!r} must be one of datasets" for t in absent]
     if isinstance(targets, list) and source in targets:
         problems.append(f"transfer.targets: {source!r} is the source")
+    if get("transfer", "adapter", "scale_novel") is not None:
+        problems.append(
+            "transfer.adapter.scale_novel: must be null, the transfer protocols use transfer.adapter.scale"
+        )
     name, suite, pretrained = get("backbone", "name"), get("suite"), get("backbone", "pretrained")
     if isinstance(name, str):
         if (suite == "embedded") != (name == "tiny") and suite in ("embedded", "real"):

@@ -38,6 +38,7 @@ def test_all_problems_are_listed_at_once(tmp_path):
         raw["datasets"].append("mnist")
         raw["train"]["lr"] = "1e-3"
         raw["seeds"] = [1, 1]
+        raw["transfer"]["adapter"]["scale_novel"] = 0.01
         del raw["precision"]
 
     with pytest.raises(ParamsError) as error:
@@ -52,6 +53,7 @@ def test_all_problems_are_listed_at_once(tmp_path):
         "1.0e-3",
         "seeds: 1 is listed twice",
         "precision: missing",
+        "transfer.adapter.scale_novel: must be null",
     ):
         assert part in text
 
