@@ -68,28 +68,35 @@ class BottleneckAdapter(nn.Module):
         true gradient times 1/s), the stream below the true one, as the official code does it.
 
         Args:
-            h: [batch, tokens, D]; for images the patches alone, row by row, without CLS.
+            h: [batch, tokens, D]; for images CLS, which the adapter leaves as it is, and the patches row by row.
             scale: s, a 0-dim tensor.
             grid: (rows, columns) of the patches, for images.
         """
-        unscale = 1 / scale if torch.is_grad_enabled() else None
+        training = torch.is_grad_enabled()
 
-        def weight(module: nn.Module, name: str = "weight") -> Tensor:
-            parameter = getattr(module, name)
-            return parameter if unscale is None else scale_gradient(parameter, unscale)
+        def weight(parameter: Tensor) -> Tensor:
+            return scale_gradient(parameter, 1 / scale) if training else parameter
 
-        y = F.linear(h, weight(self.down).flatten(1))
+        def scaled(parameter: Tensor) -> Tensor:
+            # s * LayerNorm(x) is the LayerNorm with s times its weight and bias. Their gradient undivided by s
+            # is that of the product.
+            return scale * scale_gradient(parameter, 1 / scale) if training else scale * parameter
+
+        y = F.linear(h, weight(self.down.weight).flatten(1))
         if self.visual:
             assert grid is not None
-            batch, _, hidden = y.shape
-            y = y.transpose(1, 2).reshape(batch, hidden, *grid)
-            y = F.conv2d(y, weight(self.mid), padding=1, groups=hidden)
-            y = y.flatten(2).transpose(1, 2)
-        y = F.linear(F.gelu(y), weight(self.up).flatten(1))
-        a = F.layer_norm(
-            h + y, self.norm.normalized_shape, weight(self.norm), weight(self.norm, "bias"), self.norm.eps
-        )
-        return h + (scale * a).to(h.dtype)
+            y = y[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)
+            y = F.conv2d(y, weight(self.mid.weight), padding=1, groups=y.shape[1])
+            y = F.pad(y.flatten(2).transpose(1, 2), (0, 0, 1, 0))
+        y = F.linear(F.gelu(y), weight(self.up.weight).flatten(1))
+        shape, eps = self.norm.normalized_shape, self.norm.eps
+        a = F.layer_norm(h + y, shape, scaled(self.norm.weight), scaled(self.norm.bias), eps).to(h.dtype)
+        if not self.visual:
+            return h + a
+        # Cheaper than cutting CLS off and putting it back, forth and back again.
+        patches = torch.ones(h.shape[1], 1, dtype=h.dtype, device=h.device)
+        patches[0] = 0
+        return torch.addcmul(h, a, patches)
 
 
 class Adapters(nn.Module):

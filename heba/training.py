@@ -188,6 +188,10 @@ def step_loss(
 
 def make_optimizer(model: AdaptedCLIP, settings: Settings) -> torch.optim.SGD:
     """SGD over all adapter parameters in one group (weight decay on the LayerNorms too)."""
+    # The MLP adapter of the last image block is never evaluated, since only CLS is read there. With a gradient
+    # of zero instead of none it decays, as in the official code.
+    for parameter in model.adapters.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     return torch.optim.SGD(
         model.adapters.parameters(),
         lr=settings.lr,
@@ -218,7 +222,7 @@ def train_epoch(
     for images, step in batches:
         with torch.autocast(model.logit_factor().device.type, torch.bfloat16, enabled=bf16):
             loss, _ = step_loss(model, images(), bank, step, label_smoothing)
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())

@@ -57,6 +57,9 @@ def notes(table: pd.DataFrame, protocol: str, embedded: bool) -> list[str]:
     fewer = tables.incomplete(table)
     if fewer:
         found.append("Fewer seeds than the others: " + ", ".join(tables.TITLES[d] for d in fewer) + ".")
+    absent = [tables.TITLES[d] for d in tables.COMPLETE[protocol] if d not in table.index]
+    if absent:
+        found.append("Not in this table, nor in its average: " + ", ".join(absent) + ".")
     return found + ([EMBEDDED, STAR] if embedded else [])
 
 

@@ -32,6 +32,12 @@ TITLES = {
     "imagenet_r": "ImageNet-R",
 }
 ORDER = {key: i for i, key in enumerate(TITLES)}
+# What a complete table of a protocol has; the transfer protocols' source is ImageNet in the papers.
+COMPLETE = {
+    "base_to_novel": list(TITLES)[:11],
+    "cross_dataset": list(TITLES)[1:11],
+    "domain_generalization": list(TITLES)[11:],
+}
 METHODS = ("zero_shot", "heba")
 GROUPS = {"base_to_novel": ("base", "novel"), "cross_dataset": ("all",), "domain_generalization": ("all",)}
 PUBLISHED = Path(__file__).with_name("published.yaml")

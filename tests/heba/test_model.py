@@ -54,7 +54,7 @@ def test_gradients_reach_the_adapters_only(clip):
     for name, parameter in model.adapters.named_parameters():
         # After the last image block only CLS is read, so its MLP adapter has no effect.
         dead = name.startswith("visual_adapter.2.mlp_conv")
-        assert (parameter.grad.abs().max() == 0) == dead, name
+        assert (parameter.grad is None or not parameter.grad.any()) == dead, name
 
 
 @torch.no_grad()

@@ -161,7 +161,8 @@ def test_gradients(forward, name):
         expected = data[f"grad_reference.{key}"]
         largest = expected.abs().max()
         if largest == 0:
-            assert parameter.grad.abs().max() == 0, key
+            # Never evaluated here; the official code evaluates it in vain.
+            assert parameter.grad is None, key
             continue
         worst = max(worst, ((parameter.grad - expected).abs().max() / largest).item())
         true = data.get(f"grad_true.{key}")

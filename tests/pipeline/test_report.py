@@ -69,6 +69,7 @@ def test_files(tmp_path):
     for file in ("index.html", "README.md", "base_to_novel.md", "base_to_novel.tex"):
         assert "no paper result" in (tmp_path / "a" / file).read_text()
     assert "published" not in (tmp_path / "a" / "base_to_novel.md").read_text()
+    assert "nor in its average: ImageNet, Caltech101" in (tmp_path / "a" / "base_to_novel.md").read_text()
     metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
     assert metrics["base_to_novel"]["average"]["heba_base"] == 81
     assert "no results" in (tmp_path / "a" / "domain_generalization.md").read_text()
