@@ -1,25 +1,115 @@
-"""The frozen CLIP that params.yaml names, its tokenizer, device and precision."""
+"""Stage `backbone`, and the frozen CLIP that params.yaml names, its tokenizer, device and precision.
 
+out/backbone.json: name, pretrained, and the sha256 of the weights' file; what uses the weights depends on it.
+"""
+
+import hashlib
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.params import Params
+from pipeline.params import Params, ParamsError
+from pipeline.paths import OUT, main_root, new_file
+
+RECORD = OUT / "backbone.json"
+
+
+def run(params: Params) -> None:
+    """Fetch the weights where open_clip knows them by a tag, check that they fit, and write out/backbone.json."""
+    record = params.backbone.model_dump() | {"sha256": _sha256(weights_file(params))}
+    _load(params)
+    with new_file(RECORD) as path:
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_file(params: Params) -> Path:
+    """The file of the weights: a local one (relative to the main repository), or open_clip's for a tag, which is
+    downloaded when it is not in its cache yet."""
+    name, pretrained = params.backbone.name, params.backbone.pretrained
+    if name == "tiny":
+        from heba.embedded.model import FOLDER
+
+        return FOLDER / "model.safetensors"
+    path = main_root() / pretrained
+    if path.is_file():
+        return path
+    from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
+
+    config = get_pretrained_cfg(name, pretrained)
+    if not config:
+        known = ", ".join(list_pretrained_tags_by_model(name)) or "none"
+        raise ParamsError(
+            f"backbone.pretrained: {pretrained!r} is neither a file under {main_root()} nor weights that "
+            f"open_clip has for {name}, which are: {known}"
+        )
+    return Path(download_pretrained(config))
+
+
+def _load(params: Params) -> tuple[Any, Callable[[list[str]], Tensor]]:
+    name = params.backbone.name
+    if name == "tiny":
+        from heba.embedded.model import load_tiny_clip
+
+        return load_tiny_clip()
+    import open_clip
+
+    if name.endswith(".json"):
+        open_clip.add_model_config(main_root() / name)
+        name = Path(name).stem
+    file = weights_file(params)
+    clip = open_clip.create_model(name, load_weights=False, pretrained=None)
+    load_weights(clip, file, name)
+    return clip, open_clip.get_tokenizer(name)
+
+
+def load_weights(clip: Any, file: Path, name: str) -> None:
+    """Load open_clip's or OpenAI's weights, safetensors or pickled; ValueError when they do not fit."""
+    import open_clip
+    from open_clip.transformer import QuickGELU
+
+    text = getattr(clip, "text", clip)
+    quick = isinstance(text.transformer.resblocks[0].mlp.gelu, QuickGELU)
+    try:
+        # OpenAI published its models as TorchScript archives, which hold no pickled objects.
+        state = torch.jit.load(file, map_location="cpu").state_dict() if is_torchscript(file) else None
+        if state is None:
+            open_clip.load_checkpoint(clip, str(file), weights_only=True)
+        else:
+            extra = ("input_resolution", "context_length", "vocab_size")
+            clip.load_state_dict({k: v.float() for k, v in state.items() if k not in extra})
+    except Exception as error:  # whatever is wrong with a file from outside
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{file}: not weights of {name}: {reason}") from None
+    if state is not None and not quick:
+        raise ParamsError(f"backbone.name: OpenAI's weights were trained with QuickGELU: use {name}-quickgelu")
+
+
+def is_torchscript(file: Path) -> bool:
+    """A zip archive with code in it, as torch.jit.save writes it."""
+    import zipfile
+
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return any(n.endswith("/constants.pkl") for n in archive.namelist())
 
 
 def load_backbone(params: Params) -> tuple[Any, Callable[[list[str]], Tensor]]:
-    """The model (fp32, eval mode, on the device of params) and its tokenizer."""
-    if params.backbone.name == "tiny":
-        from heba.embedded.model import load_tiny_clip
-
-        clip, tokenizer = load_tiny_clip()
-    else:
-        import open_clip
-
-        clip = open_clip.create_model(params.backbone.name, pretrained=params.backbone.pretrained)
-        tokenizer = open_clip.get_tokenizer(params.backbone.name)
+    """The model (fp32, eval mode, on the device of params) and its tokenizer; ValueError when the weights are not
+    those of out/backbone.json."""
+    file = main_root() / params.backbone.pretrained
+    if RECORD.is_file() and file.is_file() and _sha256(file) != json.loads(RECORD.read_text())["sha256"]:
+        raise ValueError(f"{file} is not the file of {RECORD}; run `dvc repro --force --single-item backbone`")
+    clip, tokenizer = _load(params)
     return clip.to(device(params)).eval(), tokenizer
 
 

@@ -34,7 +34,7 @@ def _params(dataset: str | None = None) -> Params:
 
 @app.command()
 def download(dataset: Dataset) -> None:
-    """Provide a data set's images under data_root and write its manifest."""
+    """Provide a data set's images under data.root and write its manifest."""
     from pipeline import download
 
     download.run(_params(dataset), dataset)
@@ -46,6 +46,15 @@ def split(dataset: Dataset, seed: Seed, source: Source = False) -> None:
     from pipeline import split
 
     split.run(_params(dataset), dataset, seed, source)
+
+
+@app.command()
+def backbone() -> None:
+    """Fetch and check the frozen CLIP's weights and record their hash."""
+    params = _params()
+    from pipeline import backbone
+
+    backbone.run(params)
 
 
 @app.command()

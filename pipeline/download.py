@@ -1,19 +1,22 @@
-"""Stage `download`: the images of one data set, outside DVC's cache, and a manifest that DVC tracks."""
+"""Stage `download`: the images of one data set, outside DVC's cache, and a manifest that DVC tracks.
+
+data/<suite>/<dataset>/    images/, split.json, descriptions.json
+data/archives/             archives that a user put there, and below, by data set, those that were fetched
+"""
 
 import hashlib
 import json
 import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock
 from tqdm import tqdm
 
 from pipeline.params import Params
-from pipeline.paths import OUT, data_folder, new_file, new_folder
-
-ARCHIVES = Path(__file__).parent / "archives.yaml"
+from pipeline.paths import OUT, data_folder, main_root, new_file, new_folder
 
 
 class DataError(ValueError):
@@ -39,50 +42,113 @@ def describe_folder(folder: Path) -> dict[str, Any]:
         "bytes": total,
         "images_sha256": digest.hexdigest(),
         "split_sha256": hashlib.sha256((folder / "split.json").read_bytes()).hexdigest(),
+        "descriptions_sha256": hashlib.sha256((folder / "descriptions.json").read_bytes()).hexdigest(),
     }
 
 
 def run(params: Params, dataset: str) -> None:
     """Provide the images of `dataset` and write out/download/<dataset>.json."""
-    folder = data_folder(params.data_root, params.suite, dataset)
-    if params.suite == "real":
-        raise DataError(needed_archives(dataset, folder))
-    from heba.embedded import suite
-
+    folder = data_folder(params.data.root, params.suite, dataset)
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Two experiments may ask for the same data set at the same time.
     with FileLock(folder.with_name(f".{dataset}.lock")):
-        info = suite.DATASETS[dataset]
-        with new_folder(folder) as temporary, tqdm(desc=f"draw {dataset}", delay=2, unit="image") as bar:
-            suite.generate(dataset, temporary, progress=bar.update)
-        manifest = {"dataset": dataset, "suite": params.suite, "title": info.title} | describe_folder(folder)
+        with new_folder(folder) as temporary:
+            if params.suite == "embedded":
+                title = _generate(dataset, temporary)
+            else:
+                title = _fetch(params, dataset, temporary)
+        manifest = {"dataset": dataset, "suite": params.suite, "title": title} | describe_folder(folder)
     with new_file(manifest_path(dataset)) as path:
         path.write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def needed_archives(dataset: str, folder: Path) -> str:
-    """What a user has to fetch by hand for a real benchmark, and where to put it."""
-    entry = yaml.safe_load(ARCHIVES.read_text())[dataset]
-    lines = [f"  {a['file']}  {a['url'] or '(no public address)'}" for a in entry["archives"]]
-    return (
-        f"{dataset}: this version does not fetch the real benchmarks yet. The data set needs\n"
-        + "\n".join(lines)
-        + f"\nunpacked under {folder} (images/ and a CoOp split.json). "
-        "`python -m pipeline preset demo` goes back to the embedded data."
-    )
+def _generate(dataset: str, folder: Path) -> str:
+    from heba.embedded import suite
+
+    with tqdm(desc=f"draw {dataset}", delay=2, unit="image") as bar:
+        suite.generate(dataset, folder, progress=bar.update)
+    (folder / "descriptions.json").write_text(json.dumps(suite.descriptions(dataset), indent=0) + "\n")
+    return suite.DATASETS[dataset].title
+
+
+def _fetch(params: Params, dataset: str, folder: Path) -> str:
+    from heba.data.benchmarks import prepare
+    from heba.data.fetch import FetchError, obtain
+
+    entry = catalog_entry(params, dataset)
+    archives = main_root() / params.data.root / "archives"
+    mirror = params.data.mirror
+    if mirror and "://" not in mirror:
+        mirror = str(main_root() / mirror)
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    say(f"{dataset}: terms: {entry.terms}")
+    check_disk(dataset, sum(file.size for file in entry.sources[0]), archives.parent, say)
+    try:
+        # The small files first: should they not be had, nothing big was fetched in vain.
+        ((_, descriptions),) = obtain([[entry.descriptions]], archives, dataset, mirror, say)
+        split = obtain([[entry.split]], archives, dataset, mirror, say)[0][1] if entry.split else None
+        files = obtain(entry.sources, archives, dataset, mirror, say)
+    except FetchError as error:
+        names = " or ".join(", ".join(file.file for file in files) for files in entry.sources)
+        how = f" To get it: {entry.account}." if entry.account else ""
+        raise DataError(
+            f"{dataset}: not all of its files can be had.{how} Put {names} into {archives / dataset} "
+            f"and run the stage again; they are checked and used without a network.\n{error}".rstrip()
+        ) from None
+    prepare(entry, files, split, descriptions, folder)
+    fetched = [path for _, path in files if path.is_relative_to(archives)]
+    say(f"{dataset}: the archives are needed no more and may be deleted: {', '.join(map(str, fetched))}")
+    return entry.title
+
+
+def catalog_entry(params: Params, dataset: str) -> Any:
+    """The catalogue's entry (heba.data.catalog.Benchmark) of a real benchmark."""
+    from heba.data.catalog import CATALOG, load_catalog
+
+    catalog = load_catalog(main_root() / params.data.catalog if params.data.catalog else CATALOG)
+    if dataset not in catalog:
+        raise DataError(f"{dataset}: not in the catalogue {params.data.catalog}, which has {', '.join(catalog)}")
+    return catalog[dataset]
+
+
+def template_of(params: Params, dataset: str) -> str:
+    """The prompt of a class without descriptions, with one {}."""
+    if params.suite == "real":
+        return catalog_entry(params, dataset).template
+    from heba.embedded import suite
+
+    return suite.DATASETS[dataset].template
+
+
+def check_disk(dataset: str, archive_bytes: int, folder: Path, say: Any) -> None:
+    """Say how much disk a data set takes; DataError when there is not as much."""
+    # Pictures hardly compress: the images take about as much as their archives.
+    needed = 2 * archive_bytes
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    say(f"{dataset}: needs about {needed / 1e9:.1f} GB under {folder}, where {free / 1e9:.1f} GB are free")
+    if free < needed:
+        raise DataError(
+            f"{dataset}: needs about {needed / 1e9:.1f} GB under {folder}, where {free / 1e9:.1f} GB are free; "
+            "make room, or set data.root in params.yaml to a folder on a bigger disk"
+        )
 
 
 def verified_folder(params: Params, dataset: str, images: bool = False) -> Path:
     """The data set's folder, after checking it against the manifest: the split file's hash, and with
     `images` the number of image files and their bytes."""
     manifest = json.loads(manifest_path(dataset).read_text())
-    folder = data_folder(params.data_root, params.suite, dataset)
+    folder = data_folder(params.data.root, params.suite, dataset)
     remedy = f"make it again with `dvc repro --force --single-item download@{dataset}`"
     split = folder / "split.json"
     if not split.is_file():
         raise DataError(f"{split} is missing, though its manifest is there; {remedy}")
-    if hashlib.sha256(split.read_bytes()).hexdigest() != manifest["split_sha256"]:
-        raise DataError(f"{split} is not the file of the manifest {manifest_path(dataset)}; {remedy}")
+    for file, key in ((split, "split_sha256"), (folder / "descriptions.json", "descriptions_sha256")):
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != manifest[key]:
+            raise DataError(f"{file} is not the file of the manifest {manifest_path(dataset)}; {remedy}")
     if images:
         sizes = [
             os.path.getsize(os.path.join(base, name))

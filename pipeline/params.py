@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline.paths import main_root
+
 PARAMS_FILE = Path("params.yaml")
 
 BENCHMARKS = (
@@ -69,9 +71,15 @@ class Transfer(_Strict):
     train: Train
 
 
+class Data(_Strict):
+    root: str
+    mirror: str | None
+    catalog: str | None
+
+
 class Params(_Strict):
     suite: Literal["embedded", "real"]
-    data_root: str
+    data: Data
     datasets: Annotated[list[str], Field(min_length=1)]
     seeds: Seeds
     shots: Count
@@ -184,8 +192,8 @@ def _impossible(raw: dict[str, Any]) -> list[str]:
                 problems.append(f"{key}.end: {end} is beyond the last layer, {depth}, of {name}")
             if isinstance(start, int) and isinstance(end, int) and start > end:
                 problems.append(f"{key}.start: {start} is above {key}.end {end}")
-    if name == "ViT-B-16" and pretrained == "openai":
-        problems.append("backbone.name: OpenAI's weights were trained with QuickGELU: use ViT-B-16-quickgelu")
+    if isinstance(name, str) and pretrained == "openai" and not name.endswith(("-quickgelu", ".json")):
+        problems.append(f"backbone.name: OpenAI's weights were trained with QuickGELU: use {name}-quickgelu")
     return problems
 
 
@@ -196,16 +204,26 @@ def backbone_depth(name: str) -> tuple[int | None, str | None]:
     """
     if name == "tiny":
         path = Path(__file__).parents[1] / "heba/embedded/tiny_clip/config.json"
+    elif name.endswith(".json"):
+        path = main_root() / name
+        if not path.is_file():
+            return None, f"there is no file {path}"
     else:
         spec = importlib.util.find_spec("open_clip")
         folder = Path(spec.origin if spec and spec.origin else "").parent / "model_configs"
         path = folder / f"{name}.json"
         if path.parent != folder or not path.is_file():
             return None, f"open_clip has no model {name!r}"
-    config = json.loads(path.read_text())
-    layers = [config.get(tower, {}).get("layers") for tower in ("vision_cfg", "text_cfg")]
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        return None, f"{path} is not JSON: {error}"
+    towers = ("vision_cfg", "text_cfg")
+    if not isinstance(config, dict) or not all(isinstance(config.get(tower), dict) for tower in towers):
+        return None, f"{path} is not a model config of open_clip: it needs vision_cfg and text_cfg"
+    layers = [config[tower].get("layers") for tower in towers]
     # open_clip's text config has 12 layers unless it says otherwise; a ResNet gives a list of layers.
     layers[1] = layers[1] or 12
-    if not all(isinstance(n, int) for n in layers) or "timm_model_name" in config.get("vision_cfg", {}):
+    if not all(isinstance(n, int) for n in layers) or "timm_model_name" in config["vision_cfg"]:
         return None, f"{name} has no plain vision transformer, which HeBA needs"
     return min(layers), None

@@ -20,10 +20,10 @@ from tqdm import tqdm
 from heba.evaluation import encode_images
 from heba.images import decode, resize_and_crop
 from heba.model import class_features, cut_after_eot, embed_tokens, run_text_blocks
-from heba.prompts import build_prompts, tokenize
+from heba.prompts import build_prompts, read_descriptions, tokenize
 from heba.splits import class_names, read_split
 from pipeline.backbone import device, load_backbone, use_bf16
-from pipeline.download import verified_folder
+from pipeline.download import template_of, verified_folder
 from pipeline.params import Params
 from pipeline.paths import OUT, new_folder
 
@@ -41,14 +41,12 @@ def run(params: Params, dataset: str) -> None:
     names = class_names(split)
     clip, tokenizer = load_backbone(params)
     with new_folder(folder_of(dataset)) as out:
-        _texts(params, dataset, names, clip, tokenizer, out)
+        _texts(params, dataset, names, data, clip, tokenizer, out)
         _images(params, split["test"], data / "images", clip, out)
 
 
-def _texts(params: Params, dataset: str, names: list[str], clip, tokenizer, out: Path) -> None:
-    from heba.embedded import suite
-
-    prompts = build_prompts(names, suite.descriptions(dataset), suite.DATASETS[dataset].template)
+def _texts(params: Params, dataset: str, names: list[str], data: Path, clip, tokenizer, out: Path) -> None:
+    prompts = build_prompts(names, read_descriptions(data / "descriptions.json"), template_of(params, dataset))
     if prompts.fallback:
         print(f"{dataset}: no description, template used: {', '.join(prompts.fallback)}", file=sys.stderr)
     tokens, cut = tokenize(prompts.texts, tokenizer)

@@ -1,0 +1,52 @@
+"""Archives to folders, refusing whatever would write outside of them."""
+
+import stat
+import tarfile
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from tqdm import tqdm
+
+
+class ArchiveError(ValueError):
+    """An archive that is damaged, or has a member that does not belong in a data set."""
+
+
+def unpack(archive: Path, folder: Path, inner: str | None = None) -> None:
+    """Unpack a tar (of any compression) or zip archive into `folder`; with `inner`, then unpack the archive of
+    that name in it, and remove it. Raises ArchiveError, naming the member, for paths or links out of `folder`
+    and for devices."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if zipfile.is_zipfile(archive):
+            _unpack_zip(archive, folder)
+        else:
+            with archive.open("rb") as stream:
+                unpack_tar(stream, folder, archive.name)
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ArchiveError(f"{archive}: {error}; delete it and run the stage again to fetch it anew") from None
+    if inner:
+        found = sorted(folder.rglob(inner))
+        if found:
+            unpack(found[0], found[0].parent)
+            found[0].unlink()
+
+
+def unpack_tar(stream: IO[bytes], folder: Path, title: str) -> None:
+    """Unpack the tar in `stream` into `folder`, under the rules of Python's "data" filter (PEP 706)."""
+    with tarfile.open(fileobj=stream, mode="r|*") as tar:
+        for member in tqdm(tar, desc=f"unpack {title}", unit="file", delay=2, mininterval=1):
+            tar.extract(member, folder, filter="data")
+
+
+def _unpack_zip(archive: Path, folder: Path) -> None:
+    with zipfile.ZipFile(archive) as file:
+        for member in tqdm(file.infolist(), desc=f"unpack {archive.name}", unit="file", delay=2, mininterval=1):
+            path = PurePosixPath(member.filename.replace("\\", "/"))
+            if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+                raise ArchiveError(f"{archive}: the member {member.filename!r} lies outside of the archive")
+            if stat.S_ISLNK(member.external_attr >> 16):
+                raise ArchiveError(f"{archive}: the member {member.filename!r} is a link")
+            file.extract(member, folder)
