@@ -22,6 +22,7 @@ Seed = Annotated[int, typer.Option(help="Seed of the few-shot sample and of the 
 Source = Annotated[
     bool, typer.Option("--source", help="For the transfer protocols: all classes of transfer.source.")
 ]
+FewShots = Annotated[int | None, typer.Option("--shots", help="For few_shot: images per class, all classes.")]
 
 
 def _params(dataset: str | None = None) -> Params:
@@ -30,6 +31,12 @@ def _params(dataset: str | None = None) -> Params:
     if dataset is not None and dataset not in known:
         raise ParamsError(f"--dataset {dataset}: not in params.yaml, which has {', '.join(known)}")
     return params
+
+
+def _few(source: bool, shots: int | None) -> int | None:
+    if shots is not None and (source or shots < 1):
+        raise ParamsError(f"--shots {shots}: must be at least 1, and does not go with --source")
+    return shots
 
 
 @app.command()
@@ -41,11 +48,11 @@ def download(dataset: Dataset) -> None:
 
 
 @app.command()
-def split(dataset: Dataset, seed: Seed, source: Source = False) -> None:
+def split(dataset: Dataset, seed: Seed, source: Source = False, shots: FewShots = None) -> None:
     """Draw CoOp's few-shot sample of a data set for a seed."""
     from pipeline import split
 
-    split.run(_params(dataset), dataset, seed, source)
+    split.run(_params(dataset), dataset, seed, source, _few(source, shots))
 
 
 @app.command()
@@ -67,12 +74,12 @@ def precompute(dataset: Dataset) -> None:
 
 
 @app.command()
-def train(dataset: Dataset, seed: Seed, source: Source = False) -> None:
-    """Train the adapters: on the base classes, or with --source on all classes of the source."""
+def train(dataset: Dataset, seed: Seed, source: Source = False, shots: FewShots = None) -> None:
+    """Train the adapters: on the base classes; with --source or --shots on all classes."""
     params = _params(dataset)
     from pipeline import train
 
-    train.run(params, dataset, seed, source)
+    train.run(params, dataset, seed, source, _few(source, shots))
 
 
 @app.command()
@@ -80,8 +87,9 @@ def evaluate(
     dataset: Dataset,
     seed: Seed,
     protocol: Annotated[
-        str, typer.Option(help="base_to_novel, cross_dataset or domain_generalization.")
+        str, typer.Option(help="base_to_novel, cross_dataset, domain_generalization or few_shot.")
     ] = "base_to_novel",
+    shots: FewShots = None,
 ) -> None:
     """Measure HeBA and zero-shot CLIP on a data set's test images."""
     params = _params(dataset)
@@ -89,7 +97,25 @@ def evaluate(
 
     if protocol not in EVALUATION_STAGES:
         raise ParamsError(f"--protocol {protocol}: not one of {', '.join(EVALUATION_STAGES)}")
-    evaluate.run(params, dataset, seed, protocol)
+    if (protocol == "few_shot") != (shots is not None):
+        raise ParamsError("--shots belongs to --protocol few_shot, and to no other")
+    evaluate.run(params, dataset, seed, protocol, _few(False, shots))
+
+
+@app.command()
+def protocols() -> None:
+    """Make the folders of all protocols' results, also of those that are switched off."""
+    from pipeline import paths
+
+    params = _params()
+    transfer = params.transfer
+    on = {
+        "base_to_novel": bool(params.seeds),
+        "cross_dataset": bool(transfer.seeds and transfer.targets),
+        "domain_generalization": bool(transfer.seeds and transfer.variants),
+        "few_shot": bool(params.few_shot.seeds and params.few_shot.datasets and params.few_shot.shots),
+    }
+    paths.mark_protocols(on)
 
 
 @app.command()
@@ -106,6 +132,12 @@ def report() -> None:
             evaluate_path("domain_generalization", d, s)
             for d in params.transfer.variants
             for s in params.transfer.seeds
+        ),
+        *(
+            evaluate_path("few_shot", d, s, k)
+            for d in params.few_shot.datasets
+            for s in params.few_shot.seeds
+            for k in params.few_shot.shots
         ),
     ]
     records = tables.load_records([path for path in wanted if path.exists()])

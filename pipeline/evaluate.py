@@ -1,4 +1,4 @@
-"""Stages `evaluate`, `evaluate-cross` and `evaluate-domain`: HeBA against zero-shot CLIP on the test images.
+"""The stages `evaluate*`: HeBA against zero-shot CLIP on the test images.
 
 Writes out/<stage>/<dataset>-<seed>.json, one record as `pipeline.report` reads it.
 """
@@ -22,19 +22,19 @@ from pipeline.precompute import folder_of
 from pipeline.train import adapter_sha256, train_folder
 
 
-def run(params: Params, dataset: str, seed: int, protocol: str) -> None:
+def run(params: Params, dataset: str, seed: int, protocol: str, shots: int | None = None) -> None:
     """Evaluate the training of `dataset`, or of the source in transfer, on `dataset`'s test images."""
-    source = protocol != "base_to_novel"
+    source = protocol in ("cross_dataset", "domain_generalization")
     adapter = params.transfer.adapter if source else params.adapter
-    trained = train_folder(dataset, seed, source)
+    trained = train_folder(dataset, seed, source, shots)
     data = folder_of(dataset)
     names = json.loads((data / "prompts.json").read_text(encoding="utf-8"))["class_names"]
     clip, _ = load_backbone(params)
     model, config = load_adapter(clip, trained)
     model.to(device(params)).eval()
     novel_scale = adapter.scale if adapter.scale_novel is None else adapter.scale_novel
-    if source:
-        # The target's classes are new to the source model, but the protocol has no scale of its own for them.
+    if protocol != "base_to_novel":
+        # In transfer the target's classes are new to the model, but the protocol has no scale of its own for them.
         groups = {"all": (range(len(names)), adapter.scale)}
     else:
         n_base = len(base_labels(len(names)))
@@ -50,17 +50,17 @@ def run(params: Params, dataset: str, seed: int, protocol: str) -> None:
         "seed": seed,
         "shots": config["shots"],
         "adapter_sha256": adapter_sha256(trained),
-        "scale_novel": None if source else novel_scale,
+        "scale_novel": novel_scale if protocol == "base_to_novel" else None,
         "groups": {
             group: compare(params, model, data, list(labels), names, scale)
             for group, (labels, scale) in groups.items()
         },
     }
-    if not source:
+    if protocol == "base_to_novel":
         for method in ("zero_shot", "heba"):
             accuracy = {g: record["groups"][g][method]["accuracy"] for g in ("base", "novel")}
             record[f"{method}_harmonic_mean"] = harmonic_mean(accuracy["base"], accuracy["novel"])
-    out = evaluate_path(protocol, dataset, seed)
+    out = evaluate_path(protocol, dataset, seed, shots)
     with new_file(out) as path:
         path.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     tracking.log_evaluation(record, trained)

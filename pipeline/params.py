@@ -30,7 +30,7 @@ VARIANTS = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
-Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Seeds = list[Annotated[int, Field(ge=0)]]
 
 
 class _Strict(BaseModel):
@@ -71,6 +71,12 @@ class Transfer(_Strict):
     train: Train
 
 
+class FewShot(_Strict):
+    datasets: list[str]
+    seeds: Seeds
+    shots: list[Count]
+
+
 class Data(_Strict):
     root: str
     mirror: str | None
@@ -89,6 +95,7 @@ class Params(_Strict):
     adapter: Adapter
     train: Train
     transfer: Transfer
+    few_shot: FewShot
 
 
 class ParamsError(ValueError):
@@ -146,9 +153,12 @@ def _impossible(raw: dict[str, Any]) -> list[str]:
     for keys, known in (
         (("datasets",), BENCHMARKS),
         (("transfer", "targets"), BENCHMARKS),
+        (("few_shot", "datasets"), BENCHMARKS),
         (("transfer", "variants"), VARIANTS),
         (("seeds",), None),
         (("transfer", "seeds"), None),
+        (("few_shot", "seeds"), None),
+        (("few_shot", "shots"), None),
     ):
         values, key = get(*keys), ".".join(keys)
         if not isinstance(values, list):
@@ -165,6 +175,11 @@ def _impossible(raw: dict[str, Any]) -> list[str]:
         if isinstance(targets, list):
             absent = [t for t in targets if t not in datasets]
             problems += [f"transfer.targets: {t!r} must be one of datasets" for t in absent]
+        few = get("few_shot", "datasets")
+        absent = [d for d in few if d not in datasets] if isinstance(few, list) else []
+        problems += [f"few_shot.datasets: {d!r} must be one of datasets" for d in absent]
+    if [get("seeds"), get("transfer", "seeds"), get("few_shot", "seeds")] == [[], [], []]:
+        problems.append("seeds, transfer.seeds, few_shot.seeds: all empty, so that no protocol is left")
     if isinstance(targets, list) and source in targets:
         problems.append(f"transfer.targets: {source!r} is the source")
     if get("transfer", "adapter", "scale_novel") is not None:

@@ -11,12 +11,24 @@ EVALUATION_STAGES = {
     "base_to_novel": "evaluate",
     "cross_dataset": "evaluate-cross",
     "domain_generalization": "evaluate-domain",
+    "few_shot": "evaluate-few",
 }
 
 
-def evaluate_path(protocol: str, dataset: str, seed: int) -> Path:
-    """The record that an evaluation writes."""
-    return OUT / EVALUATION_STAGES[protocol] / f"{dataset}-{seed}.json"
+def evaluate_path(protocol: str, dataset: str, seed: int, shots: int | None = None) -> Path:
+    """The record that an evaluation writes; `shots` for few_shot."""
+    name = f"{dataset}-{seed}.json" if shots is None else f"{dataset}-{shots}-{seed}.json"
+    return OUT / EVALUATION_STAGES[protocol] / name
+
+
+def mark_protocols(on: dict[str, bool]) -> None:
+    """Write out/<stage>/.protocol of every evaluation stage, "on" or "off".
+
+    The report depends on all their folders, and DVC refuses a dependency that does not exist.
+    """
+    for protocol, stage in EVALUATION_STAGES.items():
+        with new_file(OUT / stage / ".protocol") as path:
+            path.write_text("on\n" if on[protocol] else "off\n")
 
 
 def main_root() -> Path:

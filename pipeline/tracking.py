@@ -190,7 +190,7 @@ def find_or_create_run(store: Any, folder: Path) -> str:
 
 def evaluation_metrics(record: dict[str, Any]) -> dict[str, float]:
     """The metrics of an evaluation, by their names in MLflow."""
-    prefix = "" if record["protocol"] == "base_to_novel" else f"{record['dataset']}_"
+    prefix = "" if record["protocol"] in ("base_to_novel", "few_shot") else f"{record['dataset']}_"
     metrics = {
         f"{prefix}{method}_{group}": values[method]["accuracy"]
         for group, values in record["groups"].items()
@@ -246,14 +246,15 @@ def track(out: Path) -> int:
     from pipeline.train import train_folder
 
     store = client()
-    folders = sorted([*(out / "train").glob("*/config.json"), *(out / "train-source").glob("*/config.json")])
+    folders = sorted(out.glob("train*/*/config.json"))
     for path in folders:
         find_or_create_run(store, path.parent)
     records = sorted(out.glob("evaluate*/*.json"))
     for path in records:
         record = json.loads(path.read_text(encoding="utf-8"))
-        source = record["protocol"] != "base_to_novel"
-        run_id = find_or_create_run(store, train_folder(record["dataset"], record["seed"], source))
+        source = record["protocol"] in ("cross_dataset", "domain_generalization")
+        shots = record["shots"] if record["protocol"] == "few_shot" else None
+        run_id = find_or_create_run(store, train_folder(record["dataset"], record["seed"], source, shots))
         logged = store.get_run(run_id).data.metrics
         if any(logged.get(k) != v for k, v in evaluation_metrics(record).items()):
             _log_evaluation(store, run_id, record)

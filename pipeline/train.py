@@ -1,4 +1,4 @@
-"""Stages `train` and `train-source`: the adapters of one data set and seed.
+"""Stages `train`, `train-source` and `train-few`: the adapters of one data set and seed.
 
 out/train/<dataset>-<seed>/   adapter.safetensors, config.json, history.csv (epoch, loss, lr)
 """
@@ -28,7 +28,9 @@ from pipeline.precompute import folder_of
 from pipeline.split import split_path
 
 
-def train_folder(dataset: str, seed: int, source: bool) -> Path:
+def train_folder(dataset: str, seed: int, source: bool, shots: int | None = None) -> Path:
+    if shots is not None:
+        return OUT / "train-few" / f"{dataset}-{shots}-{seed}"
     return OUT / "train-source" / str(seed) if source else OUT / "train" / f"{dataset}-{seed}"
 
 
@@ -57,15 +59,16 @@ def checkpoint_path(inputs: dict[str, Any], files: list[Path]) -> Path:
     return main_root() / ".heba" / "checkpoints" / f"{digest.hexdigest()[:32]}.safetensors"
 
 
-def run(params: Params, dataset: str, seed: int, source: bool) -> None:
-    """Train on the base classes of `dataset`, or with `source` on all classes for the transfer protocols."""
+def run(params: Params, dataset: str, seed: int, source: bool, shots: int | None = None) -> None:
+    """Train on the base classes of `dataset`; with `source` on all classes for the transfer protocols, with
+    `shots` on all classes for few_shot."""
     adapter, settings = (
         (params.transfer.adapter, params.transfer.train) if source else (params.adapter, params.train)
     )
     images_folder = verified_folder(params, dataset) / "images"
-    split = read_split(split_path(dataset, seed, source))
+    split = read_split(split_path(dataset, seed, source, shots))
     names = class_names(split)
-    labels = range(len(names)) if source else base_labels(len(names))
+    labels = range(len(names)) if source or shots else base_labels(len(names))
     train_items = select_classes(split, labels)["train"]
     where = device(params)
     clip, _ = load_backbone(params)
@@ -80,16 +83,16 @@ def run(params: Params, dataset: str, seed: int, source: bool) -> None:
     inputs = {
         "dataset": dataset,
         "seed": seed,
-        "shots": params.shots,
+        "shots": shots or params.shots,
         "suite": params.suite,
-        "protocol": "transfer" if source else "base_to_novel",
+        "protocol": "transfer" if source else "few_shot" if shots else "base_to_novel",
         "backbone": params.backbone.model_dump(),
         "adapter": adapter.model_dump(exclude={"scale_novel"}),
         "train": settings.model_dump(),
         "bf16": use_bf16(params),
     }
     checkpoint = checkpoint_path(
-        inputs, [split_path(dataset, seed, source), folder_of(dataset) / "text.safetensors"]
+        inputs, [split_path(dataset, seed, source, shots), folder_of(dataset) / "text.safetensors"]
     )
     if len(images) < settings.batch_size:
         print(f"{dataset}: {len(images)} images, less than train.batch_size: one batch of all", file=sys.stderr)
@@ -114,14 +117,14 @@ def run(params: Params, dataset: str, seed: int, source: bool) -> None:
                 progress=bar.update,
             )
         config = inputs | {"class_names": [names[i] for i in labels]}
-        with new_folder(train_folder(dataset, seed, source)) as out:
+        with new_folder(train_folder(dataset, seed, source, shots)) as out:
             save_adapter(model, out, config)
             pd.DataFrame(history).to_csv(out / "history.csv", index=False)
     except BaseException:
         tracker.fail()
         raise
     checkpoint.unlink(missing_ok=True)
-    tracker.finish(train_folder(dataset, seed, source))
+    tracker.finish(train_folder(dataset, seed, source, shots))
 
 
 def adapter_sha256(folder: Path) -> str:

@@ -27,6 +27,7 @@ PROTOCOLS = {
     "base_to_novel": "Base-to-novel generalisation",
     "cross_dataset": "Cross-data-set transfer",
     "domain_generalization": "Domain generalisation",
+    "few_shot": "Few-shot learning, all classes",
 }
 # Fixed, so that dvc.yaml can list them; a protocol without results says so in its files.
 FILES = ["README.md", "index.html", "metrics.json"] + [f"{p}.{e}" for p in PROTOCOLS for e in ("md", "csv", "tex")]
@@ -38,12 +39,16 @@ def numeric(records: list[Record], protocol: str) -> pd.DataFrame:
         return pd.DataFrame()
     if protocol == "base_to_novel":
         return tables.base_to_novel_table(records)
+    if protocol == "few_shot":
+        return tables.few_shot_table(records)
     return tables.transfer_table(records, protocol)
 
 
 def displayed(table: pd.DataFrame, protocol: str, embedded: bool) -> pd.DataFrame:
     if protocol == "base_to_novel":
         return tables.display_base_to_novel(table, embedded)
+    if protocol == "few_shot":
+        return tables.display_few_shot(table, embedded)
     return tables.display_transfer(table, embedded)
 
 
@@ -76,6 +81,31 @@ def bars(table: pd.DataFrame, columns: list[tuple[str, str]], embedded: bool, la
     axes.axhline(0, color="black", linewidth=0.6)
     if len(columns) > 1:
         axes.legend(ncols=2, fontsize="small")
+    return png(figure)
+
+
+def curves(table: pd.DataFrame, embedded: bool) -> str:
+    """Accuracy over the number of shots, a small plot per row of `table`, with zero-shot CLIP at 0."""
+    shots = tables.shots_of(table)
+    columns = min(4, len(table))
+    rows = -(-len(table) // columns)
+    figure = Figure(figsize=(9, 2.4 * rows), layout="constrained")
+    plots = figure.subplots(rows, columns, squeeze=False).flat
+    for (dataset, row), axes in zip(table.iterrows(), plots, strict=False):
+        values = [row["zero_shot"], *(row[f"heba_{k}"] for k in shots)]
+        spread = [0.0, *(row[f"heba_{k}_std"] for k in shots)]
+        axes.errorbar([0, *shots], values, yerr=[0 if pd.isna(s) else s for s in spread], marker="o", markersize=3)
+        axes.axhline(row["zero_shot"], color="grey", linestyle=":", linewidth=1)
+        axes.set_title(tables.row_title(str(dataset), table, embedded), fontsize="small")
+        axes.set_xticks([0, *shots])
+    for axes in list(plots):
+        axes.set_axis_off()
+    figure.supxlabel("shots (0: CLIP)", fontsize="small")
+    figure.supylabel("accuracy, %", fontsize="small")
+    return png(figure)
+
+
+def png(figure: Figure) -> str:
     buffer = io.BytesIO()
     # The library's version would change the bytes of the report.
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
@@ -91,6 +121,8 @@ def figures(table: pd.DataFrame, protocol: str, embedded: bool) -> list[str]:
             bars(table, columns, embedded, "accuracy, %"),
             bars(table, gains, embedded, "HeBA minus CLIP, points"),
         ]
+    if protocol == "few_shot":
+        return [curves(table, embedded)]
     return [bars(table, [("zero_shot", "CLIP"), ("heba", "HeBA")], embedded, "accuracy, %")]
 
 
@@ -137,6 +169,7 @@ def render_report(records: list[Record], out: Path, published: bool) -> None:
         shown = displayed(table, protocol, embedded)
         below = notes(table, protocol, embedded)
         other = pd.DataFrame(tables.published_rows(protocol, ["Base", "Novel", "H"])) if published else None
+        other = None if other is None or other.empty else other
         # Markdown reads "* " at the start of a line as a bullet.
         text = [
             shown.to_markdown(index=False, disable_numparse=True),

@@ -37,9 +37,15 @@ COMPLETE = {
     "base_to_novel": list(TITLES)[:11],
     "cross_dataset": list(TITLES)[1:11],
     "domain_generalization": list(TITLES)[11:],
+    "few_shot": list(TITLES)[:11],
 }
 METHODS = ("zero_shot", "heba")
-GROUPS = {"base_to_novel": ("base", "novel"), "cross_dataset": ("all",), "domain_generalization": ("all",)}
+GROUPS = {
+    "base_to_novel": ("base", "novel"),
+    "cross_dataset": ("all",),
+    "domain_generalization": ("all",),
+    "few_shot": ("all",),
+}
 PUBLISHED = Path(__file__).with_name("published.yaml")
 
 
@@ -81,13 +87,13 @@ def load_records(paths: Iterable[Path]) -> list[Record]:
         if records and record["suite"] != records[0]["suite"]:
             raise ValueError(f"{path}: key 'suite': {record['suite']!r}, but {records[0]['suite']!r} in others")
         records.append(record)
-    return sorted(records, key=lambda r: (r["protocol"], ORDER[r["dataset"]], r["seed"]))
+    return sorted(records, key=lambda r: (r["protocol"], ORDER[r["dataset"]], r["shots"], r["seed"]))
 
 
 def accuracies(records: list[Record], protocol: str) -> pd.DataFrame:
-    """One row per record of `protocol`: dataset, seed and an accuracy column `<method>_<group>` each."""
+    """One row per record of `protocol`: dataset, shots, seed and an accuracy column `<method>_<group>` each."""
     rows = [
-        {"dataset": r["dataset"], "seed": r["seed"]}
+        {"dataset": r["dataset"], "shots": r["shots"], "seed": r["seed"]}
         | {f"{m}_{g}": v[m]["accuracy"] for g, v in r["groups"].items() for m in METHODS}
         for r in records
         if r["protocol"] == protocol
@@ -155,6 +161,36 @@ def transfer_table(records: list[Record], protocol: str) -> pd.DataFrame:
     return table[["zero_shot", "heba", "heba_std", "difference", "seeds"]].rename_axis("dataset")
 
 
+def few_shot_table(records: list[Record]) -> pd.DataFrame:
+    """Rows: data sets and `average`. Columns: zero_shot, heba_<k> and heba_<k>_std for every number of shots k,
+    and seeds, the fewest over k. The average of a k that a data set lacks is NaN."""
+    data = accuracies(records, "few_shot")
+    means = data.pivot_table(index="dataset", columns="shots", values="heba_all", aggfunc="mean")
+    stds = data.pivot_table(index="dataset", columns="shots", values="heba_all", aggfunc=_std, dropna=False)
+    counts = data.pivot_table(index="dataset", columns="shots", values="heba_all", aggfunc="size", fill_value=0)
+    table = pd.DataFrame({"zero_shot": data.groupby("dataset")["zero_shot_all"].mean()})
+    for k in means.columns:
+        table[f"heba_{k}"], table[f"heba_{k}_std"] = means[k], stds[k]
+    table["seeds"] = counts.min(axis=1).astype(float)
+    table = table.loc[sorted(table.index, key=ORDER.__getitem__)]
+    average = table.mean(skipna=False)
+    for k in means.columns:
+        part = data[data["shots"] == k]
+        complete = len(part) == len(table) * part["seed"].nunique()
+        average[f"heba_{k}_std"] = _std(part.groupby("seed")["heba_all"].mean()) if complete else float("nan")
+    table.loc["average"] = average
+    return table.rename_axis("dataset")
+
+
+def _std(values: "pd.Series[float]") -> float:
+    return float(values.std(ddof=1))
+
+
+def shots_of(table: pd.DataFrame) -> list[int]:
+    """The numbers of shots of a few_shot table."""
+    return [int(c.split("_")[1]) for c in table.columns if c.startswith("heba_") and not c.endswith("_std")]
+
+
 def incomplete(table: pd.DataFrame) -> list[str]:
     """Data sets of a table that have fewer seeds than the fullest one."""
     seeds = table["seeds"].drop("average")
@@ -170,6 +206,8 @@ def row_title(dataset: str, table: pd.DataFrame, embedded: bool) -> str:
 
 def number(mean: float, std: float | None = None, sign: bool = False) -> str:
     """ "61.20", "61.20 ± 0.50" or "+3.10"."""
+    if pd.isna(mean):
+        return ""
     text = f"{mean:+.2f}" if sign else f"{mean:.2f}"
     return text if std is None or pd.isna(std) else f"{text} ± {std:.2f}"
 
@@ -223,5 +261,14 @@ def display_transfer(table: pd.DataFrame, embedded: bool) -> pd.DataFrame:
             "HeBA": number(row["heba"], row["heba_std"]),
             "Δ": number(row["difference"], sign=True),
         }
+        for dataset, row in table.iterrows()
+    )
+
+
+def display_few_shot(table: pd.DataFrame, embedded: bool) -> pd.DataFrame:
+    """The table as text."""
+    return pd.DataFrame(
+        {"Data set": row_title(str(dataset), table, embedded), "CLIP": number(row["zero_shot"])}
+        | {f"HeBA, {k} shots": number(row[f"heba_{k}"], row[f"heba_{k}_std"]) for k in shots_of(table)}
         for dataset, row in table.iterrows()
     )

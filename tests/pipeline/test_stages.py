@@ -39,6 +39,7 @@ def repo(tmp_path_factory):
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params |= {"datasets": ["imagenet", "dtd"], "seeds": [1], "shots": 2}
     params["train"] |= {"epochs": 2, "batch_size": 4}
+    params["few_shot"] |= {"datasets": ["dtd"], "shots": [1]}
     params["transfer"] |= {"targets": ["dtd"], "variants": ["imagenet_a"]}
     params["transfer"]["train"] |= {"epochs": 1, "batch_size": 4}
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
@@ -58,7 +59,7 @@ def repo(tmp_path_factory):
 
 def test_repro_makes_the_report_and_does_nothing_the_second_time(repo):
     metrics = json.loads((repo / "reports" / "metrics.json").read_text())
-    assert set(metrics) == {"base_to_novel", "cross_dataset", "domain_generalization"}
+    assert set(metrics) == {"base_to_novel", "cross_dataset", "domain_generalization", "few_shot"}
     again = pipeline(repo, "dvc", "repro")
     assert "up to date" in again.stdout
     assert "Running stage" not in again.stdout
@@ -101,7 +102,7 @@ def test_late_tracking_fills_an_empty_store(repo, tmp_path):
 
     client = MlflowClient(uri)
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
-    assert len(runs) == 3
+    assert len(runs) == 4
     assert all("loss" in r.data.metrics for r in runs)
 
 
