@@ -27,6 +27,11 @@ PER_CLASS = {"train": 2, "val": 1, "test": 1}
 Files = dict[str, bytes]
 
 
+def load_names() -> list[str]:
+    """The data sets of the catalogue."""
+    return list(yaml.safe_load(CATALOG.read_text()))
+
+
 def jpeg(label: int) -> bytes:
     """A small picture whose colours tell the class."""
     rng = np.random.default_rng(label)

@@ -49,6 +49,23 @@ def test_transfer_by_hand():
     assert "±" not in tables.display_transfer(table, True).to_string()
 
 
+def test_few_shot_by_hand():
+    def few(dataset, seed, shots, heba):
+        return record(dataset, seed, (40.0,), (heba,), "few_shot") | {"shots": shots}
+
+    records = [few("dtd", 1, 1, 50.0), few("dtd", 2, 1, 54.0), few("dtd", 1, 16, 80.0), few("dtd", 2, 16, 80.0)]
+    records += [few("eurosat", 1, 1, 60.0), few("eurosat", 2, 1, 60.0), few("eurosat", 1, 16, 90.0)]
+    table = tables.few_shot_table(records)
+    assert tables.shots_of(table) == [1, 16]
+    assert table.loc["dtd", "heba_1"] == 52
+    assert table.loc["dtd", "heba_1_std"] == pytest.approx(8**0.5)
+    assert table.loc["average", "heba_1"] == 56
+    assert table.loc["average", "heba_1_std"] == pytest.approx(2**0.5)
+    assert table.loc["average", "heba_16"] == 85
+    assert tables.incomplete(table) == ["eurosat"]
+    assert table.isna().loc["average", "heba_16_std"]
+
+
 def test_a_missing_seed_is_named_and_the_average_says_over_how_many():
     table = tables.base_to_novel_table(RECORDS[:3])
     assert tables.incomplete(table) == ["eurosat"]
