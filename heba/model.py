@@ -323,10 +323,18 @@ def load_adapter_tensors(model: AdaptedCLIP, tensors: dict[str, Tensor], source:
     model.adapters.load_state_dict(tensors)
 
 
-def save_adapter(model: AdaptedCLIP, folder: Path, config: dict[str, Any]) -> None:
-    """Write the adapters (safetensors, official parameter names) and `config` (JSON) into `folder`."""
+def save_adapter(
+    model: AdaptedCLIP, folder: Path, config: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> None:
+    """Write the adapters (safetensors in `dtype`, official parameter names) and `config` (JSON) into `folder`.
+
+    ValueError when a value does not fit into `dtype`; nothing is written then.
+    """
+    tensors = {k: v.detach().cpu().to(dtype).contiguous() for k, v in model.adapters.state_dict().items()}
+    overflowed = [k for k, v in tensors.items() if not v.isfinite().all()]
+    if overflowed:
+        raise ValueError(f"{', '.join(overflowed)}: not finite as {dtype}; save the adapters in fp32")
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.adapters.state_dict().items()}
     config = {
         "start": model.start,
         "end": model.end,
@@ -346,5 +354,6 @@ def load_adapter(clip: Any, folder: Path) -> tuple[AdaptedCLIP, dict[str, Any]]:
     """Attach the adapters saved in `folder` to `clip`; returns the model and the saved config."""
     config = json.loads((folder / CONFIG_FILE).read_text())
     model = AdaptedCLIP(clip, config["start"], config["end"], config["scale"], config["ratio"])
-    load_adapter_tensors(model, load_file(folder / ADAPTER_FILE), str(folder / ADAPTER_FILE))
+    tensors = {k: v.float() for k, v in load_file(folder / ADAPTER_FILE).items()}
+    load_adapter_tensors(model, tensors, str(folder / ADAPTER_FILE))
     return model, config

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heba.images import CLIP_MEAN, CLIP_STD
 from pipeline.params import Params, ParamsError
 from pipeline.paths import OUT, main_root, new_file
 
@@ -51,6 +52,8 @@ def weights_file(params: Params) -> Path:
             f"backbone.pretrained: {pretrained!r} is neither a file under {main_root()} nor weights that "
             f"open_clip has for {name}, which are: {known}"
         )
+    if (tuple(config["mean"] or CLIP_MEAN), tuple(config["std"] or CLIP_STD)) != (CLIP_MEAN, CLIP_STD):
+        raise ParamsError(f"backbone: {name} {pretrained} normalises images in another way than OpenAI's CLIP")
     return Path(download_pretrained(config))
 
 

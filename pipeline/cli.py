@@ -147,6 +147,19 @@ def report() -> None:
 
 
 @app.command()
+def cost(
+    tflops: Annotated[float, typer.Option(min=0.001, help="Sustained arithmetic of the device, TFLOP/s.")] = 60.0,
+    overhead_ms: Annotated[float, typer.Option(min=0, help="Launches and Python of one training step.")] = 20.0,
+    text_length: Annotated[int, typer.Option(min=2, max=77, help="Tokens of a prompt.")] = 32,
+) -> None:
+    """Estimate compute and disk of params.yaml on the real benchmarks; nothing is run or fetched."""
+    params = _params()
+    from pipeline import cost
+
+    print(cost.markdown(params, tflops, overhead_ms, text_length))
+
+
+@app.command()
 def preset(
     name: Annotated[str, typer.Argument(help="demo (embedded data, the committed one) or paper.")],
 ) -> None:

@@ -118,7 +118,8 @@ def run(params: Params, dataset: str, seed: int, source: bool, shots: int | None
             )
         config = inputs | {"class_names": [names[i] for i in labels]}
         with new_folder(train_folder(dataset, seed, source, shots)) as out:
-            save_adapter(model, out, config)
+            dtype = torch.float16 if params.adapter_dtype == "fp16" else torch.float32
+            save_adapter(model, out, config, dtype)
             pd.DataFrame(history).to_csv(out / "history.csv", index=False)
     except BaseException:
         tracker.fail()

@@ -103,3 +103,24 @@ def test_no_batch_class_is_missing_or_doubled():
 def test_a_class_without_prompts_is_an_error():
     with pytest.raises(ValueError, match=r"\[1\] have no prompt"):
         class_features(torch.randn(2, 4), torch.tensor([0, 2]), 3)
+
+
+def test_half_precision_on_disk(tmp_path):
+    from heba.embedded.model import load_tiny_clip
+
+    clip, _ = load_tiny_clip()
+    model = AdaptedCLIP(clip, 1, 2, 0.1)
+    for name, dtype in (("full", torch.float32), ("half", torch.float16)):
+        save_adapter(model, tmp_path / name, {}, dtype)
+    size = {name: (tmp_path / name / "adapter.safetensors").stat().st_size for name in ("full", "half")}
+    assert size["half"] < 0.6 * size["full"]
+    wanted = {k: v.clone() for k, v in model.adapters.state_dict().items()}
+    loaded, _ = load_adapter(load_tiny_clip()[0], tmp_path / "half")
+    for name, value in loaded.adapters.state_dict().items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, wanted[name], rtol=1e-3, atol=1e-7)
+    with torch.no_grad():
+        next(model.adapters.parameters()).flatten()[0] = 1e6
+    with pytest.raises(ValueError, match="fp32"):
+        save_adapter(model, tmp_path / "overflow", {}, torch.float16)
+    assert not (tmp_path / "overflow").exists()

@@ -1,0 +1,47 @@
+"""`python -m benchmarks.adapter_dtype`: are the predictions of adapters that were rounded to fp16 the same?
+
+Reads params.yaml and out/, so run it after `dvc repro` with `adapter_dtype: fp32`; compares the confusion matrices
+of base_to_novel with and without rounding. (After a repro with fp16 both are the rounded ones.)
+"""
+
+import json
+
+import torch
+
+from heba.model import load_adapter
+from heba.splits import base_labels
+from pipeline.backbone import device, load_backbone
+from pipeline.evaluate import compare
+from pipeline.params import ParamsError, load_params
+from pipeline.precompute import folder_of
+from pipeline.train import train_folder
+
+
+def main() -> None:
+    params = load_params()
+    if params.adapter_dtype != "fp32":
+        raise ParamsError("adapter_dtype: run `dvc repro` with fp32 first, else both sides are rounded")
+    differ, worst, n = 0, 0.0, 0
+    for dataset in params.datasets:
+        for seed in params.seeds:
+            data = folder_of(dataset)
+            names = json.loads((data / "prompts.json").read_text(encoding="utf-8"))["class_names"]
+            n_base = len(base_labels(len(names)))
+            groups = [list(range(n_base)), list(range(n_base, len(names)))]
+            # Adapters stay hooked to the model that they were attached to, so each takes a new one.
+            clip, _ = load_backbone(params)
+            model = load_adapter(clip, train_folder(dataset, seed, False))[0].to(device(params)).eval()
+            full = [compare(params, model, data, g, names, params.adapter.scale)["heba"] for g in groups]
+            with torch.no_grad():
+                for p in model.adapters.parameters():
+                    p.copy_(p.half())
+            half = [compare(params, model, data, g, names, params.adapter.scale)["heba"] for g in groups]
+            for a, b in zip(full, half, strict=True):
+                n += 1
+                differ += a["confusion"] != b["confusion"]
+                worst = max(worst, abs(a["accuracy"] - b["accuracy"]))
+    print(f"{n} test sets; {differ} with another confusion matrix; accuracy differs by at most {worst:.2f} points")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""`python -m pipeline cost`: an estimate of the compute and disk that params.yaml needs on the real benchmarks.
+
+The operations of one image and of one prompt, forward and in training, are counted by torch while our own model
+runs on one of each. Everything else is products of counts in params.yaml and the catalogue:
+
+    step      = (batch * image_train + prompts per step * text_train) / throughput + overhead
+    training  = epochs * steps per epoch * step
+    test pass = (test images * image + 20 prompts per class * text) / throughput, once per training
+                and once more per data set for zero-shot CLIP
+"""
+
+import logging
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from heba.data.catalog import Benchmark, load_catalog
+from heba.model import AdaptedCLIP
+from heba.splits import base_labels
+from pipeline.params import Adapter, Params, ParamsError, Train
+
+PROMPTS_PER_CLASS = 20
+
+
+class Flops(NamedTuple):
+    """Operations of one image and one prompt: in a test pass, and with the backward in a training step."""
+
+    image: int
+    text: int
+    image_train: int
+    text_train: int
+
+
+def count_flops(model: AdaptedCLIP, text_length: int) -> Flops:
+    """Run `model` on one image and one prompt of `text_length` tokens and count."""
+    text = getattr(model.clip, "text", model.clip)
+    size = model.clip.visual.image_size
+    height, width = size if isinstance(size, tuple) else (size, size)
+    tokens = torch.zeros(1, text.context_length, dtype=torch.long)
+    tokens[0, text_length - 1] = text.token_embedding.num_embeddings - 1
+    image = torch.zeros(1, 3, height, width)
+
+    def count(encode: Any, value: torch.Tensor, train: bool) -> int:
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
+            features = encode(value, model.scale)
+            if train:
+                features.sum().backward()
+        return int(counter.get_total_flops())
+
+    return Flops(
+        count(model.encode_image, image, False),
+        count(model.encode_text, tokens, False),
+        count(model.encode_image, image, True),
+        count(model.encode_text, tokens, True),
+    )
+
+
+def training_steps(n_images: int, train: Train) -> int:
+    return train.epochs * max(1, n_images // train.batch_size)
+
+
+def prompts_per_step(n_classes: int, train: Train) -> int:
+    """At most: each image of a batch may be of another class."""
+    return n_classes if train.neg_ratio == 0 else min(n_classes, train.batch_size * (1 + train.neg_ratio))
+
+
+def table(params: Params, tflops: float, overhead_ms: float, text_length: int) -> pd.DataFrame:
+    """A row per protocol: trainings, hours of training and of test passes, GB of adapters."""
+    import open_clip
+
+    if params.suite != "real" or params.backbone.name == "tiny":
+        raise ParamsError("suite: cost is for the real benchmarks; try it after `python -m pipeline preset paper`")
+    catalog = load_catalog()
+    name = params.backbone.name
+    logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of random weights; counting needs no others
+    rows: dict[str, dict[str, float]] = {}
+
+    def add(
+        protocol: str,
+        adapter: Adapter,
+        train: Train,
+        trainings: list[tuple[int, int]],
+        tests: list[Benchmark],
+    ) -> None:
+        """`trainings`: (classes, shots) of each; `tests`: the data set of each test pass."""
+        clip = open_clip.create_model(name, load_weights=False, pretrained=None)
+        model = AdaptedCLIP(clip, adapter.start, adapter.end, adapter.scale, adapter.ratio)
+        flops = count_flops(model, text_length)
+        per_second = tflops * 1e12
+        seconds = sum(
+            training_steps(classes * shots, train)
+            * (
+                (train.batch_size * flops.image_train + prompts_per_step(classes, train) * flops.text_train)
+                / per_second
+                + overhead_ms / 1e3
+            )
+            for classes, shots in trainings
+        )
+        tested = sum(b.counts.test * flops.image + PROMPTS_PER_CLASS * b.classes * flops.text for b in tests)
+        parameters = sum(p.numel() for p in model.adapters.parameters())
+        size = 2 if params.adapter_dtype == "fp16" else 4
+        rows[protocol] = {
+            "Trainings": len(trainings),
+            "Steps": sum(training_steps(c * s, train) for c, s in trainings),
+            "Training, h": seconds / 3600,
+            "Test passes, h": tested / per_second / 3600,
+            "Adapters, GB": len(trainings) * parameters * size / 1e9,
+        }
+
+    sets = [catalog[name] for name in params.datasets]
+    few = [catalog[name] for name in params.few_shot.datasets]
+    if params.seeds:
+        add(
+            "base_to_novel",
+            params.adapter,
+            params.train,
+            [(len(base_labels(b.classes)), params.shots) for b in sets for _ in params.seeds],
+            [b for b in sets for _ in params.seeds],
+        )
+    if params.transfer.seeds:
+        targets = [catalog[name] for name in [*params.transfer.targets, *params.transfer.variants]]
+        add(
+            "cross_dataset and domain_generalization",
+            params.transfer.adapter,
+            params.transfer.train,
+            [(catalog[params.transfer.source].classes, params.shots) for _ in params.transfer.seeds],
+            [b for b in targets for _ in params.transfer.seeds],
+        )
+    if params.few_shot.seeds and few and params.few_shot.shots:
+        runs = [(b, shots) for b in few for shots in params.few_shot.shots for _ in params.few_shot.seeds]
+        add("few_shot", params.adapter, params.train, [(b.classes, s) for b, s in runs], [b for b, _ in runs])
+    frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("Protocol")
+    frame.loc["total"] = frame.sum()
+    return frame.astype({"Trainings": int, "Steps": int})
+
+
+def disk(params: Params) -> dict[str, float]:
+    """GB of what is fetched (unpacked it is about the same again) and of the packed test images."""
+    catalog = load_catalog()
+    names = dict.fromkeys([*params.datasets, *params.transfer.variants])
+    return {
+        "archives": sum(file.size for n in names for file in catalog[n].sources[0]) / 1e9,
+        "packed test images": sum(catalog[n].counts.test for n in names) * 3 * 224 * 224 / 1e9,
+    }
+
+
+def markdown(params: Params, tflops: float, overhead_ms: float, text_length: int) -> str:
+    """The estimate as Markdown, with its assumptions."""
+    frame = table(params, tflops, overhead_ms, text_length)
+    sizes = disk(params)
+    return (
+        f"An estimate, not a measurement: {tflops:g} TFLOP/s, {overhead_ms:g} ms overhead a step, "
+        f"{text_length} tokens a prompt.\n\n"
+        + frame.astype(object).to_markdown(floatfmt=".1f")
+        + f"\n\nDisk besides the adapters: archives {sizes['archives']:.0f} GB and about as much again unpacked, "
+        f"packed test images {sizes['packed test images']:.0f} GB."
+    )

@@ -1,0 +1,32 @@
+"""The estimate of what the paper preset needs."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pipeline.cli import app
+from pipeline.params import ParamsError
+
+PAPER = Path(__file__).parents[2] / "pipeline" / "presets" / "paper.yaml"
+
+
+def test_the_paper_preset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text(PAPER.read_text())
+    result = CliRunner().invoke(app, ["cost"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    rows = {
+        line.split("|")[1].strip(): line.split("|")[2:-1] for line in result.output.splitlines() if "|" in line
+    }
+    trainings, _, _, _, gigabytes = (float(v) for v in rows["base_to_novel"])
+    assert trainings == 33
+    assert gigabytes == pytest.approx(33 * 87_158_016 * 2 / 1e9, abs=0.05)
+    assert float(rows["total"][0]) == sum(
+        float(v[0]) for k, v in rows.items() if k not in ("Protocol", "total") and ":" not in k
+    )
+
+
+def test_the_embedded_suite_is_refused():
+    with pytest.raises(ParamsError, match="preset paper"):
+        CliRunner().invoke(app, ["cost"], catch_exceptions=False)
