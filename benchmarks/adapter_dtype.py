@@ -10,7 +10,7 @@ import torch
 
 from heba.model import load_adapter
 from heba.splits import base_labels
-from pipeline.backbone import device, load_backbone
+from pipeline.backbone import device, load_backbone, use_bf16
 from pipeline.evaluate import compare
 from pipeline.params import ParamsError, load_params
 from pipeline.precompute import folder_of
@@ -27,16 +27,18 @@ def main() -> None:
             data = folder_of(dataset)
             names = json.loads((data / "prompts.json").read_text(encoding="utf-8"))["class_names"]
             n_base = len(base_labels(len(names)))
-            groups = [list(range(n_base)), list(range(n_base, len(names)))]
+            scale, where, bf16 = params.adapter.scale, device(params), use_bf16(params)
+            groups = {"base": (range(n_base), scale), "novel": (range(n_base, len(names)), scale)}
             # Adapters stay hooked to the model that they were attached to, so each takes a new one.
             clip, _ = load_backbone(params)
-            model = load_adapter(clip, train_folder(dataset, seed, False))[0].to(device(params)).eval()
-            full = [compare(params, model, data, g, names, params.adapter.scale)["heba"] for g in groups]
+            model = load_adapter(clip, train_folder(dataset, seed, False))[0].to(where).eval()
+            full = compare(model, data, names, groups, where, bf16)
             with torch.no_grad():
                 for p in model.adapters.parameters():
                     p.copy_(p.half())
-            half = [compare(params, model, data, g, names, params.adapter.scale)["heba"] for g in groups]
-            for a, b in zip(full, half, strict=True):
+            half = compare(model, data, names, groups, where, bf16)
+            for group in groups:
+                a, b = full[group]["heba"], half[group]["heba"]
                 n += 1
                 differ += a["confusion"] != b["confusion"]
                 worst = max(worst, abs(a["accuracy"] - b["accuracy"]))

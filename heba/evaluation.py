@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from heba.images import normalise
+from heba.model import text_lengths
 
 
 def harmonic_mean(base: float, novel: float) -> float:
@@ -21,16 +22,47 @@ def encode_images(
     images: np.ndarray,
     encode: Callable[[Tensor], Tensor],
     device: torch.device,
+    rows: np.ndarray | None = None,
     batch_size: int = 256,
     progress: Callable[[int], object] = lambda n: None,
 ) -> Tensor:
-    """Normalised features [n, E] (fp32, on the CPU) of packed uint8 `images` [n, 3, size, size]."""
+    """Normalised features [n, E] (fp32, on the CPU) of packed uint8 `images` [n, 3, size, size], or of `rows`.
+
+    An array from `heba.images.open_packed` is read without a copy.
+    """
     features = []
-    for start in range(0, len(images), batch_size):
-        batch = torch.from_numpy(np.array(images[start : start + batch_size])).to(device)
-        features.append(F.normalize(encode(normalise(batch)).float(), dim=-1).cpu())
+    n = len(images) if rows is None else len(rows)
+    for start in range(0, n, batch_size):
+        part = slice(start, start + batch_size)
+        batch = torch.from_numpy(images[part] if rows is None else images[rows[part]]).to(device)
+        features.append(F.normalize(encode(normalise(batch)).float(), dim=-1))
         progress(len(batch))
-    return torch.cat(features)
+    return torch.cat(features).cpu() if features else torch.zeros(0, 1)
+
+
+@torch.no_grad()
+def encode_prompts(
+    tokens: Tensor,
+    encode: Callable[[Tensor], Tensor],
+    device: torch.device,
+    batch_size: int = 256,
+    progress: Callable[[int], object] = lambda n: None,
+) -> Tensor:
+    """Text features [n, E] (fp32, on the CPU, not normalised) of `tokens` [n, context].
+
+    Equal prompts are encoded once, and prompts of like length together, cut after the longest.
+    """
+    different, which = torch.unique(tokens, dim=0, return_inverse=True)
+    lengths = torch.tensor(text_lengths(different))
+    order = lengths.argsort(stable=True)
+    features = []
+    for part in order.split(batch_size):
+        batch = different[part, : int(lengths[part].max())].to(device)
+        features.append(encode(batch).float())
+        progress(len(part))
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order))
+    return torch.cat(features).cpu()[back][which]
 
 
 def classification_report(

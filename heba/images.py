@@ -1,8 +1,11 @@
 """Images: decoding, the test transform packed as uint8, and the training augmentation."""
 
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,11 +40,44 @@ def resize_and_crop(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
 
 
+def for_each_image(work: Callable[[Path], Any], paths: Sequence[Path]) -> Iterator[Any]:
+    """Yield `work(path)` in the order of `paths`, worked on by as many threads as torch has (Pillow decodes and
+    resizes without Python's lock). Few are worked on ahead of what is taken, so memory stays small."""
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        ahead: deque[Future] = deque()
+        try:
+            for path in paths:
+                ahead.append(pool.submit(work, path))
+                if len(ahead) > 4 * threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def pack_images(paths: Sequence[Path], size: int, out: Path, progress: Callable[[int], object]) -> None:
+    """Decode, resize and crop the images at `paths` into one array [n, 3, size, size] uint8 in the file `out`."""
+    packed = np.lib.format.open_memmap(out, mode="w+", dtype=np.uint8, shape=(len(paths), 3, size, size))
+    for i, pixels in enumerate(for_each_image(lambda path: resize_and_crop(decode(path), size), paths)):
+        packed[i] = pixels
+        progress(1)
+    packed.flush()
+
+
+def open_packed(path: Path) -> np.ndarray:
+    """The array of `pack_images` as a memory map. Copy on write, because torch takes only writable arrays."""
+    return np.load(path, mmap_mode="c")
+
+
 def normalise(images: Tensor) -> Tensor:
     """uint8 or float images [n, 3, h, w] in 0..255 to CLIP's input: (x / 255 - mean) / std, fp32."""
     mean = torch.tensor(CLIP_MEAN, device=images.device).view(3, 1, 1)
     std = torch.tensor(CLIP_STD, device=images.device).view(3, 1, 1)
-    return (images.float() / 255 - mean) / std
+    # A copy, also of floats; then in place, since each pass over a batch costs as much as reading it.
+    return images.to(torch.float32, copy=True).div_(255).sub_(mean).div_(std)
 
 
 def sample_crop(height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:

@@ -7,6 +7,7 @@ code is neither edited nor copied, and removing the hooks gives the plain model 
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ class AdaptedCLIP(nn.Module):
             s = scales[layer - self.start]
             if tower == "text":
                 return adapter(h, s)
-            if h.shape[1] == 1:  # the MLP of the last block, which runs for CLS alone
+            if h.dim() == 2:  # the MLP of the last block, which runs for CLS alone
                 return None
             return adapter(h, s, self.grid)
 
@@ -122,19 +123,20 @@ class AdaptedCLIP(nn.Module):
 
     def encode_text(self, tokens: Tensor, scales: Sequence[Tensor] | Tensor | float | None = None) -> Tensor:
         """Text features [n, E], not normalised, of `tokens` [n, context]; `scales` as in `encode_image`."""
-        tokens = cut_after_eot(tokens)
-        return self.encode_text_from(embed_tokens(self.clip, tokens, self.start - 1), tokens, scales)
+        packing = pack(text_lengths(tokens), tokens.device)
+        hidden = embed_tokens(self.clip, tokens[:, : packing.length], self.start - 1)
+        return self.encode_text_from(hidden, packing, scales)
 
     def encode_text_from(
-        self, hidden: Tensor, tokens: Tensor, scales: Sequence[Tensor] | Tensor | float | None = None
+        self, hidden: Tensor, packing: "Packing", scales: Sequence[Tensor] | Tensor | float | None = None
     ) -> Tensor:
-        """Text features from the frozen hidden states [n, length, width] below block `start`
-        (`embed_tokens(clip, tokens, start - 1)`); `tokens` [n, length] locates the EOT."""
+        """Text features [n, E] from the frozen hidden states [n, length, width] below block `start`
+        (`embed_tokens(clip, tokens, start - 1)`)."""
         if scales is None or isinstance(scales, (int, float)):
             scales = self._fixed_scales(scales)
         self._scales["text"] = scales
         try:
-            return run_text_blocks(self.clip, hidden, tokens, self.start - 1)
+            return run_text_blocks(self.clip, hidden, packing, self.start - 1)
         finally:
             self._scales["text"] = None
 
@@ -175,6 +177,51 @@ def cut_after_eot(tokens: Tensor) -> Tensor:
     return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1]
 
 
+@dataclass(frozen=True)
+class Packing:
+    """Texts of different lengths laid end to end, so that nothing is computed for the padding after EOT. Attention
+    alone needs them side by side.
+
+    Attributes:
+        rows: [T], where each of the T tokens stands in the padded [n * length]; None when it is all of them.
+        eot: [n], the position of EOT in each text. read: [n], where it stands among the T tokens.
+        length: of the longest text.
+    """
+
+    rows: Tensor | None
+    eot: Tensor
+    read: Tensor
+    length: int
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[n, length, width] to [T, width]."""
+        x = x.flatten(0, 1)
+        return x if self.rows is None else x[self.rows]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """[T, width] to [n, length, width], zeros for the padding."""
+        if self.rows is not None:
+            x = x.new_zeros(len(self.eot) * self.length, x.shape[1]).index_copy(0, self.rows, x)
+        return x.unflatten(0, (len(self.eot), self.length))
+
+
+def text_lengths(tokens: Tensor) -> list[int]:
+    """Tokens up to and with EOT, the largest id of a row in CLIP's vocabulary, of `tokens` [n, context]."""
+    return (tokens.argmax(dim=-1) + 1).tolist()
+
+
+def pack(lengths: Sequence[int], device: torch.device, padded_to: int | None = None) -> Packing:
+    """The packing of texts of `lengths` tokens; with `padded_to` each takes that many, for shapes that stay."""
+    n = torch.tensor(lengths)
+    length = padded_to or int(n.max())
+    rows = None
+    read = torch.arange(len(n)) * length + n - 1
+    if padded_to is None and int(n.min()) < length:
+        rows = (torch.arange(length) < n[:, None]).flatten().nonzero().flatten().to(device)
+        read = n.cumsum(0) - 1
+    return Packing(rows, (n - 1).to(device), read.to(device), length)
+
+
 def embed_tokens(clip: Any, tokens: Tensor, n_blocks: int) -> Tensor:
     """Hidden states [n, length, width] of `tokens` [n, length] after the first `n_blocks` blocks."""
     tower = text_tower(clip)
@@ -186,15 +233,16 @@ def embed_tokens(clip: Any, tokens: Tensor, n_blocks: int) -> Tensor:
     return x
 
 
-def run_text_blocks(clip: Any, x: Tensor, tokens: Tensor, first: int) -> Tensor:
-    """Text features [n, E] from hidden states `x` [n, length, width] that enter block `first` (0-based)."""
+def run_text_blocks(clip: Any, hidden: Tensor, packing: Packing, first: int) -> Tensor:
+    """Text features [n, E] from hidden states [n, length, width] that enter block `first` (0-based)."""
     tower = text_tower(clip)
-    length = tokens.shape[1]
-    mask = tower.attn_mask[:length, :length]
+    mask = tower.attn_mask[: packing.length, : packing.length]
+    x = packing.pack(hidden)
     for block in tower.transformer.resblocks[first:-1]:
-        x = block(x, attn_mask=mask)
-    x = run_last_block(tower.transformer.resblocks[-1], x, tokens.argmax(dim=-1), mask)
-    x = tower.ln_final(x)
+        x = run_block(block, x, packing, mask)
+    # The last block's EOT sees what is not after it.
+    seen = torch.arange(packing.length, device=x.device) <= packing.eot.unsqueeze(1)
+    x = tower.ln_final(run_last_block(tower.transformer.resblocks[-1], x, packing, mask, packing.read, seen))
     projection = tower.text_projection
     if projection is None:
         return x
@@ -206,39 +254,72 @@ def run_image_blocks(clip: Any, images: Tensor) -> Tensor:
     visual = clip.visual
     x = visual._embeds(images)
     for block in visual.transformer.resblocks[:-1]:
-        x = block(x)
-    cls = torch.zeros(len(x), dtype=torch.long, device=x.device)
-    x = visual.ln_post(run_last_block(visual.transformer.resblocks[-1], x, cls, None))
+        x = run_block(block, x)
+    x = visual.ln_post(run_last_block(visual.transformer.resblocks[-1], x))
     return x if visual.proj is None else x @ visual.proj
 
 
-def run_last_block(block: Any, x: Tensor, read: Tensor, mask: Tensor | None) -> Tensor:
-    """The last block of a tower for the token of each row that is read after it, the same as the whole
-    block's: the other tokens only give keys and values.
+def run_block(block: Any, x: Tensor, packing: Packing | None = None, mask: Tensor | None = None) -> Tensor:
+    """One block, of images for `x` [n, length, width], of texts for packed [T, width] under a causal `mask`."""
+    from open_clip.transformer import ResidualAttentionBlock
+
+    if type(block) is not ResidualAttentionBlock:
+        return block(x) if packing is None else packing.pack(block(packing.unpack(x), attn_mask=mask))
+    attn: nn.MultiheadAttention = block.attn
+    qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
+    if packing is not None:
+        qkv = packing.unpack(qkv)
+    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [n, heads, length, head width]
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=packing is not None).transpose(1, 2).flatten(2)
+    if packing is not None:
+        y = packing.pack(y)
+    x = x + block.ls_1(attn.out_proj(y))
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+
+def run_last_block(
+    block: Any,
+    x: Tensor,
+    packing: Packing | None = None,
+    mask: Tensor | None = None,
+    read: Tensor | None = None,
+    seen: Tensor | None = None,
+) -> Tensor:
+    """The last block of a tower for the token that is read after it, the same as the whole block's: the other
+    tokens only give keys and values.
 
     Args:
-        x: [n, length, width]. read: [n], the token of each row. mask: additive, [length, length].
+        x, packing, mask: as in `run_block`.
+        read: for texts, [n], the rows of `x` that are read, which attend where `seen` [n, length] is true; of
+            images CLS is read, which attends everywhere.
     Returns:
         [n, width].
     """
     from open_clip.transformer import ResidualAttentionBlock
 
-    rows = torch.arange(len(x), device=x.device)
     if type(block) is not ResidualAttentionBlock:
-        return block(x, attn_mask=mask)[rows, read]
+        x = run_block(block, x, packing, mask)
+        return x[:, 0] if read is None else x[read]
+    attn: nn.MultiheadAttention = block.attn
+    width, weight, bias = x.shape[-1], attn.in_proj_weight, attn.in_proj_bias
     h = block.ln_1(x)
-    if mask is not None:
-        mask = mask.to(h.dtype)[read].repeat_interleave(block.attn.num_heads, dim=0).unsqueeze(1)
-    query = h[rows, read].unsqueeze(1)
-    y = x[rows, read].unsqueeze(1) + block.ls_1(block.attn(query, h, h, need_weights=False, attn_mask=mask)[0])
-    return (y + block.ls_2(block.mlp(block.ln_2(y)))).squeeze(1)
+    kv = F.linear(h, weight[width:], bias[width:])
+    if packing is not None:
+        kv = packing.unpack(kv)
+    k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [n, heads, length, head width]
+    h, x = (h[:, 0], x[:, 0]) if read is None else (h[read], x[read])
+    q = F.linear(h, weight[:width], bias[:width]).unflatten(-1, (attn.num_heads, 1, -1))
+    allowed = None if seen is None else seen[:, None, None]
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).flatten(1)
+    x = x + block.ls_1(attn.out_proj(y))
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
 @torch.no_grad()
 def encode_text_plain(clip: Any, tokens: Tensor) -> Tensor:
     """Text features [n, E] of the frozen model without adapters."""
-    tokens = cut_after_eot(tokens)
-    return run_text_blocks(clip, embed_tokens(clip, tokens, 0), tokens, 0)
+    packing = pack(text_lengths(tokens), tokens.device)
+    return run_text_blocks(clip, embed_tokens(clip, tokens[:, : packing.length], 0), packing, 0)
 
 
 def class_features(features: Tensor, class_index: Tensor, n_classes: int) -> Tensor:

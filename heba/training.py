@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from heba.images import crop_batch, sample_crop
-from heba.model import AdaptedCLIP, embed_tokens
+from heba.model import AdaptedCLIP, Packing, embed_tokens, pack
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Step:
         images: rows of the training set. boxes, flips: their augmentation.
         targets: [batch], the column of each image's class among `prompts`.
         prompts: [n_selected], one prompt per selected class: sorted classes of the batch, then negatives.
-        length: tokens up to the longest EOT among the prompts.
+        packing: of these prompts.
         text_scales, visual_scales: [n_adapted_blocks].
     """
 
@@ -83,7 +83,7 @@ class Step:
     flips: list[bool]
     targets: Tensor
     prompts: Tensor
-    length: int
+    packing: Packing
     text_scales: Tensor
     visual_scales: Tensor
 
@@ -156,7 +156,7 @@ def plan_epoch(
                 flips=flips,
                 targets=torch.tensor(targets, device=device),
                 prompts=torch.tensor(prompts, device=device),
-                length=max(bank.lengths[p] for p in prompts),
+                packing=pack([bank.lengths[p] for p in prompts], device),
                 text_scales=draw_scales(n_blocks, model.scale, settings, generator).to(device),
                 visual_scales=draw_scales(n_blocks, model.scale, settings, generator).to(device),
             )
@@ -174,30 +174,39 @@ def step_loss(
     Returns:
         The loss (0-dim) and the logits [batch, n_selected], in fp32.
     """
-    tokens = bank.tokens[step.prompts, : step.length]
+    length = step.packing.length
     if bank.hidden is None:
         with torch.no_grad():
-            hidden = embed_tokens(model.clip, tokens, model.start - 1)
+            hidden = embed_tokens(model.clip, bank.tokens[step.prompts, :length], model.start - 1)
     else:
-        hidden = bank.hidden[step.prompts, : step.length]
+        hidden = bank.hidden[step.prompts, :length]
     image = F.normalize(model.encode_image(images, step.visual_scales).float(), dim=-1)
-    text = F.normalize(model.encode_text_from(hidden, tokens, step.text_scales).float(), dim=-1)
+    text = F.normalize(model.encode_text_from(hidden, step.packing, step.text_scales).float(), dim=-1)
     logits = model.logit_factor() * image @ text.T
     return F.cross_entropy(logits, step.targets, label_smoothing=label_smoothing), logits
 
 
 def make_optimizer(model: AdaptedCLIP, settings: Settings) -> torch.optim.SGD:
     """SGD over all adapter parameters in one group (weight decay on the LayerNorms too)."""
-    # The MLP adapter of the last image block is never evaluated, since only CLS is read there. With a gradient
-    # of zero instead of none it decays, as in the official code.
-    for parameter in model.adapters.parameters():
-        parameter.grad = torch.zeros_like(parameter)
     return torch.optim.SGD(
         model.adapters.parameters(),
         lr=settings.lr,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
+        fused=True,
     )
+
+
+def update(model: AdaptedCLIP, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step of SGD down the gradient of `loss`."""
+    loss.backward()
+    for parameter in model.adapters.parameters():
+        # The MLP adapter of the last image block is never evaluated, since only CLS is read there. With a
+        # gradient of zero instead of none it decays, as in the official code.
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def learning_rate(settings: Settings, epoch: int) -> float:
@@ -222,9 +231,7 @@ def train_epoch(
     for images, step in batches:
         with torch.autocast(model.logit_factor().device.type, torch.bfloat16, enabled=bf16):
             loss, _ = step_loss(model, images(), bank, step, label_smoothing)
-        optimizer.zero_grad(set_to_none=False)
-        loss.backward()
-        optimizer.step()
+        update(model, optimizer, loss)
         losses.append(loss.detach())
         progress(1)
     values = torch.stack(losses).tolist()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from heba.images import CLIP_MEAN, CLIP_STD
+from heba.memory import keep_freed_memory
 from pipeline.params import Params, ParamsError
 from pipeline.paths import OUT, main_root, new_file
 
@@ -112,6 +113,7 @@ def load_backbone(params: Params) -> tuple[Any, Callable[[list[str]], Tensor]]:
     file = main_root() / params.backbone.pretrained
     if RECORD.is_file() and file.is_file() and _sha256(file) != json.loads(RECORD.read_text())["sha256"]:
         raise ValueError(f"{file} is not the file of {RECORD}; run `dvc repro --force --single-item backbone`")
+    keep_freed_memory()
     clip, tokenizer = _load(params)
     return clip.to(device(params)).eval(), tokenizer
 

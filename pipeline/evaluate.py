@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
-from heba.evaluation import classification_report, encode_images, harmonic_mean
+from heba.evaluation import classification_report, encode_images, encode_prompts, harmonic_mean
+from heba.images import open_packed
 from heba.model import AdaptedCLIP, class_features, load_adapter
 from heba.splits import base_labels
 from pipeline import tracking
@@ -51,10 +52,7 @@ def run(params: Params, dataset: str, seed: int, protocol: str, shots: int | Non
         "shots": config["shots"],
         "adapter_sha256": adapter_sha256(trained),
         "scale_novel": novel_scale if protocol == "base_to_novel" else None,
-        "groups": {
-            group: compare(params, model, data, list(labels), names, scale)
-            for group, (labels, scale) in groups.items()
-        },
+        "groups": compare(model, data, names, groups, device(params), use_bf16(params)),
     }
     if protocol == "base_to_novel":
         for method in ("zero_shot", "heba"):
@@ -66,34 +64,55 @@ def run(params: Params, dataset: str, seed: int, protocol: str, shots: int | Non
     tracking.log_evaluation(record, trained)
 
 
-@torch.no_grad()
 def compare(
-    params: Params, model: AdaptedCLIP, data: Path, labels: list[int], names: list[str], scale: float
+    model: AdaptedCLIP,
+    data: Path,
+    names: list[str],
+    groups: dict[str, tuple[range, float]],
+    where: torch.device,
+    bf16: bool,
 ) -> dict[str, Any]:
-    """Zero-shot CLIP and the adapted model on the test images of the classes `labels`, among these classes."""
-    texts = load_file(data / "text.safetensors")
-    test = load_file(data / "test.safetensors")
-    where = device(params)
-    new_label = torch.full((len(names),), -1)
-    new_label[labels] = torch.arange(len(labels))
-    rows = (new_label[test["labels"]] >= 0).nonzero().flatten()
-    prompts = (new_label[texts["class_index"]] >= 0).nonzero().flatten()
-    packed = np.load(data / "images.npy", mmap_mode="r")[rows.numpy()]
+    """Zero-shot CLIP and the adapted model on the test images of each group of classes, among these classes.
 
-    def encode(images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(where.type, torch.bfloat16, enabled=use_bf16(params)):
-            return model.encode_image(images, scale)
+    Args:
+        data: the data set's precomputed folder. names: of all its classes.
+        groups: labels of the classes, and s, of each group; groups of equal s are encoded in one pass.
+    """
+    texts, test = load_file(data / "text.safetensors"), load_file(data / "test.safetensors")
+    packed = open_packed(data / "images.npy")
+    images, prompts = torch.empty_like(test["features"]), torch.empty_like(texts["features"])
+    image_label, prompt_label = test["labels"], texts["class_index"]
+    for scale in sorted({scale for _, scale in groups.values()}):
 
-    features = []
-    for chunk in prompts.split(256):
-        with torch.autocast(where.type, torch.bfloat16, enabled=use_bf16(params)):
-            features.append(model.encode_text(texts["tokens"][chunk].to(where), scale).float().cpu())
-    classifier = class_features(torch.cat(features), new_label[texts["class_index"][prompts]], len(labels))
-    chosen = [names[i] for i in labels]
-    targets = new_label[test["labels"][rows]]
-    return {
-        "n_images": len(rows),
-        "classnames": chosen,
-        "zero_shot": classification_report(test["features"][rows], texts["classifier"][labels], targets, chosen),
-        "heba": classification_report(encode_images(packed, encode, where), classifier, targets, chosen),
-    }
+        def image(batch: torch.Tensor, s: float = scale) -> torch.Tensor:
+            with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
+                return model.encode_image(batch, s)
+
+        def text(batch: torch.Tensor, s: float = scale) -> torch.Tensor:
+            with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
+                return model.encode_text(batch, s)
+
+        wanted = torch.tensor([label for labels, s in groups.values() if s == scale for label in labels])
+        rows, which = torch.isin(image_label, wanted), torch.isin(prompt_label, wanted)
+        some = None if rows.all() else rows.nonzero().flatten().numpy()
+        with tqdm(total=int(rows.sum()), desc=f"test images of {data.name}", delay=2, unit="image") as bar:
+            images[rows] = encode_images(packed, image, where, some, progress=bar.update)
+        with tqdm(total=int(which.sum()), desc=f"prompts of {data.name}", delay=2, unit="prompt") as bar:
+            prompts[which] = encode_prompts(texts["tokens"][which], text, where, progress=bar.update)
+    results = {}
+    for group, (labels, _) in groups.items():
+        first, last = labels.start, labels.stop - 1
+        rows, which = (
+            (image_label >= first) & (image_label <= last),
+            (prompt_label >= first) & (prompt_label <= last),
+        )
+        classifier = class_features(prompts[which], prompt_label[which] - first, len(labels))
+        chosen, targets = names[first : last + 1], image_label[rows] - first
+        zero_shot = texts["classifier"][first : last + 1]
+        results[group] = {
+            "n_images": len(targets),
+            "classnames": chosen,
+            "zero_shot": classification_report(test["features"][rows], zero_shot, targets, chosen),
+            "heba": classification_report(images[rows], classifier, targets, chosen),
+        }
+    return results

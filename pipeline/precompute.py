@@ -12,14 +12,13 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from heba.evaluation import encode_images
-from heba.images import decode, resize_and_crop
-from heba.model import class_features, cut_after_eot, embed_tokens, run_text_blocks
+from heba.evaluation import encode_images, encode_prompts
+from heba.images import open_packed, pack_images
+from heba.model import class_features, cut_after_eot, embed_tokens, encode_text_plain
 from heba.prompts import build_prompts, read_descriptions, tokenize
 from heba.splits import class_names, read_split
 from pipeline.backbone import device, load_backbone, use_bf16
@@ -55,29 +54,38 @@ def _texts(params: Params, dataset: str, names: list[str], data: Path, clip, tok
     _check_vocabulary(params, tokens)
     tokens = cut_after_eot(tokens)
     index = torch.tensor(prompts.class_index)
-    starts = {params.adapter.start}
-    if dataset == params.transfer.source or dataset not in params.datasets:
-        starts.add(params.transfer.adapter.start)
-    starts |= {params.transfer.adapter.start} if dataset in params.transfer.targets else set()
-    features = []
-    hidden: dict[int, list[torch.Tensor]] = {start: [] for start in sorted(starts) if start > 1}
-    with torch.no_grad():
-        for first in tqdm(range(0, len(tokens), TEXT_BATCH), desc=f"texts of {dataset}", delay=2):
-            batch = tokens[first : first + TEXT_BATCH].to(device(params))
-            with torch.autocast(device(params).type, torch.bfloat16, enabled=use_bf16(params)):
-                features.append(run_text_blocks(clip, embed_tokens(clip, batch, 0), batch, 0).float().cpu())
-            for start, chunks in hidden.items():
-                chunks.append(embed_tokens(clip, batch, start - 1).float().cpu())
-    all_features = torch.cat(features)
+    where = device(params)
+
+    def encode(batch: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(where.type, torch.bfloat16, enabled=use_bf16(params)):
+            return encode_text_plain(clip, batch)
+
+    with tqdm(total=len(tokens), desc=f"texts of {dataset}", delay=2, unit="prompt") as bar:
+        features = encode_prompts(tokens, encode, where, progress=bar.update)
     tensors = {
         "tokens": tokens.contiguous(),
         "class_index": index,
-        "features": all_features,
-        "classifier": class_features(all_features, index, len(names)),
-    } | {f"hidden.{start}": torch.cat(chunks) for start, chunks in hidden.items()}
+        "features": features,
+        "classifier": class_features(features, index, len(names)),
+    } | {f"hidden.{start}": frozen_states(clip, tokens, start, where) for start in trained_from(params, dataset)}
     save_file(tensors, out / "text.safetensors")
     info = {"class_names": names, "prompts": prompts.texts, "fallback": prompts.fallback, "cut": cut}
     (out / "prompts.json").write_text(json.dumps(info, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def trained_from(params: Params, dataset: str) -> list[int]:
+    """The first adapted blocks, above 1, of the trainings on `dataset`."""
+    starts = {params.adapter.start} if dataset in params.datasets else set()
+    if dataset == params.transfer.source:
+        starts.add(params.transfer.adapter.start)
+    return sorted(start for start in starts if start > 1)
+
+
+@torch.no_grad()
+def frozen_states(clip, tokens: torch.Tensor, start: int, where: torch.device) -> torch.Tensor:
+    """Hidden states [n, length, width] (fp32, on the CPU) of `tokens` [n, length] below block `start`."""
+    parts = [embed_tokens(clip, batch.to(where), start - 1).float().cpu() for batch in tokens.split(TEXT_BATCH)]
+    return torch.cat(parts)
 
 
 def _check_vocabulary(params: Params, tokens: torch.Tensor) -> None:
@@ -92,18 +100,15 @@ def _check_vocabulary(params: Params, tokens: torch.Tensor) -> None:
 def _images(params: Params, test: list, folder: Path, clip, out: Path) -> None:
     size = clip.visual.image_size
     size = size[0] if isinstance(size, tuple | list) else size
-    packed = np.lib.format.open_memmap(
-        out / "images.npy", mode="w+", dtype=np.uint8, shape=(len(test), 3, size, size)
-    )
-    for i, (file, _, _) in enumerate(tqdm(test, desc="pack test images", delay=2, unit="image")):
-        packed[i] = resize_and_crop(decode(folder / file), size)
-    packed.flush()
+    packed = out / "images.npy"
+    with tqdm(total=len(test), desc="pack test images", delay=2, unit="image") as bar:
+        pack_images([folder / file for file, _, _ in test], size, packed, bar.update)
 
     def encode(images: torch.Tensor) -> torch.Tensor:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=use_bf16(params)):
             return clip.encode_image(images)
 
     with tqdm(total=len(test), desc="zero-shot image features", delay=2, unit="image") as bar:
-        features = encode_images(packed, encode, device(params), progress=bar.update)
+        features = encode_images(open_packed(packed), encode, device(params), progress=bar.update)
     labels = torch.tensor([label for _, label, _ in test])
     save_file({"labels": labels, "features": features}, out / "test.safetensors")

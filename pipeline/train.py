@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from heba.images import decode
+from heba.images import decode, for_each_image
 from heba.model import ADAPTER_FILE, AdaptedCLIP, save_adapter
 from heba.splits import base_labels, class_names, read_split, select_classes
 from heba.training import Settings, TextBank, steps_per_epoch, train
@@ -76,10 +76,11 @@ def run(params: Params, dataset: str, seed: int, source: bool, shots: int | None
     torch.manual_seed(seed)
     model = AdaptedCLIP(clip, adapter.start, adapter.end, adapter.scale, adapter.ratio).to(where)
     bank = text_bank(dataset, len(labels), adapter.start, where)
-    images = [
-        torch.from_numpy(np.array(decode(images_folder / file)).transpose(2, 0, 1))
-        for file, _, _ in tqdm(train_items, desc="decode training images", delay=2, unit="image")
-    ]
+    pixels = for_each_image(
+        lambda path: torch.from_numpy(np.array(decode(path)).transpose(2, 0, 1)),
+        [images_folder / file for file, _, _ in train_items],
+    )
+    images = list(tqdm(pixels, total=len(train_items), desc="decode training images", delay=2, unit="image"))
     inputs = {
         "dataset": dataset,
         "seed": seed,

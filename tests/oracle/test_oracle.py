@@ -22,6 +22,8 @@ from heba.model import (
     clip_from_openai_weights,
     encode_text_plain,
     load_adapter_tensors,
+    pack,
+    text_lengths,
 )
 from heba.training import (
     Settings,
@@ -115,12 +117,13 @@ def test_plain_clip(forward):
     assert (encode_text_plain(clip, tokens) - forward["plain.ragged.text_features_flat"]).abs().max() < 5e-6
 
 
-def recorded_step(draws, labels, counts, width):
+def recorded_step(draws, labels, counts, bank, width):
     """A recorded step as ours; the official template index runs over prompts padded with the first one."""
     selected = draws["selected_classes"]
     prompts = [
         c * width + (t if t < counts[c] else 0) for c, t in zip(selected, draws["template_index"], strict=True)
     ]
+    packing = pack([bank.lengths[p] for p in prompts], torch.device("cpu"))
 
     def scales(tower, case):
         fast = torch.tensor(draws[f"fast_{tower}"][case["adapter_start"] - 1 : case["adapter_end"]])
@@ -132,7 +135,7 @@ def recorded_step(draws, labels, counts, width):
         flips=[],
         targets=torch.tensor([selected.index(int(label)) for label in labels]),
         prompts=torch.tensor(prompts),
-        length=77,
+        packing=packing,
         text_scales=scales("text", case),
         visual_scales=scales("visual", case),
     )
@@ -140,7 +143,7 @@ def recorded_step(draws, labels, counts, width):
 
 def bank_of(tokens):
     flat = tokens.flatten(0, 1)
-    return TextBank(flat, [77] * len(flat), list(range(0, len(flat) + 1, tokens.shape[1])), None)
+    return TextBank(flat, text_lengths(flat), list(range(0, len(flat) + 1, tokens.shape[1])), None)
 
 
 @pytest.mark.parametrize("name", info("grad")["cases"])
@@ -148,9 +151,9 @@ def test_gradients(forward, name):
     case = info("grad")["cases"][name]
     data = part(load_file(ORACLE / "grad.safetensors"), f"{name}.")
     model = build(forward, "clip1", part(forward, f"{case['adapter']}."), case)
-    step = recorded_step(case, data["labels"], case["counts"], data["tokens"].shape[1])(case)
-    assert step.targets.tolist() == case["labels_in_selection"]
     bank = bank_of(data["tokens"])
+    step = recorded_step(case, data["labels"], case["counts"], bank, data["tokens"].shape[1])(case)
+    assert step.targets.tolist() == case["labels_in_selection"]
     assert torch.equal(bank.tokens[step.prompts], data["chosen_tokens"])
     loss, logits = step_loss(model, data["images"], bank, step, 0.1)
     loss.backward()
@@ -204,7 +207,7 @@ def test_trajectory(forward, name):
         batches = [
             (
                 lambda b=r["batch"]: data["images"][b],
-                recorded_step(r, data["labels"][r["batch"]], case["counts"], data["tokens"].shape[1])(case),
+                recorded_step(r, data["labels"][r["batch"]], case["counts"], bank, data["tokens"].shape[1])(case),
             )
             for r in records
         ]

@@ -1,0 +1,102 @@
+"""`python -m benchmarks.step`: one training step (forward, backward, SGD), plain and ours."""
+
+import torch
+import typer
+
+from benchmarks import plain
+from benchmarks.common import (
+    Backbone,
+    Classes,
+    Device,
+    Precision,
+    Rounds,
+    autocast,
+    check,
+    in_turn,
+    make_model,
+    prompt_tokens,
+    relative,
+    table,
+)
+from heba.images import normalise
+from heba.model import pack, text_lengths
+from heba.training import Settings, Step, TextBank, make_optimizer, step_loss, update
+
+
+def main(
+    device: Device = "cpu",
+    precision: Precision = "fp32",
+    plain_precision: Precision = "",
+    backbone: Backbone = "ViT-B-16-quickgelu",
+    images: int = 16,
+    classes: Classes = 50,
+    rounds: Rounds = 3,
+    stages: bool = typer.Option(False, "--stages", help="Also the steps between plain and ours."),
+) -> None:
+    """Time one training step of HeBA, plain and ours, in turn."""
+    model = make_model(backbone, device)
+    size = model.clip.visual.image_size[0]
+    generator = torch.Generator().manual_seed(1)
+    pixels = normalise(torch.randint(0, 256, (images, 3, size, size), generator=generator)).to(device)
+    tokens = prompt_tokens(model, classes, generator)
+    lengths = text_lengths(tokens)
+    n_blocks = model.end - model.start + 1
+    scales = [torch.where(torch.rand(n_blocks, generator=generator) > 0.8, 2.25, 1.0) * 0.025 for _ in range(2)]
+    text_scales, visual_scales = (s.to(device) for s in scales)
+    targets = (torch.arange(images) % classes).to(device)
+    bank = TextBank(tokens[:, : max(lengths)], lengths, list(range(classes + 1)), None)
+    step = Step(
+        images=list(range(images)),
+        boxes=[],
+        flips=[],
+        targets=targets,
+        prompts=torch.arange(classes, device=device),
+        packing=pack(lengths, tokens.device),
+        text_scales=text_scales,
+        visual_scales=visual_scales,
+    )
+    settings = Settings(1, images, 0.0075, 0.9, 5e-4, 0.1, 2.25, 0.8, 5, 1)
+    optimizer = make_optimizer(model, settings)
+    plain_optimizer = torch.optim.SGD(model.adapters.parameters(), lr=0.0075, momentum=0.9, weight_decay=5e-4)
+
+    def plain_loss(cut: bool = False, last: bool = False) -> torch.Tensor:
+        with autocast(device, plain_precision or precision):
+            return plain.step_loss(model, pixels, tokens, targets, (text_scales, visual_scales), 0.1, cut, last)
+
+    def our_loss() -> torch.Tensor:
+        with autocast(device, precision):
+            return step_loss(model, pixels, bank, step, 0.1)[0]
+
+    def gradients(loss: torch.Tensor) -> tuple[float, torch.Tensor]:
+        model.adapters.zero_grad(set_to_none=False)
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.flatten() for p in model.adapters.parameters()])
+
+    limit = 1e-4 if precision == (plain_precision or precision) == "fp32" else 3e-2
+    expected, wanted = gradients(plain_loss())
+    found, given = gradients(our_loss())
+    check("loss", abs(found - expected) / abs(expected), limit)
+    check("gradients", relative(given, wanted), limit)
+    del wanted, given
+
+    def plain_step(cut: bool = False, last: bool = False) -> None:
+        plain_optimizer.zero_grad(set_to_none=True)
+        plain_loss(cut, last).backward()
+        plain_optimizer.step()
+
+    def our_step() -> None:
+        update(model, optimizer, our_loss())
+
+    ways = {"plain": plain_step}
+    if stages:
+        ways |= {
+            "texts cut after EOT": lambda: plain_step(cut=True),
+            "and last blocks for the token that is read": lambda: plain_step(cut=True, last=True),
+        }
+    ways["ours"] = our_step
+    title = f"training step, {images} images x {classes} classes, {backbone}, {precision}"
+    print(table(in_turn(ways, rounds, device), images, "images", device, title))
+
+
+if __name__ == "__main__":
+    typer.run(main)
