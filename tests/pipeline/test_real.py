@@ -42,7 +42,7 @@ def repository(folder, datasets, variants):
         section["adapter"] |= {"start": 1, "end": 2}
         section["train"] |= {"epochs": 1, "batch_size": 16}
     params["transfer"] |= {"source": datasets[0], "targets": datasets[1:], "variants": variants, "seeds": [1]}
-    params["few_shot"] = {"datasets": datasets[1:2], "seeds": [1], "shots": [1, 2]}
+    params["few_shot"] = {"datasets": datasets[1:3], "seeds": [1], "shots": [1, 2]}
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     for command in (["git", "init", "-q"], ["dvc", "init", "-q"]):
         done = pipeline(folder, *command)
@@ -173,6 +173,20 @@ def test_the_whole_paper_dag(tmp_path):
     assert set(metrics["base_to_novel"]["datasets"]) == set(datasets)
     assert set(metrics["cross_dataset"]["datasets"]) == set(datasets[1:])
     assert set(metrics["domain_generalization"]["datasets"]) == set(variants)
+    few = metrics["few_shot"]["datasets"]
+    assert set(few) == set(datasets[1:3])
+    assert all(0 <= row[key] <= 100 for row in few.values() for key in ("zero_shot", "heba_1", "heba_2"))
+    catalog = yaml.safe_load((repo / "mirror" / "catalog.yaml").read_text())
+    for stage_name, names, ends in (
+        ("evaluate", datasets, ["-1"]),
+        ("evaluate-cross", datasets[1:], ["-1"]),
+        ("evaluate-domain", variants, ["-1"]),
+        ("evaluate-few", datasets[1:3], ["-1-1", "-2-1"]),
+    ):
+        for name in names:
+            for end in ends:
+                groups = json.loads((repo / "out" / stage_name / f"{name}{end}.json").read_text())["groups"]
+                assert sum(g["n_images"] for g in groups.values()) == catalog[name]["counts"]["test"] > 0
     classes = [100, 37, 196, 102, 101, 100, 397, 47, 10, 101, 1000]
     names = {}
     for path in (repo / "out" / "precompute").glob("*/prompts.json"):
