@@ -108,13 +108,13 @@ def _fetch(params: Params, dataset: str, folder: Path) -> dict[str, Any]:
         files = obtain(entry.sources, archives, dataset, mirror, say, unpack)
     except FetchError as error:
         account = entry.account if what == "images" else None
-        raise DataError(
-            _how_to_get(dataset, what, error.missing, archives / dataset, account) + f"\n{error}"
-        ) from None
+        remedy = _how_to_get(dataset, what, error.missing, archives / dataset, account)
+        raise DataError(f"{remedy}\n{error}".rstrip()) from None
     text = json.dumps(descriptions, ensure_ascii=False, indent=0)
     (folder / "descriptions.json").write_text(text + "\n", encoding="utf-8")
     own = [str(file.path) for file in files if file.path.is_relative_to(archives)]
-    say(f"{dataset}: the archives are needed no more and may be deleted: {', '.join(own)}")
+    if own:
+        say(f"{dataset}: the archives are needed no more and may be deleted: {', '.join(own)}")
     used = [{"file": f.file.file, "bytes": f.path.stat().st_size, "sha256": f.sha256} for f in files]
     return {"title": entry.title, "archives": used}
 
@@ -122,12 +122,12 @@ def _fetch(params: Params, dataset: str, folder: Path) -> dict[str, Any]:
 def _how_to_get(dataset: str, what: str, missing: list[list[str]], folder: Path, account: str | None) -> str:
     """What to do about `missing`, the names of absent files by source."""
     if not missing:
-        return f"{dataset}: the archives that are here do not hold its {what}; all that was tried:"
+        return f"{dataset}: the archives that are here do not hold its {what}:"
     names = " or ".join(dict.fromkeys(", ".join(files) for files in missing))
     how = f" To get what is missing, {account}." if account else ""
     return (
         f"{dataset}: its {what} can not be had, for want of {names}.{how} Put {names} into {folder} "
-        "and run the stage again; what is there is checked and used without a network. All that was tried:"
+        "and run the stage again; what is there is checked and used without a network."
     )
 
 
@@ -174,7 +174,8 @@ def verified_folder(params: Params, dataset: str, images: bool = False) -> Path:
     `images` the number of image files and their bytes. DataError says what is missing."""
     manifest = json.loads(manifest_path(dataset).read_text())
     folder = data_folder(params.data.root, params.suite, dataset)
-    remedy = f"make it again with `dvc repro --force --single-item download@{dataset}`"
+    stage = "download-variant" if dataset in params.transfer.variants else "download"
+    remedy = f"make it again with `dvc repro --force --single-item {stage}@{dataset}`"
     split = folder / "split.json"
     if not split.is_file():
         raise DataError(f"{split} is missing, though its manifest is there; {remedy}")
