@@ -18,6 +18,7 @@ from pipeline.params import Params, ParamsError
 from pipeline.paths import OUT, main_root, new_file
 
 RECORD = OUT / "backbone.json"
+OPENAI_ONLY = {"input_resolution", "context_length", "vocab_size"}  # in OpenAI's state dicts, besides the weights
 
 
 def run(params: Params) -> None:
@@ -44,6 +45,7 @@ def weights_file(params: Params) -> Path:
     path = main_root() / pretrained
     if path.is_file():
         return path
+    from open_clip import get_model_config
     from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 
     config = get_pretrained_cfg(name, pretrained)
@@ -55,6 +57,8 @@ def weights_file(params: Params) -> Path:
         )
     if (tuple(config["mean"] or CLIP_MEAN), tuple(config["std"] or CLIP_STD)) != (CLIP_MEAN, CLIP_STD):
         raise ParamsError(f"backbone: {name} {pretrained} normalises images in another way than OpenAI's CLIP")
+    if config.get("quick_gelu") and not (get_model_config(name) or {}).get("quick_gelu"):
+        raise ParamsError(_wrong_gelu(name, f"the weights {pretrained!r}"))
     return Path(download_pretrained(config))
 
 
@@ -68,33 +72,45 @@ def _load(params: Params) -> tuple[Any, Callable[[list[str]], Tensor]]:
 
     if name.endswith(".json"):
         open_clip.add_model_config(main_root() / name)
-        name = Path(name).stem
+    model = Path(name).stem if name.endswith(".json") else name
     file = weights_file(params)
-    clip = open_clip.create_model(name, load_weights=False, pretrained=None)
+    clip = open_clip.create_model(model, load_weights=False, pretrained=None)
     load_weights(clip, file, name)
-    return clip, open_clip.get_tokenizer(name)
+    return clip, open_clip.get_tokenizer(model)
 
 
 def load_weights(clip: Any, file: Path, name: str) -> None:
-    """Load open_clip's or OpenAI's weights, safetensors or pickled; ValueError when they do not fit."""
+    """Load open_clip's or OpenAI's weights, safetensors or pickled; ValueError when they do not fit.
+
+    OpenAI's are known by their form: TorchScript as published, or the numbers that their state dict has besides
+    the weights. Any other file does not tell which GELU it was trained with; that is for the user to know.
+    """
     import open_clip
     from open_clip.transformer import QuickGELU
 
     text = getattr(clip, "text", clip)
     quick = isinstance(text.transformer.resblocks[0].mlp.gelu, QuickGELU)
+    torchscript = is_torchscript(file)
     try:
-        # OpenAI published its models as TorchScript archives, which hold no pickled objects.
-        state = torch.jit.load(file, map_location="cpu").state_dict() if is_torchscript(file) else None
-        if state is None:
-            open_clip.load_checkpoint(clip, str(file), weights_only=True)
+        if torchscript:
+            # TorchScript archives hold no pickled objects.
+            state = torch.jit.load(file, map_location="cpu").state_dict()
+            keys = clip.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
         else:
-            extra = ("input_resolution", "context_length", "vocab_size")
-            clip.load_state_dict({k: v.float() for k, v in state.items() if k not in extra})
+            keys = open_clip.load_checkpoint(clip, str(file), strict=False, weights_only=True)
+        unknown = sorted(set(keys.unexpected_keys) - OPENAI_ONLY)
+        if keys.missing_keys or unknown:
+            raise ValueError(f"missing: {keys.missing_keys[:3]}, unknown: {unknown[:3]}")
     except Exception as error:  # whatever is wrong with a file from outside
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{file}: not weights of {name}: {reason}") from None
-    if state is not None and not quick:
-        raise ParamsError(f"backbone.name: OpenAI's weights were trained with QuickGELU: use {name}-quickgelu")
+    if not quick and (torchscript or OPENAI_ONLY & set(keys.unexpected_keys)):
+        raise ParamsError(_wrong_gelu(name, "OpenAI's weights"))
+
+
+def _wrong_gelu(name: str, weights: str) -> str:
+    remedy = f'set "quick_gelu": true in {name}' if name.endswith(".json") else f"use {name}-quickgelu"
+    return f"backbone.name: {weights} were trained with QuickGELU: {remedy}"
 
 
 def is_torchscript(file: Path) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock
 from tqdm import tqdm
 
+from heba.splits import read_split
 from pipeline.params import Params
 from pipeline.paths import OUT, data_folder, main_root, new_file, new_folder
 
@@ -54,26 +55,28 @@ def run(params: Params, dataset: str) -> None:
     with FileLock(folder.with_name(f".{dataset}.lock")):
         with new_folder(folder) as temporary:
             if params.suite == "embedded":
-                title = _generate(dataset, temporary)
+                about = _generate(dataset, temporary)
             else:
-                title = _fetch(params, dataset, temporary)
-        manifest = {"dataset": dataset, "suite": params.suite, "title": title} | describe_folder(folder)
+                about = _fetch(params, dataset, temporary)
+        manifest = {"dataset": dataset, "suite": params.suite} | about | describe_folder(folder)
     with new_file(manifest_path(dataset)) as path:
         path.write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def _generate(dataset: str, folder: Path) -> str:
+def _generate(dataset: str, folder: Path) -> dict[str, Any]:
+    """Draw a data set of the embedded suite; returns its title for the manifest."""
     from heba.embedded import suite
 
     with tqdm(desc=f"draw {dataset}", delay=2, unit="image") as bar:
         suite.generate(dataset, folder, progress=bar.update)
     (folder / "descriptions.json").write_text(json.dumps(suite.descriptions(dataset), indent=0) + "\n")
-    return suite.DATASETS[dataset].title
+    return {"title": suite.DATASETS[dataset].title}
 
 
-def _fetch(params: Params, dataset: str, folder: Path) -> str:
-    from heba.data.benchmarks import prepare
-    from heba.data.fetch import FetchError, obtain
+def _fetch(params: Params, dataset: str, folder: Path) -> dict[str, Any]:
+    """Get a real data set; returns its title and its archives for the manifest."""
+    from heba.data.benchmarks import parse_descriptions, prepare
+    from heba.data.fetch import FetchError, Local, obtain
 
     entry = catalog_entry(params, dataset)
     archives = main_root() / params.data.root / "archives"
@@ -84,24 +87,48 @@ def _fetch(params: Params, dataset: str, folder: Path) -> str:
     def say(text: str) -> None:
         print(text, file=sys.stderr)
 
+    def unpack(files: list[Local]) -> None:
+        shutil.rmtree(folder)  # what another source has left
+        folder.mkdir()
+        prepare(entry, files, split, folder)
+
     say(f"{dataset}: terms: {entry.terms}")
-    check_disk(dataset, sum(file.size for file in entry.sources[0]), archives.parent, say)
+    check_disk(dataset, entry, archives, mirror, say)
+    what = "class descriptions"
     try:
         # The small files first: should they not be had, nothing big was fetched in vain.
-        ((_, descriptions),) = obtain([[entry.descriptions]], archives, dataset, mirror, say)
-        split = obtain([[entry.split]], archives, dataset, mirror, say)[0][1] if entry.split else None
-        files = obtain(entry.sources, archives, dataset, mirror, say)
+        (file,) = obtain([[entry.descriptions]], archives, dataset, mirror, say)
+        descriptions = parse_descriptions(file.path.read_text(encoding="utf-8"), str(file.path))
+        split = None
+        if entry.split:
+            what = "split file"
+            (file,) = obtain([[entry.split]], archives, dataset, mirror, say)
+            split = read_split(file.path)
+        what = "images"
+        files = obtain(entry.sources, archives, dataset, mirror, say, unpack)
     except FetchError as error:
-        names = " or ".join(", ".join(file.file for file in files) for files in entry.sources)
-        how = f" To get it: {entry.account}." if entry.account else ""
-        raise DataError(
-            f"{dataset}: not all of its files can be had.{how} Put {names} into {archives / dataset} "
-            f"and run the stage again; they are checked and used without a network.\n{error}".rstrip()
-        ) from None
-    prepare(entry, files, split, descriptions, folder)
-    fetched = [path for _, path in files if path.is_relative_to(archives)]
-    say(f"{dataset}: the archives are needed no more and may be deleted: {', '.join(map(str, fetched))}")
-    return entry.title
+        account = entry.account if what == "images" else None
+        remedy = _how_to_get(dataset, what, error.missing, archives / dataset, account)
+        raise DataError(f"{remedy}\n{error}".rstrip()) from None
+    text = json.dumps(descriptions, ensure_ascii=False, indent=0)
+    (folder / "descriptions.json").write_text(text + "\n", encoding="utf-8")
+    own = [str(file.path) for file in files if file.path.is_relative_to(archives)]
+    if own:
+        say(f"{dataset}: the archives are needed no more and may be deleted: {', '.join(own)}")
+    used = [{"file": f.file.file, "bytes": f.path.stat().st_size, "sha256": f.sha256} for f in files]
+    return {"title": entry.title, "archives": used}
+
+
+def _how_to_get(dataset: str, what: str, missing: list[list[str]], folder: Path, account: str | None) -> str:
+    """What to do about `missing`, the names of absent files by source."""
+    if not missing:
+        return f"{dataset}: the archives that are here do not hold its {what}:"
+    names = " or ".join(dict.fromkeys(", ".join(files) for files in missing))
+    how = f" To get what is missing, {account}." if account else ""
+    return (
+        f"{dataset}: its {what} can not be had, for want of {names}.{how} Put {names} into {folder} "
+        "and run the stage again; what is there is checked and used without a network."
+    )
 
 
 def catalog_entry(params: Params, dataset: str) -> Any:
@@ -123,26 +150,32 @@ def template_of(params: Params, dataset: str) -> str:
     return suite.DATASETS[dataset].template
 
 
-def check_disk(dataset: str, archive_bytes: int, folder: Path, say: Any) -> None:
-    """Say how much disk a data set takes; DataError when there is not as much."""
+def check_disk(dataset: str, entry: Any, archives: Path, mirror: str | None, say: Any) -> None:
+    """Say how much disk a data set still takes, for the source that takes least; DataError when there is not as
+    much. `entry` is a heba.data.catalog.Benchmark."""
+    from heba.data.fetch import bytes_to_fetch
+
     # Pictures hardly compress: the images take about as much as their archives.
-    needed = 2 * archive_bytes
+    needed = min(
+        bytes_to_fetch(files, archives, dataset, mirror) + sum(file.size for file in files)
+        for files in entry.sources
+    )
+    folder = archives.parent
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
-    say(f"{dataset}: needs about {needed / 1e9:.1f} GB under {folder}, where {free / 1e9:.1f} GB are free")
+    text = f"{dataset}: needs about {needed / 1e9:.1f} GB under {folder}, where {free / 1e9:.1f} GB are free"
+    say(text)
     if free < needed:
-        raise DataError(
-            f"{dataset}: needs about {needed / 1e9:.1f} GB under {folder}, where {free / 1e9:.1f} GB are free; "
-            "make room, or set data.root in params.yaml to a folder on a bigger disk"
-        )
+        raise DataError(f"{text}; make room, or set data.root in params.yaml to a folder on a bigger disk")
 
 
 def verified_folder(params: Params, dataset: str, images: bool = False) -> Path:
     """The data set's folder, after checking it against the manifest: the split file's hash, and with
-    `images` the number of image files and their bytes."""
+    `images` the number of image files and their bytes. DataError says what is missing."""
     manifest = json.loads(manifest_path(dataset).read_text())
     folder = data_folder(params.data.root, params.suite, dataset)
-    remedy = f"make it again with `dvc repro --force --single-item download@{dataset}`"
+    stage = "download-variant" if dataset in params.transfer.variants else "download"
+    remedy = f"make it again with `dvc repro --force --single-item {stage}@{dataset}`"
     split = folder / "split.json"
     if not split.is_file():
         raise DataError(f"{split} is missing, though its manifest is there; {remedy}")
@@ -156,8 +189,12 @@ def verified_folder(params: Params, dataset: str, images: bool = False) -> Path:
             for name in names
         ]
         if (len(sizes), sum(sizes)) != (manifest["images"], manifest["bytes"]):
+            from heba.data.benchmarks import missing_images
+
+            missing = missing_images(read_split(split), folder / "images")
+            named = f"; {len(missing)} of the split are missing: {', '.join(missing[:3])}" if missing else ""
             raise DataError(
                 f"{folder / 'images'} has {len(sizes)} files of {sum(sizes)} bytes in all, the manifest "
-                f"{manifest_path(dataset)} says {manifest['images']} of {manifest['bytes']}; {remedy}"
+                f"{manifest_path(dataset)} says {manifest['images']} of {manifest['bytes']}{named}; {remedy}"
             )
     return folder

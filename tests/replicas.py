@@ -59,6 +59,16 @@ def zip_of(files: Files) -> bytes:
     return buffer.getvalue()
 
 
+def made_up_path(name: str, part: str, label: int, i: int) -> str:
+    """A path of the form that a data set's split file has."""
+    folder = f"class_{label}"
+    if name == "stanford_cars":
+        folder = "cars_test" if part == "test" else "cars_train"
+    elif name == "sun397":  # a folder for the letter, and in some classes one more for their kind
+        folder = f"c/{folder}" + "/outdoor" * (label % 2)
+    return f"{folder}/{part}_{label}_{i}.jpg"
+
+
 def coop_split(name: str, split_name: str, classes: int) -> dict:
     """A few images a class of the real split file, or made-up ones of the same form."""
     path = SHARED / "splits" / split_name
@@ -66,7 +76,7 @@ def coop_split(name: str, split_name: str, classes: int) -> dict:
         real = json.loads(path.read_text())
     else:
         real = {
-            part: [[f"class_{c}/{part}_{c}_{i}.jpg", c, f"class {c}"] for c in range(classes) for i in range(4)]
+            part: [[made_up_path(name, part, c, i), c, f"class {c}"] for c in range(classes) for i in range(4)]
             for part in PER_CLASS
         }
     split: dict = {}
@@ -165,7 +175,10 @@ def build(name: str, entry: dict, folder: Path) -> dict:
         top = {"imagenetv2": "imagenetv2-matched-frequency-format-val", "imagenet_sketch": "sketch"}.get(
             name, name
         )
-        files = {f"{top}/{keys[i]}/{n}.jpg": jpeg(i) for i in chosen for n in ("b", "a")}
+        ends = {"imagenetv2": (".jpeg", ".jpeg"), "imagenet_sketch": (".JPEG", ".JPEG")}.get(
+            name, (".JPG", ".jpg")
+        )
+        files = {f"{top}/{keys[i]}/{n}{end}": jpeg(i) for i in chosen for n, end in zip("ba", ends, strict=True)}
         files[f"{top}/README.txt"] = b"not an image"
         counts["test"] = 2 * len(chosen)
         contents = [archive_of(first[0]["file"], files)]

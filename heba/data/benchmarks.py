@@ -14,21 +14,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from heba.data.catalog import Benchmark, File
+from heba.data.catalog import Benchmark
+from heba.data.fetch import Local
 from heba.data.unpack import ArchiveError, unpack, unpack_tar
-from heba.splits import PARTS, Item, Split, class_names, read_split, write_split
+from heba.splits import PARTS, Item, Split, class_names, write_split
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 
-def prepare(
-    entry: Benchmark,
-    archives: list[tuple[File, Path]],
-    split_file: Path | None,
-    descriptions_file: Path,
-    folder: Path,
-) -> None:
-    """Fill `folder` with images/, split.json and descriptions.json, and check them against the catalogue.
+def prepare(entry: Benchmark, archives: list[Local], split: Split | None, folder: Path) -> None:
+    """Fill `folder` with images/ and split.json, and check them against the catalogue; `split` is CoOp's where the
+    data set has one.
 
     Images are unpacked inside `folder` and moved, not copied. Raises ValueError when classes, counts or images
     are not those of the catalogue.
@@ -37,10 +33,9 @@ def prepare(
     if entry.layout == "imagenet":
         split = _imagenet(archives, folder / "images")
     else:
-        for file, path in archives:
-            unpack(path, raw, file.inner)
-        if split_file is not None:
-            split = read_split(split_file)
+        for archive in archives:
+            unpack(archive.path, raw, archive.file.inner)
+        if split is not None:
             root = find_root(raw, split, entry.title)
         elif entry.layout == "fgvc":
             lists = _only(raw.rglob("images_variant_train.txt"), "images_variant_train.txt", entry.title).parent
@@ -51,9 +46,6 @@ def prepare(
     shutil.rmtree(raw, ignore_errors=True)
     check_split(split, entry, folder / "images")
     write_split(split, folder / "split.json")
-    descriptions = parse_descriptions(descriptions_file.read_text(encoding="utf-8"), str(descriptions_file))
-    text = json.dumps(descriptions, ensure_ascii=False, indent=0)
-    (folder / "descriptions.json").write_text(text + "\n", encoding="utf-8")
 
 
 def check_split(split: Split, entry: Benchmark, images: Path) -> None:
@@ -66,11 +58,16 @@ def check_split(split: Split, entry: Benchmark, images: Path) -> None:
         expected = getattr(entry.counts, part)
         if len(split[part]) != expected:
             problems.append(f"{len(split[part])} {part} images instead of {expected}")
-    missing = [file for part in PARTS for file, _, _ in split[part] if not (images / file).is_file()]
+    missing = missing_images(split, images)
     if missing:
         problems.append(f"{len(missing)} images of the split are not in the archives: {', '.join(missing[:3])}")
     if problems:
         raise ValueError(f"{entry.title}: " + "; ".join(problems))
+
+
+def missing_images(split: Split, images: Path) -> list[str]:
+    """Paths of `split` that are no file under `images`."""
+    return [file for part in PARTS for file, _, _ in split[part] if not (images / file).is_file()]
 
 
 def _only(found: Iterator[Path], name: str, title: str) -> Path:
@@ -88,7 +85,8 @@ def find_root(raw: Path, split: Split, title: str) -> Path:
 
 
 def _fgvc(lists: Path) -> Split:
-    names = {name: i for i, name in enumerate((lists / "variants.txt").read_text().split("\n")) if name}
+    lines = [line.strip() for line in (lists / "variants.txt").read_text().splitlines()]
+    names = {name: i for i, name in enumerate(line for line in lines if line)}
 
     def part(name: str) -> list[Item]:
         lines = (lists / f"images_variant_{name}.txt").read_text().splitlines()
@@ -129,11 +127,11 @@ def _folders_of_classes(raw: Path, entry: Benchmark) -> tuple[Path, Split]:
     return root, {"train": [], "val": [], "test": test}
 
 
-def _imagenet(archives: list[tuple[File, Path]], images: Path) -> Split:
+def _imagenet(archives: list[Local], images: Path) -> Split:
     """Train: a tar of one tar per class. Validation, which is CoOp's test: flat, sorted by the devkit's lists."""
     from scipy.io import loadmat
 
-    paths = {file.file.split(".")[0].rsplit("_", 1)[-1]: path for file, path in archives}
+    paths = {a.file.file.split(".")[0].rsplit("_", 1)[-1]: a.path for a in archives}
     classes = imagenet_classes()
     try:
         with tarfile.open(paths["train"], "r:") as outer:

@@ -16,16 +16,22 @@ class _Strict(BaseModel):
 
 
 class File(_Strict):
-    """A file of the network. `url` is null where only the user can get it; of the checksums those that are
-    published. `inner` names an archive inside this one that holds the images. `size` in bytes may be rough."""
+    """A file of the network. `url` is null where only the user can get it, `mirrors` are further URLs of the same
+    bytes; of the checksums those that are published. `inner` names an archive that holds the images, should there
+    be one in this one. `size` in bytes may be rough."""
 
     file: Annotated[str, Field(pattern=r"^[\w.-]+$")]
     url: str | None
+    mirrors: Annotated[tuple[str, ...], Field(strict=False)] = ()
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     md5: Annotated[str, Field(pattern="^[0-9a-f]{32}$")] | None = None
     git_sha1: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None = None
     size: Count = 0
     inner: str | None = None
+
+    @property
+    def has_checksum(self) -> bool:
+        return bool(self.sha256 or self.md5 or self.git_sha1)
 
 
 class Counts(_Strict):
@@ -59,9 +65,13 @@ class Benchmark(_Strict):
     descriptions: File
 
     @model_validator(mode="after")
-    def _split_where_it_is_used(self) -> "Benchmark":
+    def _split_and_checksums(self) -> "Benchmark":
         if (self.layout == "coop") != (self.split is not None):
             raise ValueError(f"layout {self.layout} does not go with this split: coop needs one, others have none")
+        for file in (self.descriptions, self.split):
+            # An archive without a checksum is judged by its images; nothing judges these.
+            if file and not file.has_checksum:
+                raise ValueError(f"{file.file} needs a checksum")
         return self
 
 

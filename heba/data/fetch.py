@@ -1,50 +1,71 @@
-"""Files from the network or from where a user put them, used only after their checksum is right."""
+"""Files from the network or from where a user put them, used only after they were checked.
+
+On requests alone: pooch, which is built on it, neither resumes nor shows that it hashes a file of many gigabytes.
+"""
 
 import hashlib
+import logging
 import os
-import shutil
+import tarfile
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import pooch
 import requests
 from tqdm import tqdm
 
 from heba.data.catalog import File
 
-ATTEMPTS = 4
+ATTEMPTS = 4  # in a row without any progress
+LONGEST_PAUSE = 60  # seconds, whatever a server asks for
 TIMEOUT = (10, 60)  # seconds to connect, and between two pieces
 CHUNK = 1 << 20
+UNCHECKED = " (no checksum is published for it; its images are checked against the split instead)"
 
 
 class FetchError(ValueError):
-    """A file that can not be had, with everything that was tried."""
+    """Files that can not be had: per alternative the names of those that are `missing`, none where its files were
+    there but of no use; the message is everything that was tried."""
+
+    def __init__(self, missing: list[list[str]], tried: list[str]) -> None:
+        super().__init__("\n".join(f"  {t}" for t in tried))
+        self.missing = missing
 
 
-def checksum(path: Path, file: File) -> str | None:
-    """None when `path` has all checksums that `file` names, else what is wrong."""
-    digests: dict[str, Any] = {}
-    if file.sha256:
-        digests["sha256"] = hashlib.sha256()
-    if file.md5:
-        digests["md5"] = hashlib.md5(usedforsecurity=False)
-    if file.git_sha1:
-        # git names a file by the hash of its length and content.
-        head = f"blob {path.stat().st_size}\0".encode()
-        digests["git_sha1"] = hashlib.sha1(head, usedforsecurity=False)
-    if digests:
-        total = path.stat().st_size
-        with path.open("rb") as stream, _bar(f"check {path.name}", total) as bar:
-            while piece := stream.read(CHUNK):
-                for digest in digests.values():
-                    digest.update(piece)
-                bar.update(len(piece))
+class Local(NamedTuple):
+    """A file of the catalogue, checked, where it lies."""
+
+    file: File
+    path: Path
+    sha256: str
+
+
+def check(path: Path, file: File) -> tuple[str, str | None]:
+    """The sha256 of `path`, and what is wrong with it: a checksum of `file` that it has not, or, where `file` has
+    none, that it is no archive at all. None when nothing is."""
+    total = path.stat().st_size
+    # git names a file by the hash of its length and content.
+    digests: dict[str, Any] = {
+        "sha256": hashlib.sha256(),
+        "md5": hashlib.md5(usedforsecurity=False),
+        "git_sha1": hashlib.sha1(f"blob {total}\0".encode(), usedforsecurity=False),
+    }
+    digests = {name: digest for name, digest in digests.items() if name == "sha256" or getattr(file, name)}
+    with path.open("rb") as stream, _bar(f"check {file.file}", total) as bar:
+        while piece := stream.read(CHUNK):
+            for digest in digests.values():
+                digest.update(piece)
+            bar.update(len(piece))
+    problem = None
     for name, digest in digests.items():
-        if digest.hexdigest() != getattr(file, name):
-            return f"its {name} is {digest.hexdigest()}, not {getattr(file, name)}"
-    return None
+        expected = getattr(file, name)
+        if expected and digest.hexdigest() != expected:
+            problem = f"wrong checksum: its {name} is {digest.hexdigest()}, not {expected}"
+    if not file.has_checksum and not (zipfile.is_zipfile(path) or tarfile.is_tarfile(path)):
+        problem = "it is neither a tar nor a zip archive, or is cut off"
+    return digests["sha256"].hexdigest(), problem
 
 
 def _bar(title: str, total: int | None, initial: int = 0) -> tqdm:
@@ -60,60 +81,109 @@ def _bar(title: str, total: int | None, initial: int = 0) -> tqdm:
     )
 
 
-def resuming_download(url: str, output_file: Any, partial: Path) -> None:
-    """Download `url` to `output_file` by way of `partial`, which stays after an interruption and is gone on with
-    the next time. Tries again after a broken connection or a server's error; raises OSError in the end."""
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            time.sleep(2 ** (attempt - 1))
-        done = partial.stat().st_size if partial.exists() else 0
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def resuming_download(url: str, partial: Path, title: str) -> None:
+    """Download `url` to `partial`, going on where an interruption left it, with a progress bar named `title`.
+
+    Tries again after a broken connection or a server's error, until ATTEMPTS in a row have brought nothing new.
+    Raises OSError then, and ValueError for a web page in place of a file; what has come of a file stays.
+    """
+    failures, furthest = 0, _size(partial)
+    while True:
         try:
-            headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
-            with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-                if response.status_code == 416:  # nothing is left, or the file has changed: the checksum tells
-                    if f"bytes */{done}" == response.headers.get("Content-Range"):
-                        break
-                    partial.unlink()
-                    continue
-                if response.status_code >= 500 or response.status_code == 429:
-                    raise requests.ConnectionError(f"the server answers {response.status_code} {response.reason}")
-                response.raise_for_status()
-                if response.status_code != 206:
-                    done = 0
-                length = response.headers.get("Content-Length")
-                total = done + int(length) if length else None
-                with partial.open("ab" if done else "wb") as out, _bar(partial.stem, total, done) as bar:
-                    for piece in response.iter_content(CHUNK // 16):
-                        out.write(piece)
-                        bar.update(len(piece))
-                if total is not None and partial.stat().st_size != total:
-                    raise requests.ConnectionError(f"only {partial.stat().st_size} of {total} bytes came")
-                break
-        except requests.HTTPError:
-            raise
-        except requests.RequestException:
-            if attempt == ATTEMPTS - 1:
+            _transfer(url, partial, title)
+            return
+        except requests.RequestException as error:
+            status = 0 if error.response is None else error.response.status_code
+            if 400 <= status < 500 and status not in (408, 429):
                 raise
-    shutil.move(partial, output_file)
+            failures = 0 if _size(partial) > furthest else failures + 1
+            furthest = max(furthest, _size(partial))
+            if failures == ATTEMPTS:
+                raise
+            asked = "" if error.response is None else error.response.headers.get("Retry-After", "")
+            pause = min(int(asked), LONGEST_PAUSE) if asked.isdecimal() else 2 ** max(failures - 1, 0)
+            logging.getLogger(__name__).warning("%s: %s; trying again in %d s", title, error, pause)
+        time.sleep(pause)
 
 
-def download(file: File, url: str, folder: Path) -> Path:
-    """Fetch `file` from `url` into `folder` and check it; raises OSError or ValueError."""
+def _transfer(url: str, partial: Path, title: str) -> None:
+    """One request for what is not in `partial` yet; raises requests.RequestException unless all of it comes."""
+    done = _size(partial)
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+        if response.status_code == 416 and done:
+            if response.headers.get("Content-Range") == f"bytes */{done}":
+                return
+            partial.unlink()
+            raise requests.ConnectionError("the file is not the one that a former run began with")
+        response.raise_for_status()
+        if response.headers.get("Content-Type", "").startswith("text/html"):
+            raise ValueError("the server sent a web page in place of the file")
+        if response.status_code != 206:
+            done = 0
+        length = response.headers.get("Content-Length")
+        total = done + int(length) if length else None
+        with partial.open("ab" if done else "wb") as out, _bar(title, total, done) as bar:
+            for piece in response.iter_content(CHUNK // 16):
+                out.write(piece)
+                bar.update(len(piece))
+        if total is not None and _size(partial) != total:
+            raise requests.ConnectionError(f"only {_size(partial)} of {total} bytes came")
+
+
+def partial_path(folder: Path, file: File, url: str) -> Path:
+    """Where the download of `file` from `url` collects: another host may have other bytes under the same name."""
+    return folder / f"{file.file}.{hashlib.sha256(url.encode()).hexdigest()[:8]}.part"
+
+
+def _partials(folder: Path, file: File) -> list[Path]:
+    return list(folder.glob(f"{file.file}.????????.part"))
+
+
+def download(file: File, url: str, folder: Path, say: Callable[[str], object]) -> Local:
+    """Fetch `file` from `url` into `folder` and check it; raises OSError or ValueError.
+
+    A file of that name in `folder`, which is there only when it is bad, may be the user's: it is renamed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    algorithm = "sha256" if file.sha256 else "md5"
-    expected = getattr(file, algorithm)
-    path = pooch.retrieve(
-        url,
-        known_hash=f"{algorithm}:{expected}" if expected else None,
-        fname=file.file,
-        path=folder,
-        downloader=lambda u, out, _: resuming_download(u, out, folder / f"{file.file}.part"),
-    )
-    wrong = checksum(Path(path), file) if file.git_sha1 else None
-    if wrong:
-        os.unlink(path)
-        raise ValueError(f"{file.file}: {wrong}")
-    return Path(path)
+    partial = partial_path(folder, file, url)
+    resuming_download(url, partial, file.file)
+    sha256, problem = check(partial, file)
+    if problem:
+        partial.unlink()
+        raise ValueError(problem)
+    path = folder / file.file
+    if path.exists():
+        aside = path.with_name(f"{path.name}.bad")
+        while aside.exists():
+            aside = aside.with_name(f"{aside.name}.bad")
+        os.replace(path, aside)
+        say(f"{path} was not the right file: it is kept as {aside.name}")
+    os.replace(partial, path)
+    for other in _partials(folder, file):
+        other.unlink()
+    return Local(file, path, sha256)
+
+
+def _places(file: File, archives: Path, dataset: str, mirror: str | None) -> list[Path]:
+    """The files of that name which a user, an earlier run or a mirror's folder has put there."""
+    folders = [archives / dataset, archives]
+    if mirror and "://" not in mirror:
+        folders.append(Path(mirror) / dataset)
+    return [folder / file.file for folder in folders if (folder / file.file).is_file()]
+
+
+def bytes_to_fetch(files: list[File], archives: Path, dataset: str, mirror: str | None) -> int:
+    """Bytes of `files` that are neither placed nor fetched yet."""
+    total = 0
+    for file in files:
+        if not _places(file, archives, dataset, mirror):
+            total += max(0, file.size - max(map(_size, _partials(archives / dataset, file)), default=0))
+    return total
 
 
 def obtain(
@@ -122,58 +192,75 @@ def obtain(
     dataset: str,
     mirror: str | None = None,
     say: Callable[[str], object] = print,
-) -> list[tuple[File, Path]]:
-    """The files of the first alternative that can be had complete, each with its checked place.
+    use: Callable[[list[Local]], object] = lambda files: None,
+) -> list[Local]:
+    """The files of the first alternative that can be had complete and that `use` takes.
 
     Files that the user put into `archives` or `archives`/<dataset> come first and need no network, then
-    `mirror`/<dataset>, a URL or a folder, then the URLs. Raises FetchError with everything that was tried.
+    `mirror`/<dataset>, a URL or a folder, then the URLs. When `use` raises ValueError, the next alternative is
+    taken; what was fetched without a checksum to tell that it is right is deleted then, and fetched anew the next
+    time. Raises FetchError with everything that was tried.
     """
     tried: list[str] = []
-    verdicts: dict[tuple[Path, File], str | None] = {}
+    checked: dict[tuple[Path, File], tuple[str, str | None]] = {}
+    fetched: set[Path] = set()
 
-    def placed(file: File) -> Path | None:
-        folders = [archives / dataset, archives]
-        if mirror and "://" not in mirror:
-            folders.append(Path(mirror) / dataset)
-        for folder in folders:
-            path = folder / file.file
-            if path.is_file():
-                if (path, file) not in verdicts:
-                    verdicts[path, file] = checksum(path, file)
-                if verdicts[path, file] is None:
-                    return path
-                problem = f"{path}: {verdicts[path, file]}"
-                if problem not in tried:
-                    tried.append(problem)
+    def note(problem: str) -> None:
+        if problem not in tried:
+            tried.append(problem)
+            say(f"{dataset}: {problem}")
+
+    def placed(file: File) -> Local | None:
+        for path in _places(file, archives, dataset, mirror):
+            if (path, file) not in checked:
+                checked[path, file] = check(path, file)
+            sha256, problem = checked[path, file]
+            if problem is None:
+                return Local(file, path, sha256)
+            note(f"{path}: {problem}")
         return None
 
-    for files in alternatives:
-        found = [(file, path) for file in files if (path := placed(file))]
-        if len(found) == len(files):
-            return found
-    pooch.get_logger().setLevel("WARNING")
-    for files in alternatives:
-        found = []
-        for file in files:
-            path = placed(file)
-            urls = [f"{mirror.rstrip('/')}/{dataset}/{file.file}"] if mirror and "://" in mirror else []
-            urls += [file.url] if file.url else []
-            for url in urls if path is None else []:
-                say(f"{dataset}: fetching {url}" + ("" if file.sha256 or file.md5 or file.git_sha1 else UNCHECKED))
-                try:
-                    path = download(file, url, archives / dataset)
-                    break
-                except (OSError, ValueError) as error:
-                    # pooch names its temporary file, which tells a user nothing.
-                    wrong = "hash of downloaded file" in str(error).lower()
-                    tried.append(f"{url}: {'its checksum is not the published one' if wrong else error}")
-                    say(f"{dataset}: {tried[-1]}")
-            if path is None:
-                break
-            found.append((file, path))
-        if len(found) == len(files):
-            return found
-    raise FetchError("\n".join(f"  {t}" for t in tried))
+    def fetch(file: File) -> Local | None:
+        urls = [f"{mirror.rstrip('/')}/{dataset}/{file.file}"] if mirror and "://" in mirror else []
+        urls += [url for url in (file.url, *file.mirrors) if url]
+        for url in urls:
+            say(f"{dataset}: fetching {url}" + ("" if file.has_checksum else UNCHECKED))
+            try:
+                local = download(file, url, archives / dataset, say)
+            except (OSError, ValueError) as error:
+                note(f"{url}: {error}")
+                continue
+            fetched.add(local.path)
+            checked[local.path, file] = (local.sha256, None)
+            return local
+        return None
 
-
-UNCHECKED = " (no checksum is published for it; its images are checked against the split instead)"
+    refused: list[list[Local]] = []
+    missing: list[list[str]] = []
+    for online in (False, True):
+        for files in alternatives:
+            found: list[Local] = []
+            absent: list[str] = []
+            for file in files:
+                # Where one can not be had the others are not fetched, but named if they are not there.
+                local = placed(file) or (fetch(file) if online and not absent else None)
+                if local:
+                    found.append(local)
+                else:
+                    absent.append(file.file)
+            if absent and online:
+                missing.append(absent)
+            if absent or found in refused:
+                continue
+            try:
+                use(found)
+                return found
+            except ValueError as error:
+                refused.append(found)
+                note(f"{', '.join(file.file for file in files)}: {error}")
+                for file, path, sha256 in found:
+                    if path in fetched and not file.has_checksum:
+                        path.unlink()
+                    elif not file.has_checksum:
+                        checked[path, file] = (sha256, "its content is not that of the data set")
+    raise FetchError(missing, tried)

@@ -25,8 +25,9 @@ def unpack(archive: Path, folder: Path, inner: str | None = None) -> None:
         else:
             with archive.open("rb") as stream:
                 unpack_tar(stream, folder, archive.name)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ArchiveError(f"{archive}: {error}; delete it and run the stage again to fetch it anew") from None
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        # zipfile has a RuntimeError for a password and for a compression that it does not know.
+        raise ArchiveError(f"{archive}: not a whole archive: {error}") from None
     if inner:
         found = sorted(folder.rglob(inner))
         if found:
@@ -38,15 +39,23 @@ def unpack_tar(stream: IO[bytes], folder: Path, title: str) -> None:
     """Unpack the tar in `stream` into `folder`, under the rules of Python's "data" filter (PEP 706)."""
     with tarfile.open(fileobj=stream, mode="r|*") as tar:
         for member in tqdm(tar, desc=f"unpack {title}", unit="file", delay=2, mininterval=1):
-            tar.extract(member, folder, filter="data")
+            if not _is_of_macos(member.name):
+                tar.extract(member, folder, filter="data")
 
 
 def _unpack_zip(archive: Path, folder: Path) -> None:
     with zipfile.ZipFile(archive) as file:
         for member in tqdm(file.infolist(), desc=f"unpack {archive.name}", unit="file", delay=2, mininterval=1):
             path = PurePosixPath(member.filename.replace("\\", "/"))
-            if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+            if path.is_absolute() or ".." in path.parts or ":" in str(path).split("/")[0]:
                 raise ArchiveError(f"{archive}: the member {member.filename!r} lies outside of the archive")
             if stat.S_ISLNK(member.external_attr >> 16):
                 raise ArchiveError(f"{archive}: the member {member.filename!r} is a link")
-            file.extract(member, folder)
+            if not _is_of_macos(member.filename):
+                file.extract(member, folder)
+
+
+def _is_of_macos(name: str) -> bool:
+    """A file's attributes that macOS packs beside it, under the file's name or suffix: no image."""
+    path = PurePosixPath(name)
+    return "__MACOSX" in path.parts or path.name.startswith("._")

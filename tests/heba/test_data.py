@@ -1,13 +1,9 @@
 """The real benchmarks' archives, over replicas and a local HTTP server with faults."""
 
 import hashlib
-import http.server
 import io
-import re
 import tarfile
-import threading
 import zipfile
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -15,51 +11,17 @@ from hypothesis import strategies as st
 
 from heba.data.benchmarks import parse_descriptions, prepare
 from heba.data.catalog import File, load_catalog
-from heba.data.fetch import FetchError, obtain
+from heba.data.fetch import FetchError, Local, bytes_to_fetch, obtain, partial_path
 from heba.data.unpack import ArchiveError, unpack
 from heba.splits import class_names, read_split
 from tests import replicas
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves `files`; `faults` by path: "404", "cut" (drops the connection in the middle, once), "whole" (knows no
-    ranges) or "wrong" (other bytes)."""
-
-    files: dict[str, bytes]
-    faults: dict[str, str]
-    requests: list[tuple[str, str | None]]
-
-    def do_GET(self):
-        name, wanted = self.path.lstrip("/"), self.headers.get("Range")
-        self.requests.append((name, wanted))
-        fault = self.faults.get(name)
-        if fault == "404" or name not in self.files:
-            self.send_error(404)
-            return
-        content = self.files[name] if fault != "wrong" else b"x" * len(self.files[name])
-        start = 0
-        if wanted and fault != "whole":
-            start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(content) - start))
-        self.end_headers()
-        end = len(content)
-        if fault in ("cut", "whole") and len(self.requests) == 1:
-            end = start + (end - start) // 2
-        self.wfile.write(content[start:end])
-
-    def log_message(self, *args):
-        pass
+from tests.server import serve
 
 
 @pytest.fixture
 def server():
-    handler = type("Own", (Handler,), {"files": {}, "faults": {}, "requests": []})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        handler.url = f"http://127.0.0.1:{running.server_address[1]}"
-        yield handler
-        running.shutdown()
+    with serve() as running:
+        yield running
 
 
 CONTENT = bytes(range(256)) * 5000
@@ -69,36 +31,50 @@ def described(url, content=CONTENT, name="a.bin", **changes):
     return File(file=name, url=url, sha256=hashlib.sha256(content).hexdigest(), **changes)
 
 
-@pytest.mark.parametrize(("fault", "ranges"), [(None, 0), ("cut", 1), ("whole", 1)])
+@pytest.mark.parametrize(("fault", "ranges"), [(None, 0), ("cut", 1), ("whole", 1), ("busy", 0), ("slow", 4)])
 def test_a_broken_download_goes_on_and_ends_right(server, tmp_path, fault, ranges):
     server.files["a.bin"] = CONTENT
     if fault:
         server.faults["a.bin"] = fault
-    ((_, path),) = obtain([[described(server.url + "/a.bin")]], tmp_path, "dtd", say=print)
+    ((_, path, sha256),) = obtain([[described(server.url + "/a.bin")]], tmp_path, "dtd", say=print)
     assert path.read_bytes() == CONTENT
+    assert sha256 == hashlib.sha256(CONTENT).hexdigest()
     assert sum(r is not None for _, r in server.requests) == ranges
     assert [p.name for p in (tmp_path / "dtd").iterdir()] == ["a.bin"]
 
 
-def test_an_interrupted_download_is_resumed_by_the_next_run(server, tmp_path):
-    server.files["a.bin"] = CONTENT
+def test_an_interrupted_download_is_resumed_by_the_next_run_and_only_from_its_own_place(server, tmp_path):
+    server.files |= {"a.bin": CONTENT, "other/a.bin": CONTENT}
+    file = described(server.url + "/a.bin", size=len(CONTENT))
     (tmp_path / "dtd").mkdir()
-    (tmp_path / "dtd" / "a.bin.part").write_bytes(CONTENT[:700_000])
-    ((_, path),) = obtain([[described(server.url + "/a.bin")]], tmp_path, "dtd", say=print)
+    partial_path(tmp_path / "dtd", file, server.url + "/a.bin").write_bytes(CONTENT[:700_000])
+    foreign = partial_path(tmp_path / "dtd", file, server.url + "/other/a.bin")
+    foreign.write_bytes(b"foreign")
+    assert bytes_to_fetch([file], tmp_path, "dtd", None) == len(CONTENT) - 700_000
+    ((_, path, _),) = obtain([[file]], tmp_path, "dtd", say=print)
     assert path.read_bytes() == CONTENT
     assert server.requests == [("a.bin", "bytes=700000-")]
+    assert not foreign.exists()
+    assert bytes_to_fetch([file], tmp_path, "dtd", None) == 0
 
 
-@pytest.mark.parametrize("fault", ["404", "wrong"])
+@pytest.mark.parametrize("fault", ["404", "wrong", "html"])
 def test_the_next_mirror_is_taken(server, tmp_path, fault):
     server.files |= {"first/a.bin": CONTENT, "b.zip": CONTENT}
     server.faults["first/a.bin"] = fault
     said = []
     alternatives = [[described(server.url + "/first/a.bin")], [described(server.url + "/b.zip", name="b.zip")]]
-    ((file, path),) = obtain(alternatives, tmp_path, "dtd", say=said.append)
+    ((file, path, _),) = obtain(alternatives, tmp_path, "dtd", say=said.append)
     assert (file.file, path.read_bytes()) == ("b.zip", CONTENT)
-    assert any("first/a.bin" in s and ("404" in s or "checksum" in s) for s in said)
+    reason = {"404": "404", "wrong": "checksum", "html": "web page"}[fault]
+    assert any("first/a.bin" in s and reason in s for s in said)
     assert [p.name for p in (tmp_path / "dtd").iterdir()] == ["b.zip"]
+
+
+def test_a_file_has_mirrors_of_its_own(server, tmp_path):
+    server.files["there/a.bin"] = CONTENT
+    obtain([[described(server.url + "/a.bin", mirrors=[server.url + "/there/a.bin"])]], tmp_path, "dtd", say=print)
+    assert [name for name, _ in server.requests] == ["a.bin", "there/a.bin"]
 
 
 def test_nothing_to_be_had_lists_what_was_tried(server, tmp_path):
@@ -107,6 +83,7 @@ def test_nothing_to_be_had_lists_what_was_tried(server, tmp_path):
     with pytest.raises(FetchError, match="checksum") as error:
         obtain([[described(server.url + "/a.bin"), described(None, name="c")]], tmp_path, "dtd", say=print)
     assert server.url in str(error.value)
+    assert error.value.missing == [["a.bin", "c"]]
     assert list(tmp_path.rglob("*.*")) == []
 
 
@@ -116,11 +93,48 @@ def test_a_placed_file_needs_no_network(tmp_path, place):
     path.parent.mkdir(parents=True)
     path.write_bytes(CONTENT)
     mirror = str(tmp_path / "mirror")
-    ((_, found),) = obtain([[described(None)]], tmp_path / "archives", "dtd", mirror, say=print)
+    ((_, found, _),) = obtain([[described(None)]], tmp_path / "archives", "dtd", mirror, say=print)
     assert found == path
     path.write_bytes(CONTENT[:-1])
     with pytest.raises(FetchError, match="sha256"):
         obtain([[described(None)]], tmp_path / "archives", "dtd", mirror, say=print)
+
+
+def test_a_placed_file_with_another_checksum_is_kept_and_reported(server, tmp_path):
+    server.files["a.bin"] = CONTENT
+    placed = tmp_path / "dtd" / "a.bin"
+    placed.parent.mkdir()
+    placed.write_bytes(b"the user's")
+    said = []
+    ((_, path, _),) = obtain([[described(server.url + "/a.bin")]], tmp_path, "dtd", say=said.append)
+    assert path.read_bytes() == CONTENT
+    assert (tmp_path / "dtd" / "a.bin.bad").read_bytes() == b"the user's"
+    assert any("wrong checksum" in s for s in said)
+    assert any("kept as a.bin.bad" in s for s in said)
+
+
+def test_an_archive_without_checksum_that_is_of_no_use_is_fetched_from_the_next_place(server, tmp_path):
+    good, bad = replicas.zip_of({"a": b"right"}), replicas.zip_of({"a": b"wrong"})
+    server.files |= {"1/a.zip": b"plain text", "2/a.zip": bad, "3/a.zip": good}
+    alternatives = [[File(file="a.zip", url=f"{server.url}/{i}/a.zip")] for i in (1, 2, 3)]
+    said = []
+
+    def use(files):
+        unpack(files[0].path, tmp_path / "out")
+        if (tmp_path / "out" / "a").read_bytes() != b"right":
+            raise ValueError("wrong images")
+
+    ((file, path, _),) = obtain(alternatives, tmp_path, "dtd", say=said.append, use=use)
+    assert file is alternatives[2][0]
+    assert path.read_bytes() == good
+    assert any("neither a tar nor a zip" in s for s in said)
+    assert any("wrong images" in s for s in said)
+    assert [p.name for p in (tmp_path / "dtd").iterdir()] == ["a.zip"]
+    # What lies there from the start may be the user's.
+    path.write_bytes(bad)
+    obtain(alternatives[2:], tmp_path, "dtd", say=print, use=use)
+    assert path.read_bytes() == good
+    assert path.with_name("a.zip.bad").read_bytes() == bad
 
 
 def test_a_mirror_comes_before_the_official_host_and_git_hashes_are_checked(server, tmp_path):
@@ -183,11 +197,11 @@ def test_every_layout_becomes_images_and_a_split(tmp_path, name):
     def get(files):
         return obtain([files], tmp_path / "archives", name, mirror, say=print)
 
-    split_file = get([entry.split])[0][1] if entry.split else None
-    prepare(entry, get(entry.sources[0]), split_file, get([entry.descriptions])[0][1], tmp_path / "out")
+    given = read_split(get([entry.split])[0].path) if entry.split else None
+    prepare(entry, get(entry.sources[0]), given, tmp_path / "out")
     split = read_split(tmp_path / "out" / "split.json")
     assert len(class_names(split)) == load_catalog()[name].classes
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["descriptions.json", "images", "split.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["images", "split.json"]
     # The picture of a class tells its label, so an image under a wrong label would be seen.
     ids = range(0, 1000, 1000 // entry.classes) if name in ("imagenet_a", "imagenet_r") else range(entry.classes)
     for part in ("train", "test"):
@@ -209,11 +223,40 @@ def test_missing_images_and_wrong_counts_are_named(tmp_path):
     gone = next(n for n in kept if n.endswith(split["test"][0][0]))
     del kept[gone]
     archive.write_bytes(replicas.tar_of(kept, "w:gz"))
-    files = [(entry.sources[0][0], archive)]
+    files = [Local(entry.sources[0][0], archive, "")]
     with pytest.raises(ValueError, match="47 classes instead of 46") as error:
-        prepare(bad, files, tmp_path / "dtd" / entry.split.file, Path("none"), tmp_path / "out")
+        prepare(bad, files, split, tmp_path / "out")
     assert "instead of 7" in str(error.value)
     assert split["test"][0][0] in str(error.value)
+
+
+def test_cars_from_their_two_official_archives(tmp_path):
+    entry = load_catalog(replicas.build_all(tmp_path / "mirror", ["stanford_cars"]))["stanford_cars"]
+    split = read_split(tmp_path / "mirror" / "stanford_cars" / entry.split.file)
+    files = []
+    for file in load_catalog()["stanford_cars"].sources[1]:
+        content = {
+            path: replicas.jpeg(label)
+            for items in split.values()
+            for path, label, _ in items
+            if path.startswith(file.file.removesuffix(".tgz") + "/")
+        }
+        assert content
+        (tmp_path / file.file).write_bytes(replicas.tar_of(content, "w:gz"))
+        files.append(Local(file, tmp_path / file.file, ""))
+    (tmp_path / "out").mkdir()
+    prepare(entry, files, split, tmp_path / "out")
+    path, label, _ = split["test"][0]
+    assert (tmp_path / "out" / "images" / path).read_bytes() == replicas.jpeg(label)
+
+
+def test_what_macos_packs_beside_the_images_is_left_out(tmp_path):
+    files = {"a/1.jpg": b"x", "a/._1.jpg": b"junk", "__MACOSX/a/1.jpg": b"junk"}
+    for name, content in (("z", replicas.zip_of({"./": b""} | files)), ("t", replicas.tar_of(files))):
+        (tmp_path / name).write_bytes(content)
+        unpack(tmp_path / name, tmp_path / f"{name}-out")
+        left = [p.relative_to(tmp_path / f"{name}-out") for p in (tmp_path / f"{name}-out").rglob("*")]
+        assert sorted(p.as_posix() for p in left) == ["a", "a/1.jpg"]
 
 
 def test_the_committed_catalogue_is_complete():
@@ -221,14 +264,16 @@ def test_the_committed_catalogue_is_complete():
     assert len(catalog) == 15
     for entry in catalog.values():
         files = [entry.descriptions, *([entry.split] if entry.split else [])]
-        assert all(f.url and (f.sha256 or f.git_sha1) for f in files)
-        for file in (f for source in entry.sources for f in source):
-            assert (
-                file.url is None
-                or "/resolve/main/" not in file.url
-                or file.sha256
-                or file.file.startswith("ImageNet")
-            )
+        assert all(f.url and f.has_checksum for f in files)
+        assert entry.descriptions.mirrors
+        archives = [file for source in entry.sources for file in source]
+        checked = {file.file for file in archives if file.has_checksum}
+        # A placed file that fails its checksum must not pass for one without.
+        assert not checked & {file.file for file in archives if not file.has_checksum}
+    # Whose images come from an archive that nothing but its content vouches for, unless the user has another.
+    first = {name for name, e in catalog.items() if not all(f.has_checksum for f in e.sources[0])}
+    assert first == {"stanford_cars"}
+    assert "/resolve/main/" not in catalog["stanford_cars"].sources[0][0].url
 
 
 def test_a_malformed_catalogue_lists_its_problems(tmp_path):

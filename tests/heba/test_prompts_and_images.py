@@ -74,6 +74,9 @@ def test_a_truncated_image_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:900])
     with pytest.raises(ValueError, match=r"x\.png: not a readable image"):
         decode(path)
+    Image.new("1", (20_000, 10_000)).save(path)  # more than PIL decodes
+    with pytest.raises(ValueError, match=r"x\.png: not a readable image"):
+        decode(path)
 
 
 @given(st.floats(0, 100), st.floats(0, 100))

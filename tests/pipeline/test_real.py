@@ -1,15 +1,18 @@
 """The paper's DAG over replicas of all fifteen real data sets: `pytest -m slow tests/pipeline/test_real.py`."""
 
+import hashlib
 import json
 import shutil
 
 import open_clip
 import pytest
+import torch
 import yaml
 from safetensors.torch import save_file
 
 from tests import replicas
 from tests.pipeline.test_stages import ROOT, pipeline, stage
+from tests.server import serve
 
 CONFIG = {
     "embed_dim": 16,
@@ -39,7 +42,7 @@ def repository(folder, datasets, variants):
         section["adapter"] |= {"start": 1, "end": 2}
         section["train"] |= {"epochs": 1, "batch_size": 16}
     params["transfer"] |= {"source": datasets[0], "targets": datasets[1:], "variants": variants, "seeds": [1]}
-    params["few_shot"] = {"datasets": datasets[1:2], "seeds": [1], "shots": [1, 2]}
+    params["few_shot"] = {"datasets": datasets[1:3], "seeds": [1], "shots": [1, 2]}
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     for command in (["git", "init", "-q"], ["dvc", "init", "-q"]):
         done = pipeline(folder, *command)
@@ -61,19 +64,107 @@ def test_real_data_sets_go_through_the_stages(tmp_path):
     assert "small.safetensors is not the file of out/backbone.json" in changed.stderr
 
 
-def test_what_needs_an_account_says_how_to_get_it(tmp_path):
+def change(repo, file, edit):
+    raw = yaml.safe_load((repo / file).read_text())
+    edit(raw)
+    (repo / file).write_text(yaml.safe_dump(raw))
+
+
+def test_what_needs_an_account_says_what_is_missing_where_to_get_it_and_where_to_put_it(tmp_path):
     repo = repository(tmp_path, ["eurosat", "dtd"], [])
-    params = yaml.safe_load((repo / "params.yaml").read_text())
-    params["datasets"].append("imagenet")
-    params["data"] |= {"catalog": None, "mirror": None}
-    (repo / "params.yaml").write_text(yaml.safe_dump(params))
-    archives = repo / "data" / "archives"
+    train, val, devkit = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
+    entry = yaml.safe_load((ROOT / "heba" / "data" / "catalog.yaml").read_text())["imagenet"]
+    archives = repo / "data" / "archives" / "imagenet"
     archives.mkdir(parents=True)
-    done = stage(repo, "download", "--dataset", "imagenet", HTTPS_PROXY="http://127.0.0.1:9")
+    entry["descriptions"] = replicas.publish(archives, "imagenet.py", b'prompts = {"tench": ["which swims."]}')
+    for file in entry["sources"][0]:
+        file["size"] = 1000
+    change(repo, "mirror/catalog.yaml", lambda catalog: catalog.update(imagenet=entry))
+    change(repo, "params.yaml", lambda params: params["datasets"].append("imagenet"))
+
+    done = stage(repo, "download", "--dataset", "imagenet")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert "GB" in done.stderr
+    message = done.stderr[done.stderr.index("error:") :]
+    for part in (train, val, devkit, "https://image-net.org/challenges", "register", str(archives)):
+        assert part in message
     assert not (repo / "data" / "real" / "imagenet").exists()
+
+    # With the devkit there, and a validation tar that is not whole, only what is wanting is named.
+    (archives / val).write_bytes(b"half")
+    entry["sources"][0][2] |= replicas.publish(archives, devkit, b"as published")
+    entry["sources"][0][2].pop("md5")
+    change(repo, "mirror/catalog.yaml", lambda catalog: catalog.update(imagenet=entry))
+    done = stage(repo, "download", "--dataset", "imagenet")
+    message = done.stderr[done.stderr.index("error:") :]
+    assert f"Put {train}, {val} into {archives}" in message
+    assert devkit not in message
+    assert f"{archives / val}: wrong checksum" in message
+    assert (archives / val).read_bytes() == b"half"
+
+    split = yaml.safe_load((repo / "mirror" / "catalog.yaml").read_text())["eurosat"]["split"]["file"]
+    (repo / "mirror" / "eurosat" / split).unlink()
+    done = stage(repo, "download", "--dataset", "eurosat")
+    assert f"its split file can not be had, for want of {split}. Put {split} into" in done.stderr
+
+
+def test_a_download_over_a_bad_network_ends_right_and_is_recorded(tmp_path):
+    repo = repository(tmp_path, ["eurosat", "dtd"], [])
+    with serve() as server:
+        for path in (repo / "mirror" / "dtd").iterdir():
+            server.files[f"official/{path.name}"] = path.read_bytes()
+        archive = "dtd-r1.0.1.tar.gz"
+        content = server.files[f"official/{archive}"]
+        server.files[f"institute/dtd/{archive}"] = content
+        server.faults |= {f"institute/dtd/{archive}": "404", f"official/{archive}": "cut"}
+
+        def official(catalog):
+            for file in (catalog["dtd"]["sources"][0][0], catalog["dtd"]["split"], catalog["dtd"]["descriptions"]):
+                file["url"] = f"{server.url}/official/{file['file']}"
+
+        change(repo, "mirror/catalog.yaml", official)
+        change(repo, "params.yaml", lambda params: params["data"].update(mirror=f"{server.url}/institute"))
+        done = stage(repo, "download", "--dataset", "dtd")
+        assert done.returncode == 0, done.stderr
+        asked = [name for name, _ in server.requests if name.endswith(archive)]
+    assert asked == [f"institute/dtd/{archive}", *2 * [f"official/{archive}"]]
+    assert "404" in done.stderr
+    manifest = json.loads((repo / "out" / "download" / "dtd.json").read_text())
+    assert manifest["archives"] == [
+        {"file": archive, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    ]
+    assert "127.0.0.1" not in json.dumps(manifest)
+    split = json.loads((repo / "data" / "real" / "dtd" / "split.json").read_text())
+    assert manifest["images"] == sum(map(len, split.values())) == 4 * 47
+    names = [path.name for path in (repo / "data" / "archives" / "dtd").iterdir()]
+    assert sorted(names) == sorted([archive, "dtd.py", "split_zhou_DescribableTextures.json"])
+
+    lost = repo / "data" / "real" / "dtd" / "images" / split["test"][0][0]
+    lost.unlink()
+    done = stage(repo, "backbone")
+    assert done.returncode == 0, done.stderr
+    done = stage(repo, "precompute", "--dataset", "dtd")
+    assert done.returncode == 1
+    assert f"1 of the split are missing: {split['test'][0][0]}" in done.stderr
+
+
+def test_weights_trained_with_quickgelu_are_refused_in_a_plain_gelu_model(tmp_path):
+    repo = repository(tmp_path, ["eurosat", "dtd"], [])
+    # As OpenAI's checkpoints, which name these besides the weights.
+    numbers = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(77)}
+    torch.save(open_clip.CLIP(**CONFIG).state_dict() | numbers, repo / "openai.pt")
+    change(repo, "params.yaml", lambda params: params["backbone"].update(pretrained="openai.pt"))
+    done = stage(repo, "backbone")
+    assert done.returncode == 0, done.stderr
+    (repo / "small.json").write_text(json.dumps(CONFIG | {"quick_gelu": False}))
+    done = stage(repo, "backbone")
+    assert done.returncode == 1
+    assert 'QuickGELU: set "quick_gelu": true in small.json' in done.stderr
+
+    change(repo, "params.yaml", lambda params: params.update(backbone={"name": "ViT-B-16", "pretrained": "dfn2b"}))
+    done = stage(repo, "backbone", HTTPS_PROXY="http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert "the weights 'dfn2b' were trained with QuickGELU: use ViT-B-16-quickgelu" in done.stderr
 
 
 @pytest.mark.slow
@@ -87,6 +178,20 @@ def test_the_whole_paper_dag(tmp_path):
     assert set(metrics["base_to_novel"]["datasets"]) == set(datasets)
     assert set(metrics["cross_dataset"]["datasets"]) == set(datasets[1:])
     assert set(metrics["domain_generalization"]["datasets"]) == set(variants)
+    few = metrics["few_shot"]["datasets"]
+    assert set(few) == set(datasets[1:3])
+    assert all(0 <= row[key] <= 100 for row in few.values() for key in ("zero_shot", "heba_1", "heba_2"))
+    catalog = yaml.safe_load((repo / "mirror" / "catalog.yaml").read_text())
+    for stage_name, names, ends in (
+        ("evaluate", datasets, ["-1"]),
+        ("evaluate-cross", datasets[1:], ["-1"]),
+        ("evaluate-domain", variants, ["-1"]),
+        ("evaluate-few", datasets[1:3], ["-1-1", "-2-1"]),
+    ):
+        for name in names:
+            for end in ends:
+                groups = json.loads((repo / "out" / stage_name / f"{name}{end}.json").read_text())["groups"]
+                assert sum(g["n_images"] for g in groups.values()) == catalog[name]["counts"]["test"] > 0
     classes = [100, 37, 196, 102, 101, 100, 397, 47, 10, 101, 1000]
     names = {}
     for path in (repo / "out" / "precompute").glob("*/prompts.json"):
