@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 .PHONY: repro test lint ui
 
 repro: $(READY)
-	. $(VENV)/bin/activate && dvc repro && python -m pipeline track
+	. $(VENV)/bin/activate && python -m pipeline repro && python -m pipeline track
 	@echo "Report: reports/index.html (tables in reports/README.md)"
 	@echo "Runs:   make ui"
 

@@ -13,14 +13,15 @@ from heba.splits import base_labels
 from pipeline.backbone import device, load_backbone, use_bf16
 from pipeline.evaluate import compare
 from pipeline.params import ParamsError, load_params
+from pipeline.paths import train_folder
 from pipeline.precompute import folder_of
-from pipeline.train import train_folder
 
 
 def main() -> None:
     params = load_params()
     if params.adapter_dtype != "fp32":
         raise ParamsError("adapter_dtype: run `dvc repro` with fp32 first, else both sides are rounded")
+    clip, _ = load_backbone(params)
     differ, worst, n = 0, 0.0, 0
     for dataset in params.datasets:
         for seed in params.seeds:
@@ -29,14 +30,14 @@ def main() -> None:
             n_base = len(base_labels(len(names)))
             scale, where, bf16 = params.adapter.scale, device(params), use_bf16(params)
             groups = {"base": (range(n_base), scale), "novel": (range(n_base, len(names)), scale)}
-            # Adapters stay hooked to the model that they were attached to, so each takes a new one.
-            clip, _ = load_backbone(params)
-            model = load_adapter(clip, train_folder(dataset, seed, False))[0].to(where).eval()
+            folder = train_folder("base_to_novel", dataset, seed, params.shots)
+            model = load_adapter(clip, folder)[0].to(where).eval()
             full = compare(model, data, names, groups, where, bf16)
             with torch.no_grad():
                 for p in model.adapters.parameters():
                     p.copy_(p.half())
             half = compare(model, data, names, groups, where, bf16)
+            model.detach()
             for group in groups:
                 a, b = full[group]["heba"], half[group]["heba"]
                 n += 1

@@ -1,5 +1,6 @@
 """What the benchmarks share: a model with random weights, prompts of real length, timing in turn, the table."""
 
+import ctypes
 import gc
 import json
 import logging
@@ -11,11 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pandas as pd
 import torch
 import typer
+from PIL import Image
 from torch import Tensor
 
+from heba.memory import keep_freed_memory
 from heba.model import AdaptedCLIP
 
 PROMPT_LENGTHS = Path(__file__).with_name("prompt_lengths.json")
@@ -25,6 +29,7 @@ Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Precision = Annotated[str, typer.Option(help="fp32, bf16 or fp16, the last two as autocast.")]
 Backbone = Annotated[str, typer.Option(help="A model of open_clip; its weights are random.")]
 Rounds = Annotated[int, typer.Option(min=1, help="How often each way is timed, in turn, after a warm-up.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes of the plain path's DataLoader; 0: none.")]
 Classes = Annotated[int, typer.Option(min=2, help="Number of classes.")]
 
 
@@ -56,6 +61,17 @@ def prompt_tokens(model: AdaptedCLIP, n: int, generator: torch.Generator) -> Ten
     return tokens.to(model.clip.logit_scale.device)
 
 
+def write_images(folder: Path, n: int) -> list[Path]:
+    """`n` JPEG files of 500 x 375 pixels, smooth enough to be of a photograph's size."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    paths = [folder / f"{i:06d}.jpg" for i in range(n)]
+    for path in paths:
+        small = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+        small.resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
+    return paths
+
+
 def autocast(device: str, precision: str) -> torch.autocast:
     """The autocast of a precision; off for fp32."""
     if precision not in ("fp32", "bf16", "fp16"):
@@ -81,6 +97,8 @@ def peak_reset(device: str) -> None:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif STATUS.exists():
+        if platform.libc_ver()[0] == "glibc":
+            ctypes.CDLL(None).malloc_trim(0)  # what the way before has kept is not this one's
         Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -92,6 +110,16 @@ def peak_gb(device: str) -> float | None:
         return None
     (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024 / 1e9
+
+
+def way(function: Callable[[], object], keep: bool = True) -> Callable[[], object]:
+    """`function` with the allocator set as our stages set it, or as the system has it."""
+
+    def run() -> None:
+        keep_freed_memory(keep)
+        function()
+
+    return run
 
 
 def in_turn(ways: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, dict[str, Any]]:

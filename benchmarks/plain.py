@@ -6,14 +6,18 @@ taken one at a time: `cut` stops texts at the longest EOT, `last` runs the last 
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
 
 from heba.adapters import BottleneckAdapter
-from heba.images import normalise
+from heba.images import CLIP_MEAN, CLIP_STD
 from heba.model import AdaptedCLIP, cut_after_eot, text_tower
 
 Scales = Sequence[Tensor] | Tensor
@@ -186,12 +190,34 @@ def classifier(model: AdaptedCLIP, tokens: Tensor, scales: Scales) -> Tensor:
     return F.normalize(total / tokens.shape[1], dim=-1)
 
 
-@torch.no_grad()
-def image_features(model: AdaptedCLIP, batches: Any, scales: Scales, device: torch.device) -> Tensor:
-    """Normalised features [n, E] of batches of uint8 images."""
-    return torch.cat(
+class ImageFiles(Dataset):
+    """Image files with open_clip's transform, decoded one at a time."""
+
+    def __init__(self, paths: Sequence[Path], labels: Sequence[int], transform: Any) -> None:
+        self.paths, self.labels, self.transform = paths, labels, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        with Image.open(self.paths[i]) as image:
+            return self.transform(image.convert("RGB")), self.labels[i]
+
+
+def train_transform(size: int) -> Any:
+    """CoOp's augmentation: a random resized crop (bicubic) and a flip."""
+    return transforms.Compose(
         [
-            F.normalize(encode_image(model, normalise(batch.to(device)), scales).float(), dim=-1).cpu()
-            for batch in batches
+            transforms.RandomResizedCrop(size, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(CLIP_MEAN, CLIP_STD),
         ]
     )
+
+
+@torch.no_grad()
+def image_features(model: AdaptedCLIP, loader: DataLoader, scales: Scales, device: str) -> Tensor:
+    """Normalised features [n, E] of the images of `loader`."""
+    features = [encode_image(model, batch.to(device), scales).float() for batch, _ in loader]
+    return F.normalize(torch.cat(features), dim=-1).cpu()

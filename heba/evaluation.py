@@ -11,6 +11,9 @@ from torch import Tensor
 from heba.images import normalise
 from heba.model import text_lengths
 
+# A CPU gains nothing from larger batches, which leave its cache.
+BATCH_SIZE = {"cpu": 64}
+
 
 def harmonic_mean(base: float, novel: float) -> float:
     """2 b n / (b + n), and 0 when both are 0; any unit, the same for both."""
@@ -23,7 +26,7 @@ def encode_images(
     encode: Callable[[Tensor], Tensor],
     device: torch.device,
     rows: np.ndarray | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     progress: Callable[[int], object] = lambda n: None,
 ) -> Tensor:
     """Normalised features [n, E] (fp32, on the CPU) of packed uint8 `images` [n, 3, size, size], or of `rows`.
@@ -31,6 +34,7 @@ def encode_images(
     An array from `heba.images.open_packed` is read without a copy.
     """
     features = []
+    batch_size = batch_size or BATCH_SIZE.get(device.type, 256)
     n = len(images) if rows is None else len(rows)
     for start in range(0, n, batch_size):
         part = slice(start, start + batch_size)
@@ -45,7 +49,7 @@ def encode_prompts(
     tokens: Tensor,
     encode: Callable[[Tensor], Tensor],
     device: torch.device,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     progress: Callable[[int], object] = lambda n: None,
 ) -> Tensor:
     """Text features [n, E] (fp32, on the CPU, not normalised) of `tokens` [n, context].
@@ -56,7 +60,7 @@ def encode_prompts(
     lengths = torch.tensor(text_lengths(different))
     order = lengths.argsort(stable=True)
     features = []
-    for part in order.split(batch_size):
+    for part in order.split(batch_size or BATCH_SIZE.get(device.type, 256)):
         batch = different[part, : int(lengths[part].max())].to(device)
         features.append(encode(batch).float())
         progress(len(part))

@@ -77,6 +77,7 @@ class AdaptedCLIP(nn.Module):
             ratio=ratio,
         )
         self._scales: dict[str, Sequence[Tensor] | Tensor | None] = {"text": None, "visual": None}
+        self._handles: list[Any] = []
         for block in (*text_blocks, *visual_blocks):
             if type(block.mlp.gelu) is open_clip.transformer.QuickGELU:
                 block.mlp.gelu = QuickGELU()
@@ -86,8 +87,13 @@ class AdaptedCLIP(nn.Module):
     def _attach(self, tower: str, blocks: Any) -> None:
         for layer, parts in getattr(self.adapters, f"{tower}_adapter").items():
             block = blocks[int(layer) - 1]
-            block.ln_1.register_forward_hook(self._hook(tower, int(layer), parts["att_conv"]))
-            block.mlp.c_fc.register_forward_hook(self._hook(tower, int(layer), parts["mlp_conv"]))
+            for module, part in ((block.ln_1, "att_conv"), (block.mlp.c_fc, "mlp_conv")):
+                self._handles.append(module.register_forward_hook(self._hook(tower, int(layer), parts[part])))
+
+    def detach(self) -> None:
+        """Take the adapters off the model, so that others can be attached to it."""
+        for handle in self._handles:
+            handle.remove()
 
     def _hook(self, tower: str, layer: int, adapter: nn.Module) -> Any:
         def hook(module: nn.Module, inputs: Any, h: Tensor) -> Tensor | None:

@@ -130,6 +130,8 @@ def load_backbone(params: Params) -> tuple[Any, Callable[[list[str]], Tensor]]:
     if RECORD.is_file() and file.is_file() and _sha256(file) != json.loads(RECORD.read_text())["sha256"]:
         raise ValueError(f"{file} is not the file of {RECORD}; run `dvc repro --force --single-item backbone`")
     keep_freed_memory()
+    if params.threads:
+        torch.set_num_threads(params.threads)
     clip, tokenizer = _load(params)
     return clip.to(device(params)).eval(), tokenizer
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.params import Params, ParamsError, load_params
-from pipeline.paths import EVALUATION_STAGES, evaluate_path, new_folder
+from pipeline.paths import EVALUATION_STAGES, TRANSFER, evaluate_path, new_folder
 
 app = typer.Typer(
     help="The stages of the HeBA pipeline. `dvc repro` runs them in order; each runs alone too, "
@@ -84,22 +84,26 @@ def train(dataset: Dataset, seed: Seed, source: Source = False, shots: FewShots 
 
 @app.command()
 def evaluate(
-    dataset: Dataset,
     seed: Seed,
     protocol: Annotated[
         str, typer.Option(help="base_to_novel, cross_dataset, domain_generalization or few_shot.")
     ] = "base_to_novel",
+    dataset: Annotated[
+        str | None, typer.Option(help="For base_to_novel and few_shot; the others test on all their data sets.")
+    ] = None,
     shots: FewShots = None,
 ) -> None:
-    """Measure HeBA and zero-shot CLIP on a data set's test images."""
+    """Measure HeBA and zero-shot CLIP on test images."""
     params = _params(dataset)
-    from pipeline import evaluate
-
     if protocol not in EVALUATION_STAGES:
         raise ParamsError(f"--protocol {protocol}: not one of {', '.join(EVALUATION_STAGES)}")
+    if (protocol in TRANSFER) != (dataset is None):
+        raise ParamsError("--dataset belongs to --protocol base_to_novel or few_shot, and to no other")
     if (protocol == "few_shot") != (shots is not None):
         raise ParamsError("--shots belongs to --protocol few_shot, and to no other")
-    evaluate.run(params, dataset, seed, protocol, _few(False, shots))
+    from pipeline import evaluate
+
+    evaluate.run(params, protocol, dataset, seed, _few(False, shots))
 
 
 @app.command()
@@ -125,25 +129,33 @@ def report() -> None:
 
     params = _params()
     # Records of data sets or seeds that params.yaml no longer names may still lie there.
+    transfer, few = params.transfer, params.few_shot
     wanted = [
-        *(evaluate_path("base_to_novel", d, s) for d in params.datasets for s in params.seeds),
-        *(evaluate_path("cross_dataset", d, s) for d in params.transfer.targets for s in params.transfer.seeds),
-        *(
-            evaluate_path("domain_generalization", d, s)
-            for d in params.transfer.variants
-            for s in params.transfer.seeds
-        ),
-        *(
-            evaluate_path("few_shot", d, s, k)
-            for d in params.few_shot.datasets
-            for s in params.few_shot.seeds
-            for k in params.few_shot.shots
-        ),
+        *(("base_to_novel", d, s, params.shots) for d in params.datasets for s in params.seeds),
+        *(("cross_dataset", d, s, params.shots) for d in transfer.targets for s in transfer.seeds),
+        *(("domain_generalization", d, s, params.shots) for d in transfer.variants for s in transfer.seeds),
+        *(("few_shot", d, s, shots) for d in few.datasets for s in few.seeds for shots in few.shots),
     ]
-    records = tables.load_records([path for path in wanted if path.exists()])
+    paths = [evaluate_path(*record) for record in wanted]
+    records = tables.load_records([path for path in paths if path.exists()])
     with new_folder(Path("reports")) as folder:
         render.render_report(records, folder, published=params.suite == "real")
     print(render.summary_text(records))
+
+
+@app.command()
+def repro(
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stages at a time. Default: CPUs / threads of params.yaml, at most 4."),
+    ] = None,
+) -> None:
+    """What `dvc repro` does, with independent stages side by side."""
+    params = _params()
+    from pipeline import repro
+    from pipeline.paths import main_root
+
+    repro.run(main_root(), jobs or repro.default_jobs(params))
 
 
 @app.command()
@@ -185,6 +197,8 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         app()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

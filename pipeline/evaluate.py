@@ -1,6 +1,6 @@
 """The stages `evaluate*`: HeBA against zero-shot CLIP on the test images.
 
-Writes out/<stage>/<dataset>-<seed>.json, one record as `pipeline.report` reads it.
+Each writes a record, or a folder with a record per data set, as `pipeline.report` reads them.
 """
 
 import json
@@ -18,21 +18,35 @@ from heba.splits import base_labels
 from pipeline import tracking
 from pipeline.backbone import device, load_backbone, use_bf16
 from pipeline.params import Params
-from pipeline.paths import evaluate_path, new_file
+from pipeline.paths import EVALUATION_STAGES, OUT, TRANSFER, evaluate_path, new_file, new_folder, train_folder
 from pipeline.precompute import folder_of
-from pipeline.train import adapter_sha256, train_folder
+from pipeline.train import adapter_sha256
 
 
-def run(params: Params, dataset: str, seed: int, protocol: str, shots: int | None = None) -> None:
-    """Evaluate the training of `dataset`, or of the source in transfer, on `dataset`'s test images."""
-    source = protocol in ("cross_dataset", "domain_generalization")
+def run(params: Params, protocol: str, dataset: str | None, seed: int, shots: int | None = None) -> None:
+    """Evaluate the training of `dataset` and `seed` (base_to_novel; with `shots` few_shot).
+
+    Without a data set: the source's training, on all targets (cross_dataset) or variants (domain_generalization).
+    """
+    tests = params.transfer.targets if protocol == "cross_dataset" else params.transfer.variants
+    jobs = [(name, seed, shots or params.shots) for name in ([dataset] if dataset else tests)]
+    clip, _ = load_backbone(params)
+    records = [(evaluate(params, clip, protocol, *job), train_folder(protocol, *job)) for job in jobs]
+    out = evaluate_path(protocol, *jobs[0]) if dataset else OUT / EVALUATION_STAGES[protocol] / str(seed)
+    with new_file(out) if dataset else new_folder(out) as path:
+        for record, _ in records:
+            text = json.dumps(record, ensure_ascii=False, indent=1) + "\n"
+            (path if dataset else path / f"{record['dataset']}.json").write_text(text, encoding="utf-8")
+    tracking.log_evaluations(records)
+
+
+def evaluate(params: Params, clip: Any, protocol: str, dataset: str, seed: int, shots: int) -> dict[str, Any]:
+    """The record of one training on the test images of `dataset`."""
+    source = protocol in TRANSFER
     adapter = params.transfer.adapter if source else params.adapter
-    trained = train_folder(dataset, seed, source, shots)
+    trained = train_folder(protocol, dataset, seed, shots)
     data = folder_of(dataset)
     names = json.loads((data / "prompts.json").read_text(encoding="utf-8"))["class_names"]
-    clip, _ = load_backbone(params)
-    model, config = load_adapter(clip, trained)
-    model.to(device(params)).eval()
     novel_scale = adapter.scale if adapter.scale_novel is None else adapter.scale_novel
     if protocol != "base_to_novel":
         # In transfer the target's classes are new to the model, but the protocol has no scale of its own for them.
@@ -43,6 +57,12 @@ def run(params: Params, dataset: str, seed: int, protocol: str, shots: int | Non
             "base": (range(n_base), adapter.scale),
             "novel": (range(n_base, len(names)), novel_scale),
         }
+    model, config = load_adapter(clip, trained)
+    try:
+        model.to(device(params)).eval()
+        results = compare(model, data, names, groups, device(params), use_bf16(params))
+    finally:
+        model.detach()
     record: dict[str, Any] = {
         "protocol": protocol,
         "suite": params.suite,
@@ -52,16 +72,13 @@ def run(params: Params, dataset: str, seed: int, protocol: str, shots: int | Non
         "shots": config["shots"],
         "adapter_sha256": adapter_sha256(trained),
         "scale_novel": novel_scale if protocol == "base_to_novel" else None,
-        "groups": compare(model, data, names, groups, device(params), use_bf16(params)),
+        "groups": results,
     }
     if protocol == "base_to_novel":
         for method in ("zero_shot", "heba"):
-            accuracy = {g: record["groups"][g][method]["accuracy"] for g in ("base", "novel")}
+            accuracy = {g: results[g][method]["accuracy"] for g in ("base", "novel")}
             record[f"{method}_harmonic_mean"] = harmonic_mean(accuracy["base"], accuracy["novel"])
-    out = evaluate_path(protocol, dataset, seed, shots)
-    with new_file(out) as path:
-        path.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    tracking.log_evaluation(record, trained)
+    return record
 
 
 def compare(

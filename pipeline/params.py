@@ -92,6 +92,7 @@ class Params(_Strict):
     backbone: Backbone
     precision: Literal["auto", "fp32", "bf16"]
     device: Literal["auto", "cpu", "cuda"]
+    threads: Count | None
     adapter_dtype: Literal["fp16", "fp32"]
     adapter: Adapter
     train: Train

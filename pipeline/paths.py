@@ -15,10 +15,23 @@ EVALUATION_STAGES = {
 }
 
 
-def evaluate_path(protocol: str, dataset: str, seed: int, shots: int | None = None) -> Path:
-    """The record that an evaluation writes; `shots` for few_shot."""
-    name = f"{dataset}-{seed}.json" if shots is None else f"{dataset}-{shots}-{seed}.json"
-    return OUT / EVALUATION_STAGES[protocol] / name
+TRANSFER = ("cross_dataset", "domain_generalization")
+
+
+def train_folder(protocol: str, dataset: str, seed: int, shots: int) -> Path:
+    """What a training writes; those of the transfer protocols are on the source, whatever the `dataset`."""
+    if protocol in TRANSFER:
+        return OUT / "train-source" / str(seed)
+    few = protocol == "few_shot"
+    return OUT / "train-few" / f"{dataset}-{shots}-{seed}" if few else OUT / "train" / f"{dataset}-{seed}"
+
+
+def evaluate_path(protocol: str, dataset: str, seed: int, shots: int) -> Path:
+    """The record of an evaluation; those of the transfer protocols share a folder per seed."""
+    folder = OUT / EVALUATION_STAGES[protocol]
+    if protocol in TRANSFER:
+        return folder / str(seed) / f"{dataset}.json"
+    return folder / (f"{dataset}-{shots}-{seed}.json" if protocol == "few_shot" else f"{dataset}-{seed}.json")
 
 
 def mark_protocols(on: dict[str, bool]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock
 
-from pipeline.paths import main_root
+from pipeline.paths import TRANSFER, main_root, train_folder
 
 SHA_TAG = "heba.adapter_sha256"
 
@@ -190,7 +190,7 @@ def find_or_create_run(store: Any, folder: Path) -> str:
 
 def evaluation_metrics(record: dict[str, Any]) -> dict[str, float]:
     """The metrics of an evaluation, by their names in MLflow."""
-    prefix = "" if record["protocol"] in ("base_to_novel", "few_shot") else f"{record['dataset']}_"
+    prefix = f"{record['dataset']}_" if record["protocol"] in TRANSFER else ""
     metrics = {
         f"{prefix}{method}_{group}": values[method]["accuracy"]
         for group, values in record["groups"].items()
@@ -202,11 +202,13 @@ def evaluation_metrics(record: dict[str, Any]) -> dict[str, float]:
     return metrics
 
 
-def log_evaluation(record: dict[str, Any], folder: Path) -> None:
-    """Add an evaluation to its training's run: metrics, the record, the confusion matrices as pictures."""
+def log_evaluations(evaluations: list[tuple[dict[str, Any], Path]]) -> None:
+    """Add evaluations, each with its training's folder, to the trainings' runs: metrics, the record, the confusion
+    matrices as pictures."""
     try:
         store = client()
-        _log_evaluation(store, find_or_create_run(store, folder), record)
+        for record, folder in evaluations:
+            _log_evaluation(store, find_or_create_run(store, folder), record)
     except Exception as error:  # whatever the store does, the stage is done
         warn(error)
 
@@ -243,18 +245,15 @@ def draw_confusion(values: dict[str, Any], path: Path) -> None:
 def track(out: Path) -> int:
     """Log every training and evaluation under `out` that the store lacks; returns how many evaluations
     were looked at. Unlike the stages, this raises when the store can not be reached."""
-    from pipeline.train import train_folder
-
     store = client()
     folders = sorted(out.glob("train*/*/config.json"))
     for path in folders:
         find_or_create_run(store, path.parent)
-    records = sorted(out.glob("evaluate*/*.json"))
+    records = sorted([*out.glob("evaluate*/*.json"), *out.glob("evaluate*/*/*.json")])
     for path in records:
         record = json.loads(path.read_text(encoding="utf-8"))
-        source = record["protocol"] in ("cross_dataset", "domain_generalization")
-        shots = record["shots"] if record["protocol"] == "few_shot" else None
-        run_id = find_or_create_run(store, train_folder(record["dataset"], record["seed"], source, shots))
+        folder = train_folder(record["protocol"], record["dataset"], record["seed"], record["shots"])
+        run_id = find_or_create_run(store, folder)
         logged = store.get_run(run_id).data.metrics
         if any(logged.get(k) != v for k, v in evaluation_metrics(record).items()):
             _log_evaluation(store, run_id, record)

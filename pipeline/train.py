@@ -23,15 +23,9 @@ from pipeline import tracking
 from pipeline.backbone import device, load_backbone, use_bf16
 from pipeline.download import verified_folder
 from pipeline.params import Params
-from pipeline.paths import OUT, main_root, new_folder
+from pipeline.paths import main_root, new_folder, train_folder
 from pipeline.precompute import folder_of
 from pipeline.split import split_path
-
-
-def train_folder(dataset: str, seed: int, source: bool, shots: int | None = None) -> Path:
-    if shots is not None:
-        return OUT / "train-few" / f"{dataset}-{shots}-{seed}"
-    return OUT / "train-source" / str(seed) if source else OUT / "train" / f"{dataset}-{seed}"
 
 
 def text_bank(dataset: str, n_classes: int, start: int, where: torch.device) -> TextBank:
@@ -95,6 +89,8 @@ def run(params: Params, dataset: str, seed: int, source: bool, shots: int | None
     checkpoint = checkpoint_path(
         inputs, [split_path(dataset, seed, source, shots), folder_of(dataset) / "text.safetensors"]
     )
+    protocol = "cross_dataset" if source else "few_shot" if shots else "base_to_novel"
+    out_folder = train_folder(protocol, dataset, seed, shots or params.shots)
     if len(images) < settings.batch_size:
         print(f"{dataset}: {len(images)} images, less than train.batch_size: one batch of all", file=sys.stderr)
     if checkpoint.exists():
@@ -118,7 +114,7 @@ def run(params: Params, dataset: str, seed: int, source: bool, shots: int | None
                 progress=bar.update,
             )
         config = inputs | {"class_names": [names[i] for i in labels]}
-        with new_folder(train_folder(dataset, seed, source, shots)) as out:
+        with new_folder(out_folder) as out:
             dtype = torch.float16 if params.adapter_dtype == "fp16" else torch.float32
             save_adapter(model, out, config, dtype)
             pd.DataFrame(history).to_csv(out / "history.csv", index=False)
@@ -126,7 +122,7 @@ def run(params: Params, dataset: str, seed: int, source: bool, shots: int | None
         tracker.fail()
         raise
     checkpoint.unlink(missing_ok=True)
-    tracker.finish(train_folder(dataset, seed, source, shots))
+    tracker.finish(out_folder)
 
 
 def adapter_sha256(folder: Path) -> str:
