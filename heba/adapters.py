@@ -54,7 +54,7 @@ class _Adapt(torch.autograd.Function):
             z = torch.addmm(x, active, up.T)
             # s * LayerNorm(z) is the LayerNorm with s times its weight and bias.
             weight, bias = scale * weight, scale * bias
-            a, mean, rstd = torch.native_layer_norm(z.float(), weight.shape, weight, bias, eps)
+            a, mean, rstd = torch.native_layer_norm(z.to(weight.dtype), weight.shape, weight, bias, eps)
             out = a.to(h.dtype).view_as(h).add_(h)
             if grid is not None:
                 out[:, 0] = h[:, 0]
@@ -67,9 +67,9 @@ class _Adapt(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
         x, down, mid, up, weight, bias, scale, hidden, mixed, active, z, mean, rstd = ctx.saved_tensors
         dtype = x.dtype
-        grad_a = grad.flatten(0, -2).float()
+        grad_a = grad.flatten(0, -2).to(weight.dtype)
         dz, dweight, dbias = aten.native_layer_norm_backward(
-            grad_a, z.float(), weight.shape, mean, rstd, weight, bias, [True, True, True]
+            grad_a, z.to(weight.dtype), weight.shape, mean, rstd, weight, bias, [True, True, True]
         )
         if ctx.grid is not None:  # CLS has no part in A
             cls = slice(None, None, grad.shape[1])
@@ -86,12 +86,22 @@ class _Adapt(torch.autograd.Function):
                 dhidden, hidden, mid, None, [1, 1], [1, 1], [1, 1], False, [0, 0], len(mid), [True, True, False]
             )
             dhidden = _tokens(dhidden)
-            dmid = dmid.float().div_(scale)
+            dmid = dmid.to(weight.dtype).div_(scale)
         ddown = dhidden.T @ x
         dh = None
         if ctx.needs_input_grad[0]:
             dh = dz.add_(grad.flatten(0, -2)).addmm_(dhidden, down).view_as(grad).to(grad.dtype)
-        return dh, ddown.float().div_(scale), dmid, dup.float().div_(scale), dweight, dbias, None, None, None
+        return (
+            dh,
+            ddown.to(weight.dtype).div_(scale),
+            dmid,
+            dup.to(weight.dtype).div_(scale),
+            dweight,
+            dbias,
+            None,
+            None,
+            None,
+        )
 
 
 def _patches(x: Tensor, n: int, grid: tuple[int, int]) -> Tensor:

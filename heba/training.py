@@ -222,16 +222,22 @@ def train_epoch(
     label_smoothing: float,
     bf16: bool,
     progress: Callable[[int], object] = lambda n: None,
+    static: Callable[[Tensor, Step], Tensor] | None = None,
 ) -> list[float]:
     """Run the steps of one epoch; `batches` pairs a function that gives the images with each step.
 
+    `static`, a `heba.static.StaticStep`, computes losses and gradients in its own way.
     Returns the losses. Raises FloatingPointError when one is not finite.
     """
     losses = []
     for images, step in batches:
-        with torch.autocast(model.logit_factor().device.type, torch.bfloat16, enabled=bf16):
-            loss, _ = step_loss(model, images(), bank, step, label_smoothing)
-        update(model, optimizer, loss)
+        if static is None:
+            with torch.autocast(model.logit_factor().device.type, torch.bfloat16, enabled=bf16):
+                loss, _ = step_loss(model, images(), bank, step, label_smoothing)
+            update(model, optimizer, loss)
+        else:
+            loss = static(images(), step)
+            optimizer.step()
         losses.append(loss.detach())
         progress(1)
     values = torch.stack(losses).tolist()
@@ -284,6 +290,7 @@ def train(
     bank: TextBank,
     settings: Settings,
     bf16: bool = False,
+    cuda_graphs: bool = False,
     checkpoint: Path | None = None,
     on_epoch: Callable[[dict[str, float]], object] = lambda record: None,
     progress: Callable[[int], object] = lambda n: None,
@@ -292,6 +299,7 @@ def train(
 
     Args:
         images: uint8 [3, height, width] each, of any size. labels: 0..n_classes-1.
+        cuda_graphs: each step as one CUDA graph (`heba.static`), on a GPU.
         checkpoint: written after every epoch and resumed from when it exists; the caller removes it.
         on_epoch: called with {"epoch", "loss", "lr"} after every epoch, the resumed ones too.
         progress: called with the number of steps done.
@@ -313,6 +321,11 @@ def train(
         progress(len(history) * steps_per_epoch(len(images), settings))
         for record in history:
             on_epoch(record)
+    static = None
+    if cuda_graphs:
+        from heba.static import StaticStep
+
+        static = StaticStep(model, bank, min(settings.batch_size, len(images)), size, settings, bf16)
     for epoch in range(len(history), settings.epochs):
         lr = learning_rate(settings, epoch)
         for group in optimizer.param_groups:
@@ -320,7 +333,7 @@ def train(
         steps = plan_epoch(labels, sizes, bank, model, settings, generator)
         batches = [(lambda s=s: crop_batch([data[j] for j in s.images], s.boxes, s.flips, size), s) for s in steps]
         try:
-            losses = train_epoch(model, optimizer, batches, bank, settings.label_smoothing, bf16, progress)
+            losses = train_epoch(model, optimizer, batches, bank, settings.label_smoothing, bf16, progress, static)
         except FloatingPointError as error:
             raise FloatingPointError(
                 f"epoch {epoch + 1}: {error}; lower train.lr or adapter.scale, or set precision to fp32"

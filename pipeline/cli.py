@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.params import Params, ParamsError, load_params
-from pipeline.paths import EVALUATION_STAGES, TRANSFER, evaluate_path, new_folder
+from pipeline.paths import TRANSFER_STAGES, evaluate_path, new_folder
 
 app = typer.Typer(
     help="The stages of the HeBA pipeline. `dvc repro` runs them in order; each runs alone too, "
@@ -48,11 +48,11 @@ def download(dataset: Dataset) -> None:
 
 
 @app.command()
-def split(dataset: Dataset, seed: Seed, source: Source = False, shots: FewShots = None) -> None:
-    """Draw CoOp's few-shot sample of a data set for a seed."""
+def split(dataset: Dataset) -> None:
+    """Draw CoOp's few-shot samples of a data set, for every number of shots and seed of params.yaml."""
     from pipeline import split
 
-    split.run(_params(dataset), dataset, seed, source, _few(source, shots))
+    split.run(_params(dataset), dataset)
 
 
 @app.command()
@@ -83,27 +83,25 @@ def train(dataset: Dataset, seed: Seed, source: Source = False, shots: FewShots 
 
 
 @app.command()
-def evaluate(
-    seed: Seed,
-    protocol: Annotated[
-        str, typer.Option(help="base_to_novel, cross_dataset, domain_generalization or few_shot.")
-    ] = "base_to_novel",
-    dataset: Annotated[
-        str | None, typer.Option(help="For base_to_novel and few_shot; the others test on all their data sets.")
-    ] = None,
-    shots: FewShots = None,
-) -> None:
-    """Measure HeBA and zero-shot CLIP on test images."""
+def evaluate(dataset: Dataset) -> None:
+    """Measure HeBA and zero-shot CLIP on a data set's test images, for all trainings on it."""
     params = _params(dataset)
-    if protocol not in EVALUATION_STAGES:
-        raise ParamsError(f"--protocol {protocol}: not one of {', '.join(EVALUATION_STAGES)}")
-    if (protocol in TRANSFER) != (dataset is None):
-        raise ParamsError("--dataset belongs to --protocol base_to_novel or few_shot, and to no other")
-    if (protocol == "few_shot") != (shots is not None):
-        raise ParamsError("--shots belongs to --protocol few_shot, and to no other")
     from pipeline import evaluate
 
-    evaluate.run(params, protocol, dataset, seed, _few(False, shots))
+    evaluate.run(params, dataset)
+
+
+@app.command()
+def evaluate_transfer(
+    protocol: Annotated[str, typer.Option(help="cross_dataset or domain_generalization.")], seed: Seed
+) -> None:
+    """Measure the source's training on the test images of all targets or variants."""
+    params = _params()
+    if protocol not in TRANSFER_STAGES:
+        raise ParamsError(f"--protocol {protocol}: not one of {', '.join(TRANSFER_STAGES)}")
+    from pipeline import evaluate
+
+    evaluate.run_transfer(params, protocol, seed)
 
 
 @app.command()

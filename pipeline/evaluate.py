@@ -1,6 +1,6 @@
 """The stages `evaluate*`: HeBA against zero-shot CLIP on the test images.
 
-Each writes a record, or a folder with a record per data set, as `pipeline.report` reads them.
+Each writes a folder with a record per training and data set, as `pipeline.report` reads them.
 """
 
 import json
@@ -18,31 +18,39 @@ from heba.splits import base_labels
 from pipeline import tracking
 from pipeline.backbone import device, load_backbone, use_bf16
 from pipeline.params import Params
-from pipeline.paths import EVALUATION_STAGES, OUT, TRANSFER, evaluate_path, new_file, new_folder, train_folder
+from pipeline.paths import OUT, TRANSFER_STAGES, evaluate_path, new_folder, train_folder
 from pipeline.precompute import folder_of
-from pipeline.train import adapter_sha256
+from pipeline.split import trainings_path
 
 
-def run(params: Params, protocol: str, dataset: str | None, seed: int, shots: int | None = None) -> None:
-    """Evaluate the training of `dataset` and `seed` (base_to_novel; with `shots` few_shot).
+def run(params: Params, dataset: str) -> None:
+    """Evaluate all trainings on `dataset`, for base_to_novel and few_shot, on its own test images."""
+    trainings = json.loads(trainings_path(dataset).read_text(encoding="utf-8"))
+    jobs = [(protocol, dataset, seed, shots) for protocol, seed, shots in trainings]
+    _evaluate_all(params, jobs, OUT / "evaluate" / dataset)
 
-    Without a data set: the source's training, on all targets (cross_dataset) or variants (domain_generalization).
-    """
+
+def run_transfer(params: Params, protocol: str, seed: int) -> None:
+    """Evaluate the source's training of `seed` on the test images of all targets or variants."""
     tests = params.transfer.targets if protocol == "cross_dataset" else params.transfer.variants
-    jobs = [(name, seed, shots or params.shots) for name in ([dataset] if dataset else tests)]
-    clip, _ = load_backbone(params)
-    records = [(evaluate(params, clip, protocol, *job), train_folder(protocol, *job)) for job in jobs]
-    out = evaluate_path(protocol, *jobs[0]) if dataset else OUT / EVALUATION_STAGES[protocol] / str(seed)
-    with new_file(out) if dataset else new_folder(out) as path:
-        for record, _ in records:
+    jobs = [(protocol, dataset, seed, params.shots) for dataset in tests]
+    _evaluate_all(params, jobs, OUT / TRANSFER_STAGES[protocol] / str(seed))
+
+
+def _evaluate_all(params: Params, jobs: list[tuple[str, str, int, int]], folder: Path) -> None:
+    clip = load_backbone(params)[0] if jobs else None
+    records = [(evaluate(params, clip, *job), train_folder(*job)) for job in jobs]
+    with new_folder(folder) as out:
+        for job, (record, _) in zip(jobs, records, strict=True):
             text = json.dumps(record, ensure_ascii=False, indent=1) + "\n"
-            (path if dataset else path / f"{record['dataset']}.json").write_text(text, encoding="utf-8")
-    tracking.log_evaluations(records)
+            (out / evaluate_path(*job).name).write_text(text, encoding="utf-8")
+    if records:
+        tracking.log_evaluations(records)
 
 
 def evaluate(params: Params, clip: Any, protocol: str, dataset: str, seed: int, shots: int) -> dict[str, Any]:
     """The record of one training on the test images of `dataset`."""
-    source = protocol in TRANSFER
+    source = protocol in TRANSFER_STAGES
     adapter = params.transfer.adapter if source else params.adapter
     trained = train_folder(protocol, dataset, seed, shots)
     data = folder_of(dataset)
@@ -70,7 +78,7 @@ def evaluate(params: Params, clip: Any, protocol: str, dataset: str, seed: int, 
         "source": params.transfer.source if source else None,
         "seed": seed,
         "shots": config["shots"],
-        "adapter_sha256": adapter_sha256(trained),
+        "adapter_sha256": tracking.adapter_sha256(trained),
         "scale_novel": novel_scale if protocol == "base_to_novel" else None,
         "groups": results,
     }

@@ -93,6 +93,7 @@ class Params(_Strict):
     precision: Literal["auto", "fp32", "bf16"]
     device: Literal["auto", "cpu", "cuda"]
     threads: Count | None
+    cuda_graphs: bool
     adapter_dtype: Literal["fp16", "fp32"]
     adapter: Adapter
     train: Train

@@ -7,41 +7,35 @@ from contextlib import contextmanager
 from pathlib import Path
 
 OUT = Path("out")
-EVALUATION_STAGES = {
-    "base_to_novel": "evaluate",
-    "cross_dataset": "evaluate-cross",
-    "domain_generalization": "evaluate-domain",
-    "few_shot": "evaluate-few",
-}
-
-
-TRANSFER = ("cross_dataset", "domain_generalization")
+TRANSFER_STAGES = {"cross_dataset": "evaluate-cross", "domain_generalization": "evaluate-domain"}
 
 
 def train_folder(protocol: str, dataset: str, seed: int, shots: int) -> Path:
     """What a training writes; those of the transfer protocols are on the source, whatever the `dataset`."""
-    if protocol in TRANSFER:
+    if protocol in TRANSFER_STAGES:
         return OUT / "train-source" / str(seed)
-    few = protocol == "few_shot"
-    return OUT / "train-few" / f"{dataset}-{shots}-{seed}" if few else OUT / "train" / f"{dataset}-{seed}"
+    name = f"few_shot-{shots}-{seed}" if protocol == "few_shot" else f"{protocol}-{seed}"
+    return OUT / "train" / dataset / name
 
 
 def evaluate_path(protocol: str, dataset: str, seed: int, shots: int) -> Path:
-    """The record of an evaluation; those of the transfer protocols share a folder per seed."""
-    folder = OUT / EVALUATION_STAGES[protocol]
-    if protocol in TRANSFER:
-        return folder / str(seed) / f"{dataset}.json"
-    return folder / (f"{dataset}-{shots}-{seed}.json" if protocol == "few_shot" else f"{dataset}-{seed}.json")
+    """The record of a training's evaluation on a data set."""
+    if protocol in TRANSFER_STAGES:
+        return OUT / TRANSFER_STAGES[protocol] / str(seed) / f"{dataset}.json"
+    return OUT / "evaluate" / dataset / f"{train_folder(protocol, dataset, seed, shots).name}.json"
 
 
 def mark_protocols(on: dict[str, bool]) -> None:
-    """Write out/<stage>/.protocol of every evaluation stage, "on" or "off".
+    """Write .protocols, the names of those that are on, into the folder of every evaluation stage.
 
-    The report depends on all their folders, and DVC refuses a dependency that does not exist.
+    The report depends on all these folders, and DVC refuses a dependency that does not exist.
     """
-    for protocol, stage in EVALUATION_STAGES.items():
-        with new_file(OUT / stage / ".protocol") as path:
-            path.write_text("on\n" if on[protocol] else "off\n")
+    for stage in ("evaluate", *TRANSFER_STAGES.values()):
+        names = [
+            protocol for protocol in on if on[protocol] and TRANSFER_STAGES.get(protocol, "evaluate") == stage
+        ]
+        with new_file(OUT / stage / ".protocols") as path:
+            path.write_text("".join(f"{name}\n" for name in names))
 
 
 def main_root() -> Path:

@@ -16,6 +16,7 @@ from pathlib import Path
 from pipeline.params import Params
 
 MOST_JOBS = 4  # by default: a process takes about 1 GB
+LONGEST_BATCH = 16
 DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
 
 
@@ -40,18 +41,42 @@ def to_run(root: Path) -> dict[str, set[str]]:
         return {stage: set(graph.successors(stage)) & stages for stage in stages}
 
 
+def next_batch(needs: dict[str, set[str]], waiting: set[str], done: set[str], jobs: int) -> list[str]:
+    """Take from `waiting` some stages that can run one after the other: DVC takes seconds to start.
+
+    Each follows on those before it where it can, so that a data set's stages go to one process. Fewer at a time
+    towards the end, so that all processes end together.
+    """
+    size = max(1, min(LONGEST_BATCH, len(waiting) // (2 * jobs)))
+    batch: list[str] = []
+    while len(batch) < size:
+        ready = [stage for stage in sorted(waiting) if needs[stage] <= done.union(batch)]
+        if not ready:
+            break
+        stage = max(ready, key=lambda s: len(needs[s].intersection(batch)))
+        waiting.remove(stage)
+        batch.append(stage)
+    return batch
+
+
 def run(root: Path, jobs: int) -> None:
     """Run what is to be run; raises StageError with the stages that failed and those that were not reached."""
-    waiting = to_run(root)
-    total, began, ran = len(waiting), time.monotonic(), 0
+    needs = to_run(root)
+    waiting = set(needs)
+    total, began, ran = len(needs), time.monotonic(), 0
     done: set[str] = set()
     failed: set[str] = set()
     processes: set[subprocess.Popen] = set()
 
-    def work(batch: list[str]) -> tuple[list[str], set[str]]:
-        """Reproduce `batch` in one process of DVC; returns it with the stages that failed."""
+    def ended(stage: str, since: float, how: str = "took") -> None:
         nonlocal ran
-        command = [*DVC, "repro", "--single-item", "--keep-going", *batch]
+        if stage:
+            ran += 1
+            say(f"{stage} {how} {time.monotonic() - since:.1f} s")
+
+    def work(batch: list[str]) -> tuple[list[str], str]:
+        """Reproduce `batch` in one process of DVC; returns it with the stage that failed, where it stopped."""
+        command = [*DVC, "repro", "--single-item", *batch]
         process = subprocess.Popen(
             command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
@@ -61,19 +86,16 @@ def run(root: Path, jobs: int) -> None:
         for line in process.stdout:
             output.append(line)
             if found := re.match(r"Running stage '(.+)':", line):
+                ended(running, since)
                 running, since = found[1], time.monotonic()
-            elif "lock file 'dvc.lock'" in line and running:
-                ran += 1
-                say(f"{running} took {time.monotonic() - since:.1f} s")
-                running = ""
         code = process.wait()
+        ended(running, since, "failed after" if code else "took")
         processes.discard(process)
-        bad = set(re.findall(r"failed to reproduce '([^']+)'", "".join(output))) & set(batch)
-        if code and not bad:
-            bad = set(batch)
-        if bad:
-            print("".join(output), file=sys.stderr)
-        return batch, bad
+        if code == 0:
+            return batch, ""
+        print("".join(output), file=sys.stderr)
+        found = re.search(r"failed to reproduce '([^']+)'", "".join(output))
+        return batch, found[1] if found and found[1] in batch else batch[0]
 
     def say(text: str) -> None:
         print(f"[{time.monotonic() - began:4.0f} s, {ran} of {total}] {text}", flush=True)
@@ -82,21 +104,17 @@ def run(root: Path, jobs: int) -> None:
         running: set[Future] = set()
         try:
             while waiting or running:
-                ready = sorted(stage for stage, needs in waiting.items() if needs <= done)
-                while ready and len(running) < jobs:
-                    # Fewer at a time towards the end, so that all processes end together.
-                    size = -(-len(ready) // (2 * jobs))
-                    batch, ready = ready[:size], ready[size:]
-                    for stage in batch:
-                        del waiting[stage]
+                while len(running) < jobs and (batch := next_batch(needs, waiting, done, jobs)):
                     running.add(pool.submit(work, batch))
                 if not running:
                     break  # what is left depends on a stage that failed
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
                     batch, bad = future.result()
-                    done |= set(batch) - bad
-                    failed |= bad
+                    whole = batch.index(bad) if bad else len(batch)
+                    done |= set(batch[:whole])
+                    failed |= set(batch[whole : whole + 1])
+                    waiting |= set(batch[whole + 1 :])
         except BaseException:
             for process in list(processes):
                 process.send_signal(signal.SIGINT)

@@ -1,21 +1,44 @@
-"""Stages `split`, `split-source` and `split-few`: CoOp's few-shot sample of one data set and seed."""
+"""Stage `split`: CoOp's few-shot samples of a data set, one file per number of shots and seed, for all protocols.
 
+out/split/<dataset>/<shots>-<seed>.json
+out/train/<dataset>/trainings.json       the trainings for base_to_novel and few_shot, which evaluate goes by
+"""
+
+import json
 from pathlib import Path
 
 from heba.splits import read_split, sample_few_shot, write_split
 from pipeline.download import verified_folder
 from pipeline.params import Params
-from pipeline.paths import OUT, new_file
+from pipeline.paths import OUT, new_file, new_folder
 
 
-def split_path(dataset: str, seed: int, source: bool, shots: int | None = None) -> Path:
-    if shots is not None:
-        return OUT / "split-few" / f"{dataset}-{shots}-{seed}.json"
-    return OUT / "split-source" / f"{seed}.json" if source else OUT / "split" / f"{dataset}-{seed}.json"
+def split_path(dataset: str, shots: int, seed: int) -> Path:
+    return OUT / "split" / dataset / f"{shots}-{seed}.json"
 
 
-def run(params: Params, dataset: str, seed: int, source: bool, shots: int | None = None) -> None:
-    """Write the sample of `shots`, or params.shots, images per class, all classes, in CoOp's JSON format."""
+def trainings_path(dataset: str) -> Path:
+    return OUT / "train" / dataset / "trainings.json"
+
+
+def trainings(params: Params, dataset: str) -> list[tuple[str, int, int]]:
+    """(protocol, seed, shots) of the trainings on `dataset` whose test images are of the same."""
+    found = [("base_to_novel", seed, params.shots) for seed in params.seeds]
+    if dataset in params.few_shot.datasets:
+        few = params.few_shot
+        found += [("few_shot", seed, shots) for shots in few.shots for seed in few.seeds]
+    return found
+
+
+def run(params: Params, dataset: str) -> None:
+    """Write CoOp's sample of the data set's split for each number of shots and seed, and the list of trainings."""
     split = read_split(verified_folder(params, dataset) / "split.json")
-    with new_file(split_path(dataset, seed, source, shots)) as path:
-        write_split(sample_few_shot(split, shots or params.shots, seed), path)
+    own = trainings(params, dataset)
+    wanted = {(shots, seed) for _, seed, shots in own}
+    if dataset == params.transfer.source:
+        wanted |= {(params.shots, seed) for seed in params.transfer.seeds}
+    with new_folder(OUT / "split" / dataset) as out:
+        for shots, seed in sorted(wanted):
+            write_split(sample_few_shot(split, shots, seed), out / split_path(dataset, shots, seed).name)
+    with new_file(trainings_path(dataset)) as path:
+        path.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")

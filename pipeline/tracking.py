@@ -4,22 +4,25 @@
 Lineage is by content: a run carries the sha256 of its adapter as a tag, and evaluation finds it by that.
 """
 
+import hashlib
 import json
 import logging
 import os
 import subprocess
 import tempfile
 import time
+import urllib.parse
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from filelock import FileLock
 
-from pipeline.paths import TRANSFER, main_root, train_folder
+from pipeline.paths import TRANSFER_STAGES, main_root, train_folder
 
 SHA_TAG = "heba.adapter_sha256"
+ADAPTER_FILE = "adapter.safetensors"
 
 
 def store_uri() -> str:
@@ -61,6 +64,11 @@ def experiment_id(store: Any, name: str) -> str:
         if os.environ.get("MLFLOW_TRACKING_URI"):
             return store.create_experiment(name)
         return store.create_experiment(name, artifact_location=(main_root() / "mlartifacts" / name).as_uri())
+
+
+def adapter_sha256(folder: Path) -> str:
+    """The content hash by which MLflow runs and evaluations know a training."""
+    return hashlib.sha256((folder / ADAPTER_FILE).read_bytes()).hexdigest()
 
 
 def run_name(config: dict[str, Any]) -> str:
@@ -162,17 +170,31 @@ def log_epochs(store: Any, run_id: str, records: list[dict[str, float]]) -> None
 
 
 def log_outs(store: Any, run_id: str, folder: Path) -> None:
-    from pipeline.train import adapter_sha256
-
     store.log_artifacts(run_id, str(folder), "adapter")
     store.set_tag(run_id, SHA_TAG, adapter_sha256(folder))
 
 
+def share_adapter(store: Any, run_id: str, folder: Path) -> None:
+    """Make the run's copy of an adapter a hard link to the out, which nobody changes in place: it then takes no space.
+
+    Only where both lie on one disk, and not when a training is logged, since DVC replaces its outs after that.
+    """
+    uri = urllib.parse.urlparse(store.get_run(run_id).info.artifact_uri)
+    copy = Path(urllib.request.url2pathname(uri.path)) / "adapter" / ADAPTER_FILE
+    if uri.scheme != "file" or not copy.exists():
+        return
+    link = copy.with_name(f".{ADAPTER_FILE}.{os.getpid()}.tmp")
+    try:
+        os.link(folder / ADAPTER_FILE, link)
+        os.replace(link, copy)
+    except OSError:  # another disk, or one without links: the copy stays
+        link.unlink(missing_ok=True)
+
+
 def find_or_create_run(store: Any, folder: Path) -> str:
     """The run of the training in `folder`, by the adapter's hash; made from the outs when there is none."""
+    import pandas as pd
     from mlflow.entities import Param
-
-    from pipeline.train import adapter_sha256
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     experiment = experiment_id(store, config["protocol"])
@@ -190,7 +212,7 @@ def find_or_create_run(store: Any, folder: Path) -> str:
 
 def evaluation_metrics(record: dict[str, Any]) -> dict[str, float]:
     """The metrics of an evaluation, by their names in MLflow."""
-    prefix = f"{record['dataset']}_" if record["protocol"] in TRANSFER else ""
+    prefix = f"{record['dataset']}_" if record["protocol"] in TRANSFER_STAGES else ""
     metrics = {
         f"{prefix}{method}_{group}": values[method]["accuracy"]
         for group, values in record["groups"].items()
@@ -208,7 +230,9 @@ def log_evaluations(evaluations: list[tuple[dict[str, Any], Path]]) -> None:
     try:
         store = client()
         for record, folder in evaluations:
-            _log_evaluation(store, find_or_create_run(store, folder), record)
+            run_id = find_or_create_run(store, folder)
+            share_adapter(store, run_id, folder)
+            _log_evaluation(store, run_id, record)
     except Exception as error:  # whatever the store does, the stage is done
         warn(error)
 
@@ -246,10 +270,10 @@ def track(out: Path) -> int:
     """Log every training and evaluation under `out` that the store lacks; returns how many evaluations
     were looked at. Unlike the stages, this raises when the store can not be reached."""
     store = client()
-    folders = sorted(out.glob("train*/*/config.json"))
+    folders = sorted(out.glob("train*/**/config.json"))
     for path in folders:
         find_or_create_run(store, path.parent)
-    records = sorted([*out.glob("evaluate*/*.json"), *out.glob("evaluate*/*/*.json")])
+    records = sorted(out.glob("evaluate*/*/*.json"))
     for path in records:
         record = json.loads(path.read_text(encoding="utf-8"))
         folder = train_folder(record["protocol"], record["dataset"], record["seed"], record["shots"])

@@ -1,8 +1,9 @@
 """Stages `train`, `train-source` and `train-few`: the adapters of one data set and seed.
 
-out/train/<dataset>-<seed>/   adapter.safetensors, config.json, history.csv (epoch, loss, lr)
+out/train/<dataset>/<protocol>-<seed>/   adapter.safetensors, config.json, history.csv (epoch, loss, lr)
 """
 
+import csv
 import hashlib
 import json
 import sys
@@ -10,19 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
 from heba.images import decode, for_each_image
-from heba.model import ADAPTER_FILE, AdaptedCLIP, save_adapter
+from heba.model import AdaptedCLIP, save_adapter
 from heba.splits import base_labels, class_names, read_split, select_classes
 from heba.training import Settings, TextBank, steps_per_epoch, train
 from pipeline import tracking
 from pipeline.backbone import device, load_backbone, use_bf16
 from pipeline.download import verified_folder
-from pipeline.params import Params
+from pipeline.params import Params, ParamsError
 from pipeline.paths import main_root, new_folder, train_folder
 from pipeline.precompute import folder_of
 from pipeline.split import split_path
@@ -60,11 +60,14 @@ def run(params: Params, dataset: str, seed: int, source: bool, shots: int | None
         (params.transfer.adapter, params.transfer.train) if source else (params.adapter, params.train)
     )
     images_folder = verified_folder(params, dataset) / "images"
-    split = read_split(split_path(dataset, seed, source, shots))
+    sample = split_path(dataset, shots or params.shots, seed)
+    split = read_split(sample)
     names = class_names(split)
     labels = range(len(names)) if source or shots else base_labels(len(names))
     train_items = select_classes(split, labels)["train"]
     where = device(params)
+    if params.cuda_graphs and where.type != "cuda":
+        raise ParamsError(f"cuda_graphs: needs a GPU, and this training runs on {where.type}; set it to false")
     clip, _ = load_backbone(params)
     # The initialisation must not depend on what drew random numbers before.
     torch.manual_seed(seed)
@@ -85,10 +88,10 @@ def run(params: Params, dataset: str, seed: int, source: bool, shots: int | None
         "adapter": adapter.model_dump(exclude={"scale_novel"}),
         "train": settings.model_dump(),
         "bf16": use_bf16(params),
+        "threads": params.threads,
+        "cuda_graphs": params.cuda_graphs,
     }
-    checkpoint = checkpoint_path(
-        inputs, [split_path(dataset, seed, source, shots), folder_of(dataset) / "text.safetensors"]
-    )
+    checkpoint = checkpoint_path(inputs, [sample, folder_of(dataset) / "text.safetensors"])
     protocol = "cross_dataset" if source else "few_shot" if shots else "base_to_novel"
     out_folder = train_folder(protocol, dataset, seed, shots or params.shots)
     if len(images) < settings.batch_size:
@@ -109,6 +112,7 @@ def run(params: Params, dataset: str, seed: int, source: bool, shots: int | None
                 bank,
                 schedule,
                 bf16=use_bf16(params),
+                cuda_graphs=params.cuda_graphs,
                 checkpoint=checkpoint,
                 on_epoch=tracker.epoch,
                 progress=bar.update,
@@ -117,14 +121,12 @@ def run(params: Params, dataset: str, seed: int, source: bool, shots: int | None
         with new_folder(out_folder) as out:
             dtype = torch.float16 if params.adapter_dtype == "fp16" else torch.float32
             save_adapter(model, out, config, dtype)
-            pd.DataFrame(history).to_csv(out / "history.csv", index=False)
+            with (out / "history.csv").open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, history[0], lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(history)
     except BaseException:
         tracker.fail()
         raise
     checkpoint.unlink(missing_ok=True)
     tracker.finish(out_folder)
-
-
-def adapter_sha256(folder: Path) -> str:
-    """The content hash by which MLflow runs and evaluations know a training."""
-    return hashlib.sha256((folder / ADAPTER_FILE).read_bytes()).hexdigest()

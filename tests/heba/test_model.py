@@ -5,6 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from heba.adapters import BottleneckAdapter
+from heba.evaluation import encode_prompts
 from heba.model import ADAPTER_FILE, AdaptedCLIP, class_features, load_adapter, save_adapter
 from heba.training import select_classes
 
@@ -44,6 +46,68 @@ def test_the_plain_model_is_untouched_and_texts_are_cut_exactly(clip):
     # Outside of the adapted calls, the CLIP that was given is as it was.
     assert torch.allclose(clip.encode_image(images), plain_image, atol=1e-5)
     assert all(torch.equal(weights[k], v) for k, v in clip.state_dict().items())
+
+
+@torch.no_grad()
+def test_detached_adapters_leave_the_plain_model_and_make_room_for_others(clip):
+    images, _ = batch()
+    plain = clip.encode_image(images)
+    first = AdaptedCLIP(clip, 1, 2, 0.1)
+    adapted = first.encode_image(images)
+    first.detach()
+    second = AdaptedCLIP(clip, 1, 2, 0.1)
+    second.adapters.load_state_dict(first.adapters.state_dict())
+    assert torch.equal(second.encode_image(images), adapted)
+    second.detach()
+    assert torch.allclose(clip.encode_image(images), plain, atol=1e-5)
+
+
+@torch.no_grad()
+def test_prompts_are_encoded_once_and_in_any_order_the_same(clip):
+    _, tokens = batch()
+    model = AdaptedCLIP(clip, 1, 2, 0.1)
+    seen = []
+
+    def encode(part):
+        seen.append(part.shape)
+        return model.encode_text(part)
+
+    repeated = tokens[[3, 0, 3, 1, 4, 2, 0]]
+    features = encode_prompts(repeated, encode, torch.device("cpu"), batch_size=2)
+    assert sum(n for n, _ in seen) == 5
+    # Each batch is as long as its longest text: lengths 4, 5 | 6, 7 | 8.
+    assert [length for _, length in seen] == [5, 7, 8]
+    for row, expected in zip(repeated, features, strict=True):
+        torch.testing.assert_close(model.encode_text(row[None])[0], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("visual", [True, False])
+def test_the_adapters_own_backward_is_that_of_autograd(visual):
+    """Against the block as the paper writes it, in double precision; parameters get the gradient times 1/s."""
+    torch.manual_seed(0)
+    adapter = BottleneckAdapter(8, visual, ratio=2).double()
+    scale, grid = torch.tensor(0.3, dtype=torch.double), (2, 3)
+    h = torch.randn(2, 7, 8, dtype=torch.double, requires_grad=True)
+    weight = torch.randn_like(h)
+    out = adapter(h, scale, grid if visual else None)
+    (out * weight).sum().backward()
+    x = h.detach().clone().requires_grad_()
+    y = x @ adapter.down.weight.flatten(1).T
+    if visual:
+        image = y[:, 1:].transpose(1, 2).unflatten(2, grid)
+        image = torch.nn.functional.conv2d(image, adapter.mid.weight, padding=1, groups=4)
+        y = torch.cat([y[:, :1], image.flatten(2).transpose(1, 2)], dim=1)
+    y = torch.nn.functional.gelu(y) @ adapter.up.weight.flatten(1).T
+    a = torch.nn.functional.layer_norm(x + y, (8,), adapter.norm.weight, adapter.norm.bias)
+    if visual:
+        a = torch.cat([torch.zeros_like(a[:, :1]), a[:, 1:]], dim=1)
+    expected = x + scale * a
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-12)
+    names, parameters = zip(*adapter.named_parameters(), strict=True)
+    true = torch.autograd.grad((expected * weight).sum(), [x, *parameters])
+    torch.testing.assert_close(h.grad, true[0], rtol=1e-9, atol=1e-12)
+    for name, parameter, gradient in zip(names, parameters, true[1:], strict=True):
+        torch.testing.assert_close(parameter.grad, gradient / scale, rtol=1e-9, atol=1e-12, msg=name)
 
 
 def test_gradients_reach_the_adapters_only(clip):

@@ -12,7 +12,15 @@ from open_clip.transform import image_transform_v2
 from PIL import Image
 
 from heba.evaluation import classification_report, harmonic_mean
-from heba.images import crop_batch, decode, normalise, resize_and_crop, sample_crop
+from heba.images import (
+    crop_batch,
+    decode,
+    normalise,
+    open_packed,
+    pack_images,
+    resize_and_crop,
+    sample_crop,
+)
 from heba.prompts import build_prompts, read_descriptions, tokenize
 
 
@@ -59,6 +67,21 @@ def test_crops_lie_inside_the_image(height, width, seed):
     assert 0 <= left <= left + w <= width
     assert h >= 1
     assert w >= 1
+
+
+def test_packed_images_are_in_order_and_a_damaged_one_is_named(tmp_path):
+    paths = [tmp_path / f"{i}.png" for i in range(30)]
+    for i, path in enumerate(paths):
+        Image.new("RGB", (9, 7), (i, 2 * i, 3 * i)).save(path)
+    done = []
+    pack_images(paths, 4, tmp_path / "images.npy", done.append)
+    packed = open_packed(tmp_path / "images.npy")
+    assert packed.shape == (30, 3, 4, 4)
+    assert packed[:, :, 0, 0].tolist() == [[i, 2 * i, 3 * i] for i in range(30)]
+    assert sum(done) == 30
+    paths[17].write_bytes(paths[17].read_bytes()[:30])
+    with pytest.raises(ValueError, match=r"17\.png"):
+        pack_images(paths, 4, tmp_path / "images.npy", done.append)
 
 
 def test_flips_mirror():

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from heba.model import AdaptedCLIP, cut_after_eot
+from heba.static import masked_cross_entropy
 from heba.training import Settings, TextBank, train
 from tests.heba.test_model import batch, make_clip
 
@@ -30,6 +31,34 @@ def setup(**changed):
     bank = TextBank(tokens, (tokens.argmax(-1) + 1).tolist(), [0, 1, 2, 3, 4, 5], None)
     images = [torch.randint(0, 256, (3, 36 + i, 40), dtype=torch.uint8) for i in range(10)]
     return model, images, [i % 5 for i in range(10)], bank, Settings(**(SETTINGS | changed))
+
+
+def test_a_step_in_static_shapes_is_the_same():
+    """Padded classes and texts, which a GPU captures as a graph, change nothing."""
+    plain, padded = setup(neg_ratio=1, batch_size=3), setup(neg_ratio=1, batch_size=3)
+    history = train(*plain)
+    again = train(*padded, cuda_graphs=True)
+    for a, b in zip(history, again, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+    start = dict(setup()[0].adapters.named_parameters())
+    moved = 0.0
+    for name, a in plain[0].adapters.named_parameters():
+        b = padded[0].adapters.get_parameter(name)
+        assert (a - b).abs().max() < 1e-6, name
+        moved = max(moved, (a - start[name]).abs().max().item())
+    assert moved > 1e-3
+
+
+def test_the_masked_loss_is_that_of_the_valid_columns():
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(4, 7, generator=generator, requires_grad=True), torch.tensor([0, 2, 4, 1])
+    valid = torch.arange(7) < 5
+    masked = masked_cross_entropy(logits, targets, valid, 0.1)
+    (gradient,) = torch.autograd.grad(masked, logits)
+    plain = torch.nn.functional.cross_entropy(logits[:, :5], targets, label_smoothing=0.1)
+    (expected,) = torch.autograd.grad(plain, logits)
+    torch.testing.assert_close(masked, plain)
+    torch.testing.assert_close(gradient, expected)
 
 
 class Stop(Exception):

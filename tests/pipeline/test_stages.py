@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import pytest
 import yaml
@@ -50,7 +52,7 @@ def repo(tmp_path_factory):
         ["dvc", "init", "-q"],
         ["git", "add", "-A"],
         ["git", "commit", "-qm", "start"],
-        ["dvc", "repro", "-q"],
+        [sys.executable, "-m", "pipeline", "repro", "--jobs", "2"],
     ):
         done = pipeline(folder, *command)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -79,6 +81,11 @@ def test_every_training_is_a_run_with_its_evaluation(repo):
         )
         assert run.data.tags["dvc.stage"].startswith("train@")
         assert run.data.tags["mlflow.source.git.commit"]
+        artifacts = Path(url2pathname(urlparse(run.info.artifact_uri).path))
+        adapter = artifacts / "adapter" / "adapter.safetensors"
+        out = repo / "out" / "train" / run.data.params["dataset"] / "base_to_novel-1" / "adapter.safetensors"
+        assert adapter.read_bytes() == out.read_bytes()
+        assert adapter.stat().st_nlink > 1  # it takes no space of its own
         names = {f.path for f in client.list_artifacts(run.info.run_id, "evaluation")}
         assert any(n.endswith(".png") for n in names)
     (source,) = client.search_runs([experiments["transfer"]])
@@ -86,7 +93,7 @@ def test_every_training_is_a_run_with_its_evaluation(repo):
 
 
 def test_training_again_gives_the_same_bytes_and_tracking_may_fail(repo):
-    adapter = repo / "out" / "train" / "dtd-1" / "adapter.safetensors"
+    adapter = repo / "out" / "train" / "dtd" / "base_to_novel-1" / "adapter.safetensors"
     before = adapter.read_bytes()
     done = stage(repo, "train", "--dataset", "dtd", "--seed", "1", MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert done.returncode == 0, done.stderr
@@ -118,6 +125,26 @@ def test_changing_shots_leaves_download_and_precompute_alone(repo):
     assert not kinds & {"download", "download-variant", "precompute", "precompute-variant"}
 
 
+def test_a_failed_stage_stops_what_depends_on_it_and_nothing_else(repo):
+    """Side by side: all of precompute runs again, and fails for dtd, one of whose images is damaged."""
+    code = repo / "pipeline" / "precompute.py"
+    image = next((repo / "data" / "embedded" / "dtd" / "images").rglob("*.png"))
+    kept = image.read_bytes()
+    code.write_text(code.read_text() + "# changed\n")
+    image.write_bytes(kept[:40])
+    done = stage(repo, "repro", "--jobs", "2")
+    image.write_bytes(kept)
+    assert done.returncode == 1
+    assert "failed: precompute@dtd; not reached:" in done.stderr
+    assert "download@dtd" in done.stderr  # the remedy, from the stage's own output
+    assert "train@dtd-1" in done.stderr.split("not reached:")[1]
+    assert "imagenet_a" not in done.stderr.split("not reached:")[1]
+    again = stage(repo, "repro", "--jobs", "2")
+    assert again.returncode == 0, again.stderr
+    assert "precompute-variant@imagenet_a" not in again.stdout
+    assert json.loads(pipeline(repo, "dvc", "status", "--json").stdout) == {}
+
+
 def test_errors_are_messages(repo, tmp_path):
     wrong = stage(repo, "train", "--dataset", "mnist", "--seed", "1")
     assert wrong.returncode == 1
@@ -133,11 +160,11 @@ def test_errors_are_messages(repo, tmp_path):
 
 
 def test_the_novel_scale_takes_effect(repo):
-    record = repo / "out" / "evaluate" / "dtd-1.json"
+    record = repo / "out" / "evaluate" / "dtd" / "base_to_novel-1.json"
     before = json.loads(record.read_text())
     params = (repo / "params.yaml").read_text()
     (repo / "params.yaml").write_text(params.replace("scale_novel: null", "scale_novel: 0.0", 1))
-    done = stage(repo, "evaluate", "--dataset", "dtd", "--seed", "1")
+    done = stage(repo, "evaluate", "--dataset", "dtd")
     (repo / "params.yaml").write_text(params)
     after = json.loads(record.read_text())
     record.write_text(json.dumps(before, ensure_ascii=False, indent=1) + "\n")
@@ -149,5 +176,5 @@ def test_the_novel_scale_takes_effect(repo):
 
 def test_help_teaches():
     shown = stage(ROOT, "--help").stdout
-    for name in ("download", "split", "precompute", "train", "evaluate", "report", "preset", "track"):
+    for name in ("download", "split", "precompute", "train", "evaluate", "report", "preset", "track", "repro"):
         assert name in shown
