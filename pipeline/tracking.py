@@ -175,7 +175,7 @@ def log_outs(store: Any, run_id: str, folder: Path) -> None:
 
 
 def share_adapter(store: Any, run_id: str, folder: Path) -> None:
-    """Make the run's copy of an adapter a hard link to the out, which nobody changes in place: it then takes no space.
+    """Make the run's copy of an adapter a hard link to the out, which nobody changes in place: it takes no space.
 
     Only where both lie on one disk, and not when a training is logged, since DVC replaces its outs after that.
     """
