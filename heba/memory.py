@@ -4,11 +4,11 @@ import ctypes
 import platform
 
 # Parameters of glibc's mallopt(3).
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
 
 
 def keep_freed_memory(keep: bool = True) -> bool:
-    """Let the process keep what it frees for its next tensor; with `keep` false, back to glibc's default.
+    """Let the process keep what it frees for its next tensor; with `keep` false, as glibc does it.
 
     glibc maps each block of over 32 MB anew and returns it to the kernel when it is freed, so every activation of
     a training step is filled with zeros page by page before it is written. Returns whether the C library is glibc;
@@ -18,6 +18,7 @@ def keep_freed_memory(keep: bool = True) -> bool:
         return False
     libc = ctypes.CDLL(None)
     settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26))
-    defaults = ((M_MMAP_MAX, 65536), (M_TRIM_THRESHOLD, 2**17), (M_TOP_PAD, 0))
+    # glibc moves its thresholds up to these by itself, until one of them is set for the first time.
+    defaults = ((M_MMAP_MAX, 65536), (M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**26), (M_TOP_PAD, 0))
     done = [libc.mallopt(key, value) for key, value in (settings if keep else defaults)]
     return all(done)
