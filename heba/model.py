@@ -216,16 +216,14 @@ def text_lengths(tokens: Tensor) -> list[int]:
     return (tokens.argmax(dim=-1) + 1).tolist()
 
 
-def pack(lengths: Sequence[int], device: torch.device, padded_to: int | None = None) -> Packing:
-    """The packing of texts of `lengths` tokens; with `padded_to` each takes that many, for shapes that stay."""
+def pack(lengths: Sequence[int], device: torch.device) -> Packing:
+    """The packing of texts of `lengths` tokens each, EOT included."""
     n = torch.tensor(lengths)
-    length = padded_to or int(n.max())
+    length = int(n.max())
     rows = None
-    read = torch.arange(len(n)) * length + n - 1
-    if padded_to is None and int(n.min()) < length:
+    if int(n.min()) < length:
         rows = (torch.arange(length) < n[:, None]).flatten().nonzero().flatten().to(device)
-        read = n.cumsum(0) - 1
-    return Packing(rows, (n - 1).to(device), read.to(device), length)
+    return Packing(rows, (n - 1).to(device), (n.cumsum(0) - 1).to(device), length)
 
 
 def embed_tokens(clip: Any, tokens: Tensor, n_blocks: int) -> Tensor:
