@@ -10,10 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from pipeline.params import Params
+from pipeline.warm import stage_server
 
 MOST_JOBS = 4  # by default: a process takes about 1 GB
 LONGEST_BATCH = 16
@@ -61,6 +63,11 @@ def next_batch(needs: dict[str, set[str]], waiting: set[str], done: set[str], jo
 
 def run(root: Path, jobs: int) -> None:
     """Run what is to be run; raises StageError with the stages that failed and those that were not reached."""
+    with stage_server(root) as environment:
+        _run(root, jobs, os.environ | environment)
+
+
+def _run(root: Path, jobs: int, environment: Mapping[str, str]) -> None:
     needs = to_run(root)
     waiting = set(needs)
     total, began, ran = len(needs), time.monotonic(), 0
@@ -78,7 +85,13 @@ def run(root: Path, jobs: int) -> None:
         """Reproduce `batch` in one process of DVC; returns it with the stage that failed, where it stopped."""
         command = [*DVC, "repro", "--single-item", *batch]
         process = subprocess.Popen(
-            command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            command,
+            cwd=root,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
         )
         processes.add(process)
         output, running, since = [], "", 0.0

@@ -1,0 +1,95 @@
+"""Stages in forks of one warm process: the same as by themselves, and as easy to stop."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.warm import SERVER, stage_server
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the server of stages is for Linux only")
+
+
+@pytest.fixture(scope="module")
+def server():
+    with stage_server(ROOT) as environment:
+        deadline = time.monotonic() + 120
+        while not Path(environment[SERVER]).exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        yield os.environ | environment
+
+
+def command(*args, folder=ROOT, env=None):
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", *args],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_output_errors_and_exit_code_are_those_of_the_command_by_itself(server, tmp_path):
+    for args in (["--help"], ["split", "--dataset", "nix"], ["split"], ["preset", "demo"]):
+        alone, forked = command(*args, env=dict(os.environ)), command(*args, env=server)
+        assert (alone.returncode, alone.stdout, alone.stderr) == (
+            forked.returncode,
+            forked.stdout,
+            forked.stderr,
+        )
+    assert "params.yaml is not here" in command("protocols", folder=tmp_path, env=server).stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_to_the_command_ends_its_fork(server, tmp_path, number):
+    """A download that waits for a lock which this test holds: no stage runs on when its command has gone."""
+    from filelock import FileLock
+
+    folder = tmp_path / "data" / "embedded"
+    folder.mkdir(parents=True)
+    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    with FileLock(folder / ".dtd.lock"):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline", "download", "--dataset", "dtd"],
+            cwd=tmp_path,
+            env=server,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        forks = _in_folder(tmp_path, but=process.pid)
+        process.send_signal(number)
+        assert process.wait(timeout=30) != 0
+        deadline = time.monotonic() + 30
+        while any(Path("/proc", str(pid)).exists() for pid in forks):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def _in_folder(folder, but):
+    """Processes that work in `folder`, as soon as there is one besides `but`."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                if entry.joinpath("cwd").readlink() == folder and int(entry.name) != but:
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+        if found:
+            return found
+        time.sleep(0.05)
+    raise AssertionError("the command runs in no fork")
+
+
+def test_without_a_server_the_command_runs_by_itself(tmp_path):
+    done = command("protocols", folder=tmp_path, env=os.environ | {SERVER: str(tmp_path / "none")})
+    assert done.returncode == 1
+    assert "params.yaml is not here" in done.stderr
