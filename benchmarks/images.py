@@ -25,7 +25,7 @@ from benchmarks.common import (
     write_images,
 )
 from heba.evaluation import encode_images
-from heba.images import open_packed, pack_images
+from heba.images import open_packed, pack_images, preprocess_of
 
 
 def main(
@@ -39,11 +39,12 @@ def main(
 ) -> None:
     """Time the image side of an evaluation, plain and ours, in turn."""
     model = make_model(backbone, device)
-    size = model.clip.visual.image_size[0]
+    preprocess = preprocess_of(model.clip)
+    size = preprocess.size
     scales = torch.full((model.end - model.start + 1,), model.scale, device=device)
     with tempfile.TemporaryDirectory() as folder:
         paths = write_images(Path(folder), images)
-        pack_images(paths, size, Path(folder) / "images.npy", lambda n: None)
+        pack_images(paths, preprocess, Path(folder) / "images.npy", lambda n: None)
         packed = open_packed(Path(folder) / "images.npy")
         files = plain.ImageFiles(paths, [0] * images, open_clip.image_transform(size, is_train=False))
         loader: DataLoader = DataLoader(files, batch_size or 100, num_workers=workers)
@@ -56,7 +57,7 @@ def main(
                 return model.encode_image(batch)
 
         def run_ours() -> torch.Tensor:
-            return encode_images(packed, encode, torch.device(device), batch_size=batch_size or None)
+            return encode_images(packed, preprocess, encode, torch.device(device), batch_size=batch_size or None)
 
         check("image features", relative(run_ours(), run_plain()), 1e-4 if precision == "fp32" else 3e-2)
         results = in_turn({"plain": way(run_plain, keep=False), "ours": way(run_ours)}, rounds, device)

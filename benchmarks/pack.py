@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks import plain
 from benchmarks.common import Rounds, Workers, check, in_turn, relative, table, way, write_images
-from heba.images import normalise, open_packed, pack_images
+from heba.images import Preprocess, normalise, open_packed, pack_images
 
 
 def main(
@@ -20,6 +20,7 @@ def main(
     rounds: Rounds = 3,
 ) -> None:
     """Time the packing of test images: a DataLoader with open_clip's transform, and ours, in turn."""
+    preprocess = Preprocess(size)
     with tempfile.TemporaryDirectory() as folder:
         paths = write_images(Path(folder), images)
         files = plain.ImageFiles(paths, [0] * images, open_clip.image_transform(size, is_train=False))
@@ -30,10 +31,10 @@ def main(
             return torch.cat([batch for batch, _ in loader])
 
         def run_ours() -> None:
-            pack_images(paths, size, out, lambda n: None)
+            pack_images(paths, preprocess, out, lambda n: None)
 
         run_ours()
-        check("pixels", relative(normalise(torch.from_numpy(open_packed(out))), run_plain()), 1e-6)
+        check("pixels", relative(normalise(torch.from_numpy(open_packed(out)), preprocess), run_plain()), 1e-6)
         results = in_turn({"plain": way(run_plain, keep=False), "ours": way(run_ours)}, rounds, "cpu")
     print(table(results, images, "images", "cpu", f"packing of {images} images at {size} pixels"))
 

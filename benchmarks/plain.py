@@ -18,7 +18,8 @@ from torchvision import transforms
 
 from heba.adapters import BottleneckAdapter
 from heba.images import CLIP_MEAN, CLIP_STD
-from heba.model import AdaptedCLIP, cut_after_eot, text_tower
+from heba.model import AdaptedCLIP
+from heba.towers import cut_texts, text_tower
 
 Scales = Sequence[Tensor] | Tensor
 
@@ -152,7 +153,7 @@ def encode_text(
     """Text features [n, E] of `tokens` [n, 77]."""
     tower = text_tower(model.clip)
     if cut:
-        tokens = cut_after_eot(tokens)
+        tokens = cut_texts(model.clip, tokens)
     length, eot = tokens.shape[1], tokens.argmax(dim=-1)
     with torch.no_grad():
         x = (tower.token_embedding(tokens) + tower.positional_embedding[:length]).permute(1, 0, 2)

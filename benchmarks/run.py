@@ -28,9 +28,10 @@ from benchmarks.common import (
     write_images,
 )
 from heba.evaluation import encode_images, encode_prompts
-from heba.images import decode, for_each_image, open_packed, pack_images
-from heba.model import class_features, text_lengths
+from heba.images import decode, for_each_image, open_packed, pack_images, preprocess_of
+from heba.model import class_features
 from heba.splits import base_labels
+from heba.towers import text_lengths
 from heba.training import Settings, TextBank, select_classes, train
 
 
@@ -50,7 +51,8 @@ def main(
     if precision == "fp16":
         raise typer.BadParameter("ours trains in fp32 or bf16")
     model = make_model(backbone, device)
-    size = model.clip.visual.image_size[0]
+    preprocess = preprocess_of(model.clip)
+    size = preprocess.size
     generator = torch.Generator().manual_seed(1)
     tokens = prompt_tokens(model, classes * prompts, generator).cpu()
     by_class = tokens.unflatten(0, (classes, prompts)).to(device)
@@ -115,11 +117,11 @@ def main(
                 return function(batch)
 
         def evaluate_ours() -> list[torch.Tensor]:
-            pack_images(test_paths, size, folder / "images.npy", lambda n: None)
+            pack_images(test_paths, preprocess, folder / "images.npy", lambda n: None)
             packed = open_packed(folder / "images.npy")
             where = torch.device(device)
-            images = encode_images(packed, lambda x: encode(model.encode_image, x), where)
-            texts = encode_prompts(tokens, lambda x: encode(model.encode_text, x), where)
+            images = encode_images(packed, preprocess, lambda x: encode(model.encode_image, x), where)
+            texts = encode_prompts(model.clip, tokens, lambda x: encode(model.encode_text, x), where)
             features = []
             for half in halves:
                 rows = (test_labels >= half.start) & (test_labels < half.stop)
@@ -136,7 +138,9 @@ def main(
                 lambda path: torch.from_numpy(np.array(decode(path)).transpose(2, 0, 1)), train_paths
             )
             base = tokens[: n_base * prompts]
-            bank = TextBank(base.to(device), text_lengths(base), list(range(0, len(base) + 1, prompts)), None)
+            bank = TextBank(
+                base.to(device), text_lengths(model.clip, base), list(range(0, len(base) + 1, prompts)), None
+            )
             train(model, list(pixels), labels, bank, settings, bf16=precision == "bf16")
             evaluate_ours()
 

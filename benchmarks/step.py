@@ -19,8 +19,8 @@ from benchmarks.common import (
     table,
     way,
 )
-from heba.images import normalise
-from heba.model import pack, text_lengths
+from heba.images import normalise, preprocess_of
+from heba.towers import text_lengths
 from heba.training import Settings, Step, TextBank, make_optimizer, step_loss, update
 
 
@@ -38,11 +38,13 @@ def main(
 ) -> None:
     """Time one training step of HeBA, plain and ours, in turn."""
     model = make_model(backbone, device)
-    size = model.clip.visual.image_size[0]
+    preprocess = preprocess_of(model.clip)
+    size = preprocess.size
     generator = torch.Generator().manual_seed(1)
-    pixels = normalise(torch.randint(0, 256, (images, 3, size, size), generator=generator)).to(device)
+    pixels = torch.randint(0, 256, (images, 3, size, size), generator=generator)
+    pixels = normalise(pixels, preprocess).to(device)
     tokens = prompt_tokens(model, classes, generator)
-    lengths = text_lengths(tokens)
+    lengths = text_lengths(model.clip, tokens)
     n_blocks = model.end - model.start + 1
     scales = [torch.where(torch.rand(n_blocks, generator=generator) > 0.8, 2.25, 1.0) * 0.025 for _ in range(2)]
     text_scales, visual_scales = (s.to(device) for s in scales)
@@ -54,7 +56,7 @@ def main(
         flips=[],
         targets=targets,
         prompts=torch.arange(classes, device=device),
-        packing=pack(lengths, tokens.device),
+        packing=model.pack(lengths),
         text_scales=text_scales,
         visual_scales=visual_scales,
     )

@@ -46,7 +46,7 @@ def main(
             return model.encode_text(batch)
 
     def run_ours() -> torch.Tensor:
-        return class_features(encode_prompts(tokens, encode, torch.device(device)), index, classes)
+        return class_features(encode_prompts(model.clip, tokens, encode, torch.device(device)), index, classes)
 
     check("classifier", relative(run_ours(), run_plain()), 1e-4 if precision == "fp32" else 3e-2)
     results = in_turn({"plain": way(run_plain, keep=False), "ours": way(run_ours)}, rounds, device)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from heba.images import normalise
-from heba.model import text_lengths
+from heba.images import Preprocess, normalise
+from heba.towers import cut_texts, text_lengths
 
 # A CPU gains nothing from larger batches, which leave its cache.
 BATCH_SIZE = {"cpu": 64}
@@ -23,6 +23,7 @@ def harmonic_mean(base: float, novel: float) -> float:
 @torch.no_grad()
 def encode_images(
     images: np.ndarray,
+    preprocess: Preprocess,
     encode: Callable[[Tensor], Tensor],
     device: torch.device,
     rows: np.ndarray | None = None,
@@ -39,13 +40,14 @@ def encode_images(
     for start in range(0, n, batch_size):
         part = slice(start, start + batch_size)
         batch = torch.from_numpy(images[part] if rows is None else images[rows[part]]).to(device)
-        features.append(F.normalize(encode(normalise(batch)).float(), dim=-1))
+        features.append(F.normalize(encode(normalise(batch, preprocess)).float(), dim=-1))
         progress(len(batch))
     return torch.cat(features).cpu() if features else torch.zeros(0, 1)
 
 
 @torch.no_grad()
 def encode_prompts(
+    clip: Any,
     tokens: Tensor,
     encode: Callable[[Tensor], Tensor],
     device: torch.device,
@@ -54,14 +56,15 @@ def encode_prompts(
 ) -> Tensor:
     """Text features [n, E] (fp32, on the CPU, not normalised) of `tokens` [n, context].
 
-    Equal prompts are encoded once, and prompts of like length together, cut after the longest.
+    Equal prompts are encoded once, and prompts of like length together, cut after the longest, where the tower
+    of `clip` allows it.
     """
     different, which = torch.unique(tokens, dim=0, return_inverse=True)
-    lengths = torch.tensor(text_lengths(different))
+    lengths = torch.tensor(text_lengths(clip, different))
     order = lengths.argsort(stable=True)
     features = []
     for part in order.split(batch_size or BATCH_SIZE.get(device.type, 256)):
-        batch = different[part, : int(lengths[part].max())].to(device)
+        batch = cut_texts(clip, different[part]).to(device)
         features.append(encode(batch).float())
         progress(len(part))
     back = torch.empty_like(order)

@@ -4,6 +4,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,48 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+@dataclass(frozen=True)
+class Preprocess:
+    """How a model wants its images; by default as OpenAI's CLIP.
+
+    Attributes:
+        size: side of the square image, in pixels.
+        mean, std: of red, green and blue in 0..1; the input is (x - mean) / std.
+        interpolation: bicubic or bilinear.
+        resize_mode: shortest, the shorter side to `size`, then the centre of the longer; or squash, both sides to
+            `size` whatever the aspect.
+    """
+
+    size: int = 224
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+
+    def __post_init__(self) -> None:
+        for key, known in (("interpolation", ("bicubic", "bilinear")), ("resize_mode", ("shortest", "squash"))):
+            if getattr(self, key) not in known:
+                raise ValueError(f"preprocess_cfg: {key} must be {' or '.join(known)}, not {getattr(self, key)!r}")
+        for key in ("mean", "std"):
+            value = getattr(self, key)
+            if not isinstance(value, tuple) or len(value) != 3:
+                raise ValueError(f"preprocess_cfg: {key} must have three values, not {value!r}")
+
+
+def preprocess_of(clip: Any) -> Preprocess:
+    """How `clip` wants its images, as open_clip notes it in the model; what it does not note is as OpenAI's."""
+    size = clip.visual.image_size
+    height, width = size if isinstance(size, tuple | list) else (size, size)
+    if height != width:
+        raise ValueError(f"the model takes images of {width} x {height} pixels, HeBA takes square ones")
+    noted = getattr(clip.visual, "preprocess_cfg", {})
+    values: dict[str, Any] = {k: noted[k] for k in ("interpolation", "resize_mode") if noted.get(k)}
+    values |= {
+        k: tuple(noted[k]) if isinstance(noted[k], list) else noted[k] for k in ("mean", "std") if noted.get(k)
+    }
+    return Preprocess(height, **values)
+
+
 def decode(path: Path) -> Image.Image:
     """Decode an image file completely, as RGB. ValueError names a file that is missing or damaged."""
     try:
@@ -28,19 +71,22 @@ def decode(path: Path) -> Image.Image:
         ) from None
 
 
-def resize_and_crop(image: Image.Image, size: int) -> np.ndarray:
-    """CLIP's test transform up to uint8, pixel for pixel as open_clip's PIL transform: shorter side to
-    `size` (bicubic), centre crop. Returns [3, size, size]."""
-    width, height = image.size
-    shorter = min(width, height)
-    new = (int(size * width / shorter), int(size * height / shorter))
+def resize_and_crop(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
+    """The model's test transform up to uint8, pixel for pixel as open_clip's PIL transform.
+    Returns [3, size, size]."""
+    size, (width, height) = preprocess.size, image.size
+    if preprocess.resize_mode == "squash":
+        new = (size, size)
+    else:
+        shorter = min(width, height)
+        new = (int(size * width / shorter), int(size * height / shorter))
     if new != image.size:
-        image = image.resize(new, Image.Resampling.BICUBIC)
+        image = image.resize(new, Image.Resampling[preprocess.interpolation.upper()])
     left, top = round((new[0] - size) / 2.0), round((new[1] - size) / 2.0)
     return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
 
 
-def for_each_image(work: Callable[[Path], Any], paths: Sequence[Path]) -> Iterator[Any]:
+def for_each_image(work: Callable[[Any], Any], paths: Sequence[Any]) -> Iterator[Any]:
     """Yield `work(path)` in the order of `paths`, worked on by as many threads as torch has (Pillow decodes and
     resizes without Python's lock). Few are worked on ahead of what is taken, so memory stays small."""
     threads = torch.get_num_threads()
@@ -58,13 +104,21 @@ def for_each_image(work: Callable[[Path], Any], paths: Sequence[Path]) -> Iterat
                 future.cancel()
 
 
-def pack_images(paths: Sequence[Path], size: int, out: Path, progress: Callable[[int], object]) -> None:
+def pack_images(
+    paths: Sequence[Path], preprocess: Preprocess, out: Path, progress: Callable[[int], object]
+) -> None:
     """Decode, resize and crop the images at `paths` into one array [n, 3, size, size] uint8 in the file `out`."""
-    packed = np.lib.format.open_memmap(out, mode="w+", dtype=np.uint8, shape=(len(paths), 3, size, size))
-    for i, pixels in enumerate(for_each_image(lambda path: resize_and_crop(decode(path), size), paths)):
-        packed[i] = pixels
-        progress(1)
-    packed.flush()
+    header = {
+        "descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)),
+        "fortran_order": False,
+        "shape": (len(paths), 3, preprocess.size, preprocess.size),
+    }
+    # Written, not mapped: on a full disk a write is an error, and a page of a map the end of the process.
+    with out.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for pixels in for_each_image(lambda path: resize_and_crop(decode(path), preprocess), paths):
+            file.write(pixels.tobytes())
+            progress(1)
 
 
 def open_packed(path: Path) -> np.ndarray:
@@ -72,10 +126,10 @@ def open_packed(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="c")
 
 
-def normalise(images: Tensor) -> Tensor:
-    """uint8 or float images [n, 3, h, w] in 0..255 to CLIP's input: (x / 255 - mean) / std, fp32."""
-    mean = torch.tensor(CLIP_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(CLIP_STD, device=images.device).view(3, 1, 1)
+def normalise(images: Tensor, preprocess: Preprocess) -> Tensor:
+    """uint8 or float images [n, 3, h, w] in 0..255 to the model's input: (x / 255 - mean) / std, fp32."""
+    mean = torch.tensor(preprocess.mean, device=images.device).view(3, 1, 1)
+    std = torch.tensor(preprocess.std, device=images.device).view(3, 1, 1)
     # A copy, also of floats; then in place, since each pass over a batch costs as much as reading it.
     return images.to(torch.float32, copy=True).div_(255).sub_(mean).div_(std)
 
@@ -100,13 +154,14 @@ def sample_crop(height: int, width: int, generator: torch.Generator) -> tuple[in
 
 
 def crop_batch(
-    images: Sequence[Tensor], boxes: Sequence[Sequence[int]], flips: Sequence[bool], size: int
+    images: Sequence[Tensor], boxes: Sequence[Sequence[int]], flips: Sequence[bool], preprocess: Preprocess
 ) -> Tensor:
-    """Cut the boxes out of uint8 `images` [3, h, w], resize to `size` (bicubic, antialiased), flip where
-    asked, and normalise. Returns [n, 3, size, size] fp32."""
+    """Cut the boxes out of uint8 `images` [3, h, w], resize to the model's size (antialiased), flip where asked,
+    and normalise. Returns [n, 3, size, size] fp32."""
     out = []
+    size, mode = (preprocess.size, preprocess.size), preprocess.interpolation
     for image, (top, left, h, w), flip in zip(images, boxes, flips, strict=True):
         crop = image[None, :, top : top + h, left : left + w].float()
-        crop = interpolate(crop, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+        crop = interpolate(crop, size=size, mode=mode, antialias=True, align_corners=False)
         out.append(crop.flip(-1) if flip else crop)
-    return normalise(torch.cat(out).round_().clamp_(0, 255))
+    return normalise(torch.cat(out).round_().clamp_(0, 255), preprocess)

@@ -1,25 +1,40 @@
 """CLIP with adapters: a model made by open_clip, its weights frozen and untouched, plus `Adapters`.
 
-The adapters are attached with forward hooks on `ln_1` and `mlp.c_fc` of the chosen blocks, so open_clip's
-code is neither edited nor copied, and removing the hooks gives the plain model back.
+The adapters are attached with forward hooks on layers of the chosen blocks (`heba.towers`), so open_clip's and
+timm's code is neither edited nor copied, and removing the hooks gives the plain model back.
 """
 
 import json
+import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from heba.adapters import Adapters
+from heba.adapters import HEBA, Adapters, Variant
+from heba.towers import (
+    Packing,
+    Tower,
+    embed_tokens,
+    image_blocks,
+    pack,
+    run_image_blocks,
+    run_text_blocks,
+    text_blocks,
+    text_lengths,
+    whole_context,
+)
 
 ADAPTER_FILE = "adapter.safetensors"
 CONFIG_FILE = "config.json"
+REMEDY = "train again, or restore it with `dvc checkout`"
 
 
 class _QuickGELU(torch.autograd.Function):
@@ -51,44 +66,50 @@ class AdaptedCLIP(nn.Module):
         start, end: first and last adapted block, 1-based and inclusive.
         scale: s of the base classes, used when a call gives no scales.
         ratio: D / hidden width of the bottlenecks.
+        variant: of the adapters, for ablations.
     """
 
-    def __init__(self, clip: Any, start: int, end: int, scale: float, ratio: int = 4) -> None:
+    def __init__(
+        self, clip: Any, start: int, end: int, scale: float, ratio: int = 4, *, variant: Variant = HEBA
+    ) -> None:
         super().__init__()
         import open_clip
 
         self.clip: Any = clip.requires_grad_(False).eval()
-        check_towers(clip)
-        text_blocks = text_tower(clip).transformer.resblocks
-        visual_blocks = clip.visual.transformer.resblocks
-        deepest = min(len(text_blocks), len(visual_blocks))
+        text, visual = text_blocks(clip), image_blocks(clip)
+        deepest = min(len(text.blocks), len(visual.blocks))
         if not 1 <= start <= end <= deepest:
             raise ValueError(
                 f"adapter.start {start} and adapter.end {end} must satisfy 1 <= start <= end <= {deepest}, "
-                f"the depth of the shallower tower (text {len(text_blocks)}, image {len(visual_blocks)})"
+                f"the depth of the shallower tower (text {len(text.blocks)}, image {len(visual.blocks)})"
             )
-        self.start, self.end, self.scale, self.ratio = start, end, scale, ratio
-        self.grid = tuple(clip.visual.grid_size)
+        self.start, self.end, self.scale, self.ratio, self.variant = start, end, scale, ratio, variant
+        self.grid, self.context = visual.grid, whole_context(clip)
         self.adapters = Adapters(
-            text_width=text_blocks[0].mlp.c_fc.in_features,
-            visual_width=visual_blocks[0].mlp.c_fc.in_features,
+            text_widths=text.widths,
+            visual_widths=visual.widths,
             start=start,
             end=end,
             ratio=ratio,
+            variant=variant,
         )
         self._scales: dict[str, Sequence[Tensor] | Tensor | None] = {"text": None, "visual": None}
+        self._positions: Tensor | None = None
         self._handles: list[Any] = []
-        for block in (*text_blocks, *visual_blocks):
-            if type(block.mlp.gelu) is open_clip.transformer.QuickGELU:
+        for block in (*text.blocks, *visual.blocks):
+            if type(getattr(block.mlp, "gelu", None)) is open_clip.transformer.QuickGELU:
                 block.mlp.gelu = QuickGELU()
-        self._attach("text", text_blocks)
-        self._attach("visual", visual_blocks)
+        self._attach("text", text)
+        self._attach("visual", visual)
 
-    def _attach(self, tower: str, blocks: Any) -> None:
-        for layer, parts in getattr(self.adapters, f"{tower}_adapter").items():
-            block = blocks[int(layer) - 1]
-            for module, part in ((block.ln_1, "att_conv"), (block.mlp.c_fc, "mlp_conv")):
-                self._handles.append(module.register_forward_hook(self._hook(tower, int(layer), parts[part])))
+    def _attach(self, name: str, tower: Tower) -> None:
+        for layer, parts in getattr(self.adapters, f"{name}_adapter").items():
+            i = int(layer) - 1
+            last = i == len(tower.blocks) - 1
+            for module, part in ((tower.norms[i], "att_conv"), (tower.linears[i], "mlp_conv")):
+                if part == "mlp_conv" and last and tower.reads_cls:
+                    continue
+                self._handles.append(module.register_forward_hook(self._hook(name, int(layer), parts[part])))
 
     def detach(self) -> None:
         """Take the adapters off the model, so that others can be attached to it."""
@@ -102,9 +123,7 @@ class AdaptedCLIP(nn.Module):
                 return None
             s = scales[layer - self.start]
             if tower == "text":
-                return adapter(h, s)
-            if h.dim() == 2:  # the MLP of the last block, which runs for CLS alone
-                return None
+                return adapter(h, s, positions=self._positions if h.dim() == 2 else None)
             return adapter(h, s, self.grid)
 
         return hook
@@ -129,201 +148,34 @@ class AdaptedCLIP(nn.Module):
 
     def encode_text(self, tokens: Tensor, scales: Sequence[Tensor] | Tensor | float | None = None) -> Tensor:
         """Text features [n, E], not normalised, of `tokens` [n, context]; `scales` as in `encode_image`."""
-        packing = pack(text_lengths(tokens), tokens.device)
+        packing = self.pack(text_lengths(self.clip, tokens))
         hidden = embed_tokens(self.clip, tokens[:, : packing.length], self.start - 1)
         return self.encode_text_from(hidden, packing, scales)
 
+    def pack(self, lengths: Sequence[int]) -> Packing:
+        """The packing of texts of `lengths` (`towers.text_lengths`) as the text tower needs them."""
+        return pack(lengths, self.clip.logit_scale.device, self.context)
+
     def encode_text_from(
-        self, hidden: Tensor, packing: "Packing", scales: Sequence[Tensor] | Tensor | float | None = None
+        self, hidden: Tensor, packing: Packing, scales: Sequence[Tensor] | Tensor | float | None = None
     ) -> Tensor:
         """Text features [n, E] from the frozen hidden states [n, length, width] below block `start`
         (`embed_tokens(clip, tokens, start - 1)`)."""
         if scales is None or isinstance(scales, (int, float)):
             scales = self._fixed_scales(scales)
         self._scales["text"] = scales
+        # In the last block EOT's own MLP is not enough for an adapter that reads the tokens before it.
+        mixes = self.variant.text_block == "conv1d" and len(self.adapters.text_adapter) > 0
+        self._positions = packing.positions() if mixes else None
         try:
-            return run_text_blocks(self.clip, hidden, packing, self.start - 1)
+            return run_text_blocks(self.clip, hidden, packing, self.start - 1, whole=mixes)
         finally:
-            self._scales["text"] = None
+            self._scales["text"], self._positions = None, None
 
     def logit_factor(self) -> Tensor:
-        """exp(logit_scale), the inverse temperature of CLIP."""
+        """exp(logit_scale), the inverse temperature of CLIP. SigLIP adds a logit_bias to all logits alike, which
+        changes neither a softmax nor a prediction."""
         return self.clip.logit_scale.exp()
-
-
-def text_tower(clip: Any) -> Any:
-    """The module that holds the text transformer: open_clip.CustomTextCLIP keeps it in `text`,
-    open_clip.CLIP is its own text tower."""
-    return getattr(clip, "text", clip)
-
-
-def check_towers(clip: Any) -> None:
-    """Raise ValueError where the adapters, or cutting texts after EOT, would not fit the model."""
-    text = text_tower(clip)
-    blocks = getattr(getattr(clip.visual, "transformer", None), "resblocks", None)
-    if blocks is None or not hasattr(clip.visual, "class_embedding"):
-        raise ValueError(
-            "HeBA needs an image tower that is open_clip's vision transformer with a CLS token; "
-            f"this model has {type(clip.visual).__name__}"
-        )
-    if clip.visual.attn_pool is not None or clip.visual.pool_type != "tok":
-        raise ValueError("HeBA needs an image tower that is read at its CLS token, not by a pooling over patches")
-    if not hasattr(text, "transformer") or not hasattr(text.transformer, "resblocks"):
-        raise ValueError(f"HeBA needs open_clip's own text transformer, not {type(text).__name__}")
-    if getattr(text, "attn_mask", None) is None or getattr(text, "cls_emb", None) is not None:
-        raise ValueError("HeBA needs a text tower with a causal mask and without a class token")
-    pool = getattr(text, "text_pool_type", None) or getattr(text, "pool_type", "argmax")
-    if pool != "argmax":
-        raise ValueError(f"HeBA needs a text tower that pools at EOT (pool type argmax), not {pool!r}")
-
-
-def cut_after_eot(tokens: Tensor) -> Tensor:
-    """Cut `tokens` [n, context] after the last EOT of the batch. The mask is causal and only EOT is read,
-    so features do not change. EOT is the largest id of a row in CLIP's vocabulary."""
-    return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1]
-
-
-@dataclass(frozen=True)
-class Packing:
-    """Texts of different lengths laid end to end, so that nothing is computed for the padding after EOT. Attention
-    alone needs them side by side.
-
-    Attributes:
-        rows: [T], where each of the T tokens stands in the padded [n * length]; None when it is all of them.
-        eot: [n], the position of EOT in each text. read: [n], where it stands among the T tokens.
-        length: of the longest text.
-    """
-
-    rows: Tensor | None
-    eot: Tensor
-    read: Tensor
-    length: int
-
-    def pack(self, x: Tensor) -> Tensor:
-        """[n, length, width] to [T, width]."""
-        x = x.flatten(0, 1)
-        return x if self.rows is None else x[self.rows]
-
-    def unpack(self, x: Tensor) -> Tensor:
-        """[T, width] to [n, length, width], zeros for the padding."""
-        if self.rows is not None:
-            x = x.new_zeros(len(self.eot) * self.length, x.shape[1]).index_copy(0, self.rows, x)
-        return x.unflatten(0, (len(self.eot), self.length))
-
-
-def text_lengths(tokens: Tensor) -> list[int]:
-    """Tokens up to and with EOT, the largest id of a row in CLIP's vocabulary, of `tokens` [n, context]."""
-    return (tokens.argmax(dim=-1) + 1).tolist()
-
-
-def pack(lengths: Sequence[int], device: torch.device) -> Packing:
-    """The packing of texts of `lengths` tokens each, EOT included."""
-    n = torch.tensor(lengths)
-    length = int(n.max())
-    rows = None
-    if int(n.min()) < length:
-        rows = (torch.arange(length) < n[:, None]).flatten().nonzero().flatten().to(device)
-    return Packing(rows, (n - 1).to(device), (n.cumsum(0) - 1).to(device), length)
-
-
-def embed_tokens(clip: Any, tokens: Tensor, n_blocks: int) -> Tensor:
-    """Hidden states [n, length, width] of `tokens` [n, length] after the first `n_blocks` blocks."""
-    tower = text_tower(clip)
-    dtype = tower.transformer.get_cast_dtype()
-    length = tokens.shape[1]
-    x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
-    for block in tower.transformer.resblocks[:n_blocks]:
-        x = block(x, attn_mask=tower.attn_mask[:length, :length])
-    return x
-
-
-def run_text_blocks(clip: Any, hidden: Tensor, packing: Packing, first: int) -> Tensor:
-    """Text features [n, E] from hidden states [n, length, width] that enter block `first` (0-based)."""
-    tower = text_tower(clip)
-    mask = tower.attn_mask[: packing.length, : packing.length]
-    x = packing.pack(hidden)
-    for block in tower.transformer.resblocks[first:-1]:
-        x = run_block(block, x, packing, mask)
-    # The last block's EOT sees what is not after it.
-    seen = torch.arange(packing.length, device=x.device) <= packing.eot.unsqueeze(1)
-    x = tower.ln_final(run_last_block(tower.transformer.resblocks[-1], x, packing, mask, packing.read, seen))
-    projection = tower.text_projection
-    if projection is None:
-        return x
-    return projection(x) if isinstance(projection, nn.Linear) else x @ projection
-
-
-def run_image_blocks(clip: Any, images: Tensor) -> Tensor:
-    """Image features [n, E] of preprocessed `images` [n, 3, height, width]."""
-    visual = clip.visual
-    x = visual._embeds(images)
-    for block in visual.transformer.resblocks[:-1]:
-        x = run_block(block, x)
-    x = visual.ln_post(run_last_block(visual.transformer.resblocks[-1], x))
-    return x if visual.proj is None else x @ visual.proj
-
-
-def run_block(block: Any, x: Tensor, packing: Packing | None = None, mask: Tensor | None = None) -> Tensor:
-    """One block, of images for `x` [n, length, width], of texts for packed [T, width] under a causal `mask`."""
-    from open_clip.transformer import ResidualAttentionBlock
-
-    if type(block) is not ResidualAttentionBlock:
-        return block(x) if packing is None else packing.pack(block(packing.unpack(x), attn_mask=mask))
-    attn: nn.MultiheadAttention = block.attn
-    qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
-    if packing is not None:
-        qkv = packing.unpack(qkv)
-    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [n, heads, length, head width]
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=packing is not None).transpose(1, 2).flatten(2)
-    if packing is not None:
-        y = packing.pack(y)
-    x = x + block.ls_1(attn.out_proj(y))
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
-
-
-def run_last_block(
-    block: Any,
-    x: Tensor,
-    packing: Packing | None = None,
-    mask: Tensor | None = None,
-    read: Tensor | None = None,
-    seen: Tensor | None = None,
-) -> Tensor:
-    """The last block of a tower for the token that is read after it, the same as the whole block's: the other
-    tokens only give keys and values.
-
-    Args:
-        x, packing, mask: as in `run_block`.
-        read: for texts, [n], the rows of `x` that are read, which attend where `seen` [n, length] is true; of
-            images CLS is read, which attends everywhere.
-    Returns:
-        [n, width].
-    """
-    from open_clip.transformer import ResidualAttentionBlock
-
-    if type(block) is not ResidualAttentionBlock:
-        x = run_block(block, x, packing, mask)
-        return x[:, 0] if read is None else x[read]
-    attn: nn.MultiheadAttention = block.attn
-    width, weight, bias = x.shape[-1], attn.in_proj_weight, attn.in_proj_bias
-    h = block.ln_1(x)
-    kv = F.linear(h, weight[width:], bias[width:])
-    if packing is not None:
-        kv = packing.unpack(kv)
-    k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [n, heads, length, head width]
-    h, x = (h[:, 0], x[:, 0]) if read is None else (h[read], x[read])
-    q = F.linear(h, weight[:width], bias[:width]).unflatten(-1, (attn.num_heads, 1, -1))
-    allowed = None if seen is None else seen[:, None, None]
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).flatten(1)
-    x = x + block.ls_1(attn.out_proj(y))
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
-
-
-@torch.no_grad()
-def encode_text_plain(clip: Any, tokens: Tensor) -> Tensor:
-    """Text features [n, E] of the frozen model without adapters."""
-    packing = pack(text_lengths(tokens), tokens.device)
-    return run_text_blocks(clip, embed_tokens(clip, tokens[:, : packing.length], 0), packing, 0)
 
 
 def class_features(features: Tensor, class_index: Tensor, n_classes: int) -> Tensor:
@@ -411,21 +263,28 @@ def load_adapter_tensors(model: AdaptedCLIP, tensors: dict[str, Tensor], source:
 def save_adapter(
     model: AdaptedCLIP, folder: Path, config: dict[str, Any], dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write the adapters (safetensors in `dtype`, official parameter names) and `config` (JSON) into `folder`.
-
-    ValueError when a value does not fit into `dtype`; nothing is written then.
-    """
-    tensors = {k: v.detach().cpu().to(dtype).contiguous() for k, v in model.adapters.state_dict().items()}
-    overflowed = [k for k, v in tensors.items() if not v.isfinite().all()]
-    if overflowed:
-        raise ValueError(f"{', '.join(overflowed)}: not finite as {dtype}; save the adapters in fp32")
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the adapters of `model` and `config` into `folder` (`write_adapter`)."""
     config = {
         "start": model.start,
         "end": model.end,
         "ratio": model.ratio,
         "scale": model.scale,
-    } | config
+        **asdict(model.variant),
+        **config,
+    }
+    write_adapter(model.adapters.state_dict(), folder, config, dtype)
+
+
+def write_adapter(tensors: dict[str, Tensor], folder: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Write adapters (safetensors in `dtype`, official parameter names) and `config` (JSON) into `folder`.
+
+    ValueError when a value does not fit into `dtype`; nothing is written then.
+    """
+    tensors = {k: v.detach().cpu().to(dtype).contiguous() for k, v in tensors.items()}
+    overflowed = [k for k, v in tensors.items() if not v.isfinite().all()]
+    if overflowed:
+        raise ValueError(f"{', '.join(overflowed)}: not finite as {dtype}; save the adapters in fp32")
+    folder.mkdir(parents=True, exist_ok=True)
     for name, write in (
         (ADAPTER_FILE, lambda path: save_file(tensors, path)),
         (CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")),
@@ -436,9 +295,25 @@ def save_adapter(
 
 
 def load_adapter(clip: Any, folder: Path) -> tuple[AdaptedCLIP, dict[str, Any]]:
-    """Attach the adapters saved in `folder` to `clip`; returns the model and the saved config."""
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    model = AdaptedCLIP(clip, config["start"], config["end"], config["scale"], config["ratio"])
-    tensors = {k: v.float() for k, v in load_file(folder / ADAPTER_FILE).items()}
+    """Attach the adapters saved in `folder` to `clip`; returns the model and the saved config.
+
+    ValueError names the file and the key or tensor that is wrong.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        variant = Variant.of(config)
+        for key, kinds in (("start", (int,)), ("end", (int,)), ("ratio", (int,)), ("scale", (int, float))):
+            if type(config.get(key)) not in kinds or not 0 < config[key] < math.inf:
+                raise ValueError(f"{key}: {config.get(key)!r} must be a number above 0")
+        model = AdaptedCLIP(
+            clip, config["start"], config["end"], config["scale"], config["ratio"], variant=variant
+        )
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}; {REMEDY}") from None
+    try:
+        tensors = {k: v.float() for k, v in load_file(folder / ADAPTER_FILE).items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{folder / ADAPTER_FILE}: damaged ({error}); {REMEDY}") from None
     load_adapter_tensors(model, tensors, str(folder / ADAPTER_FILE))
     return model, config

@@ -1,9 +1,9 @@
 """Class descriptions to prompts to tokens (paper section 3; descriptions after CuPL)."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -34,7 +34,7 @@ def read_descriptions(path: Path) -> dict[str, list[str]]:
     """Read {class name: [description, ...]} from JSON; ValueError names the file and the key."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable descriptions file: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: expected an object that maps class names to lists of descriptions")
@@ -73,15 +73,16 @@ def build_prompts(class_names: list[str], descriptions: dict[str, list[str]], te
     return Prompts(texts, class_index, fallback)
 
 
-def tokenize(texts: list[str], tokenizer: Callable[[list[str]], Tensor]) -> tuple[Tensor, list[str]]:
+def tokenize(texts: list[str], tokenizer: Any) -> tuple[Tensor, list[str]]:
     """Tokens [n, context_length] of `texts`, and those texts that had to be cut to fit.
 
-    `tokenizer` is one of open_clip's: it cuts a long text and puts EOT last.
+    `tokenizer` is one of open_clip's: its own, which puts EOT last, or its wrapper of one of Hugging Face.
     """
     tokens = tokenizer(texts)
-    eot = tokens.argmax(dim=-1)
+    context = tokens.shape[1]
+    if hasattr(tokenizer, "tokenizer"):
+        whole = tokenizer.tokenizer([tokenizer.clean_fn(text) for text in texts]).input_ids
+        return tokens, [text for text, ids in zip(texts, whole, strict=True) if len(ids) > context]
     # A text of exactly the context length is not cut, so only the candidates are encoded again to count.
-    full = (eot == tokens.shape[1] - 1).nonzero().flatten().tolist()
-    encode = getattr(tokenizer, "encode", None)
-    cut = [texts[i] for i in full if encode is None or len(encode(texts[i])) + 2 > tokens.shape[1]]
-    return tokens, cut
+    full = (tokens.argmax(dim=-1) == context - 1).nonzero().flatten().tolist()
+    return tokens, [texts[i] for i in full if len(tokenizer.encode(texts[i])) + 2 > context]

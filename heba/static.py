@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from heba.model import AdaptedCLIP, Packing, embed_tokens
+from heba.model import AdaptedCLIP
+from heba.towers import Packing, embed_tokens
 from heba.training import Settings, Step, TextBank
 
 LENGTH_STEP = 8  # text lengths are rounded up to its multiples: a graph each
@@ -44,6 +45,10 @@ class StaticStep:
     def __init__(
         self, model: AdaptedCLIP, bank: TextBank, batch_size: int, size: int, settings: Settings, bf16: bool
     ) -> None:
+        from open_clip.transformer import VisionTransformer
+
+        if type(model.clip.visual) is not VisionTransformer:
+            raise ValueError("cuda_graphs: only with an image tower of open_clip, not of timm; set it to false")
         self.model, self.bank, self.settings, self.bf16 = model, bank, settings, bf16
         device = model.logit_factor().device
         n, blocks = most_classes(bank.n_classes, batch_size, settings.neg_ratio), model.end - model.start + 1

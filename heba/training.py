@@ -17,8 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from heba.images import crop_batch, sample_crop
-from heba.model import AdaptedCLIP, Packing, embed_tokens, pack
+from heba.images import crop_batch, preprocess_of, sample_crop
+from heba.model import AdaptedCLIP
+from heba.towers import Packing, embed_tokens
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class TextBank:
 
     Attributes:
         tokens: [n_prompts, length].
-        lengths: per prompt, tokens up to and with EOT.
+        lengths: per prompt, tokens up to and with the one that is read (`towers.text_lengths`).
         offsets: first prompt of every class, and n_prompts at the end; prompts are ordered by class.
         hidden: frozen states [n_prompts, length, width] below adapter.start, or None to compute them.
     """
@@ -156,7 +157,7 @@ def plan_epoch(
                 flips=flips,
                 targets=torch.tensor(targets, device=device),
                 prompts=torch.tensor(prompts, device=device),
-                packing=pack([bank.lengths[p] for p in prompts], device),
+                packing=model.pack([bank.lengths[p] for p in prompts]),
                 text_scales=draw_scales(n_blocks, model.scale, settings, generator).to(device),
                 visual_scales=draw_scales(n_blocks, model.scale, settings, generator).to(device),
             )
@@ -167,7 +168,8 @@ def plan_epoch(
 def step_loss(
     model: AdaptedCLIP, images: Tensor, bank: TextBank, step: Step, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """Label-smoothed cross-entropy over exp(logit_scale) * cos(image, text) of the selected classes.
+    """Label-smoothed cross-entropy over exp(logit_scale) * cos(image, text) of the selected classes. SigLIP's
+    logit_bias is the same for all of them and has no effect in a softmax.
 
     Args:
         images: [batch, 3, size, size], preprocessed.
@@ -260,9 +262,13 @@ def save_checkpoint(
         tensors[f"adapter.{name}"] = parameter.detach().cpu()
         tensors[f"momentum.{name}"] = optimizer.state[parameter]["momentum_buffer"].cpu()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata={"history": json.dumps(history)})
-    os.replace(temporary, path)
+    # A name of this process: another experiment may run the same training.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata={"history": json.dumps(history)})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(
@@ -309,8 +315,7 @@ def train(
         FloatingPointError: a loss that is not finite. ValueError: a damaged checkpoint.
     """
     device = model.logit_factor().device
-    size = model.clip.visual.image_size
-    size = size[0] if isinstance(size, (tuple, list)) else size
+    preprocess = preprocess_of(model.clip)
     data = [image.to(device) for image in images]
     sizes = [(image.shape[1], image.shape[2]) for image in images]
     optimizer = make_optimizer(model, settings)
@@ -325,13 +330,15 @@ def train(
     if cuda_graphs:
         from heba.static import StaticStep
 
-        static = StaticStep(model, bank, min(settings.batch_size, len(images)), size, settings, bf16)
+        static = StaticStep(model, bank, min(settings.batch_size, len(images)), preprocess.size, settings, bf16)
     for epoch in range(len(history), settings.epochs):
         lr = learning_rate(settings, epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr
         steps = plan_epoch(labels, sizes, bank, model, settings, generator)
-        batches = [(lambda s=s: crop_batch([data[j] for j in s.images], s.boxes, s.flips, size), s) for s in steps]
+        batches = [
+            (lambda s=s: crop_batch([data[j] for j in s.images], s.boxes, s.flips, preprocess), s) for s in steps
+        ]
         try:
             losses = train_epoch(model, optimizer, batches, bank, settings.label_smoothing, bf16, progress, static)
         except FloatingPointError as error:

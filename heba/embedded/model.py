@@ -27,6 +27,28 @@ def known_tokens() -> set[int]:
     return set(load_file(FOLDER / "model.safetensors")["token_ids"].tolist())
 
 
+class KnownWords:
+    """The tokenizer of the pretrained tiny CLIP, which refuses words without an embedding."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.plain, self.known = tokenizer, known_tokens() | {0}
+
+    def encode(self, text: str) -> list[int]:
+        return self.plain.encode(text)
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        """Tokens [n, context]; ValueError names the words that pretraining did not see."""
+        tokens = self.plain(texts)
+        unknown = set(tokens.flatten().tolist()) - self.known
+        if unknown:
+            spoken = {word.strip(".,") for text in texts for word in text.split()}
+            words = sorted(word for word in spoken if unknown & set(self.encode(word)))
+            raise ValueError(
+                f"the tiny CLIP does not know {', '.join(words)}; take other words or a real backbone"
+            )
+        return tokens
+
+
 def load_tiny_clip() -> tuple[Any, Callable[[list[str]], Tensor]]:
     """The pretrained tiny CLIP (fp32, eval mode) and its tokenizer.
 
@@ -39,4 +61,4 @@ def load_tiny_clip() -> tuple[Any, Callable[[list[str]], Tensor]]:
     table = torch.zeros_like(model.token_embedding.weight)
     table[state.pop("token_ids")] = state[TOKEN_TABLE]
     model.load_state_dict(state | {TOKEN_TABLE: table})
-    return model.eval(), tokenizer
+    return model.eval(), KnownWords(tokenizer)

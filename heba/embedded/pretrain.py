@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from heba.embedded import canvas, suite
 from heba.embedded.model import TOKEN_TABLE, new_tiny_clip
-from heba.images import normalise
-from heba.model import cut_after_eot
+from heba.images import Preprocess, normalise
 from heba.prompts import build_prompts
+from heba.towers import cut_texts
 
 GENERAL = ("a photo of a {}.", "a picture of a {}.", "a {}.", "{}")
 
@@ -79,7 +79,7 @@ def main() -> None:
         drawn = list(tqdm(pool.map(job, range(len(pairs))), total=len(pairs), desc="draw"))
     images = torch.from_numpy(np.stack(drawn))
     model, tokenizer = new_tiny_clip()
-    tokens = [cut_after_eot(tokenizer(captions(*pair))) for pair in pairs]
+    tokens = [cut_texts(model, tokenizer(captions(*pair))) for pair in pairs]
     length = max(t.shape[1] for t in tokens)
     tokens = [F.pad(t, (0, length - t.shape[1])) for t in tokens]
     token_ids = torch.cat([t.flatten() for t in tokens]).unique()
@@ -113,7 +113,7 @@ def main() -> None:
                 [tokens[c][int(u * len(tokens[c]))] for c, u in zip(labels.tolist(), texts, strict=True)]
             )
             loss = contrastive_loss(
-                model.encode_image(normalise(images[labels, picks])),
+                model.encode_image(normalise(images[labels, picks], Preprocess())),
                 encode_text(ids),
                 labels,
                 model.logit_scale.exp(),

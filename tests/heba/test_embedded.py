@@ -10,9 +10,11 @@ import torch
 from heba.embedded import canvas, suite
 from heba.embedded.model import FOLDER, known_tokens, load_tiny_clip
 from heba.evaluation import encode_images
-from heba.model import class_features, encode_text_plain
+from heba.images import preprocess_of
+from heba.model import class_features
 from heba.prompts import build_prompts
 from heba.splits import class_names, read_split
+from heba.towers import encode_text_plain
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -73,6 +75,6 @@ def test_the_tiny_clip_knows_clean_drawings():
         for draw in info.draw.values()
         for i in range(10)
     ]
-    features = encode_images(np.stack(pictures), clip.encode_image, torch.device("cpu"))
+    features = encode_images(np.stack(pictures), preprocess_of(clip), clip.encode_image, torch.device("cpu"))
     right = (features @ classifier.T).argmax(-1) == torch.arange(10).repeat_interleave(10)
     assert right.float().mean() > 0.5

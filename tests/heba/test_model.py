@@ -73,7 +73,7 @@ def test_prompts_are_encoded_once_and_in_any_order_the_same(clip):
         return model.encode_text(part)
 
     repeated = tokens[[3, 0, 3, 1, 4, 2, 0]]
-    features = encode_prompts(repeated, encode, torch.device("cpu"), batch_size=2)
+    features = encode_prompts(clip, repeated, encode, torch.device("cpu"), batch_size=2)
     assert sum(n for n, _ in seen) == 5
     # Each batch is as long as its longest text: lengths 4, 5 | 6, 7 | 8.
     assert [length for _, length in seen] == [5, 7, 8]

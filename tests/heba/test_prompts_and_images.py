@@ -13,6 +13,7 @@ from PIL import Image
 
 from heba.evaluation import classification_report, harmonic_mean
 from heba.images import (
+    Preprocess,
     crop_batch,
     decode,
     normalise,
@@ -52,11 +53,16 @@ def test_texts_over_the_context_length_are_reported():
     assert (tokens.argmax(-1) == torch.tensor([7, 7, 2])).all()
 
 
+SIGLIP = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "resize_mode": "squash"}
+
+
 @pytest.mark.parametrize("size", [(50, 31), (31, 50), (32, 32), (33, 80), (7, 9)])
-def test_the_test_transform_is_open_clips_to_the_pixel(size):
+@pytest.mark.parametrize("changes", [{}, SIGLIP, {"interpolation": "bilinear"}])
+def test_the_test_transform_is_open_clips_to_the_pixel(size, changes):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
-    theirs = image_transform_v2(open_clip.transform.PreprocessCfg(size=32), is_train=False)(picture)
-    ours = normalise(torch.from_numpy(resize_and_crop(picture, 32).copy())[None])[0]
+    theirs = image_transform_v2(open_clip.transform.PreprocessCfg(size=32, **changes), is_train=False)(picture)
+    preprocess = Preprocess(32, **changes)
+    ours = normalise(torch.from_numpy(resize_and_crop(picture, preprocess).copy())[None], preprocess)[0]
     assert torch.allclose(ours, theirs, atol=1e-6)
 
 
@@ -74,21 +80,21 @@ def test_packed_images_are_in_order_and_a_damaged_one_is_named(tmp_path):
     for i, path in enumerate(paths):
         Image.new("RGB", (9, 7), (i, 2 * i, 3 * i)).save(path)
     done = []
-    pack_images(paths, 4, tmp_path / "images.npy", done.append)
+    pack_images(paths, Preprocess(4), tmp_path / "images.npy", done.append)
     packed = open_packed(tmp_path / "images.npy")
     assert packed.shape == (30, 3, 4, 4)
     assert packed[:, :, 0, 0].tolist() == [[i, 2 * i, 3 * i] for i in range(30)]
     assert sum(done) == 30
     paths[17].write_bytes(paths[17].read_bytes()[:30])
     with pytest.raises(ValueError, match=r"17\.png"):
-        pack_images(paths, 4, tmp_path / "images.npy", done.append)
+        pack_images(paths, Preprocess(4), tmp_path / "images.npy", done.append)
 
 
 def test_flips_mirror():
     image = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)
-    plain, flipped = crop_batch([image, image], [(0, 0, 8, 8)] * 2, [False, True], 8)
+    plain, flipped = crop_batch([image, image], [(0, 0, 8, 8)] * 2, [False, True], Preprocess(8))
     assert torch.equal(plain, flipped.flip(-1))
-    assert torch.allclose(plain, normalise(image[None])[0])
+    assert torch.allclose(plain, normalise(image[None], Preprocess())[0])
 
 
 def test_a_truncated_image_is_named(tmp_path):

@@ -4,8 +4,9 @@ import open_clip
 import pytest
 import torch
 
-from heba.model import AdaptedCLIP, cut_after_eot
+from heba.model import AdaptedCLIP
 from heba.static import masked_cross_entropy
+from heba.towers import cut_texts, text_lengths
 from heba.training import Settings, TextBank, train
 from tests.heba.test_model import batch, make_clip
 
@@ -27,8 +28,8 @@ def setup(**changed):
     clip = make_clip(open_clip.CLIP)
     torch.manual_seed(5)
     model = AdaptedCLIP(clip, 1, 2, 0.1)
-    tokens = cut_after_eot(batch()[1])
-    bank = TextBank(tokens, (tokens.argmax(-1) + 1).tolist(), [0, 1, 2, 3, 4, 5], None)
+    tokens = cut_texts(clip, batch()[1])
+    bank = TextBank(tokens, text_lengths(clip, tokens), [0, 1, 2, 3, 4, 5], None)
     images = [torch.randint(0, 256, (3, 36 + i, 40), dtype=torch.uint8) for i in range(10)]
     return model, images, [i % 5 for i in range(10)], bank, Settings(**(SETTINGS | changed))
 

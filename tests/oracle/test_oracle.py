@@ -20,11 +20,9 @@ from heba.model import (
     AdaptedCLIP,
     class_features,
     clip_from_openai_weights,
-    encode_text_plain,
     load_adapter_tensors,
-    pack,
-    text_lengths,
 )
+from heba.towers import encode_text_plain, pack, text_lengths
 from heba.training import (
     Settings,
     Step,
@@ -141,9 +139,9 @@ def recorded_step(draws, labels, counts, bank, width):
     )
 
 
-def bank_of(tokens):
+def bank_of(model, tokens):
     flat = tokens.flatten(0, 1)
-    return TextBank(flat, text_lengths(flat), list(range(0, len(flat) + 1, tokens.shape[1])), None)
+    return TextBank(flat, text_lengths(model.clip, flat), list(range(0, len(flat) + 1, tokens.shape[1])), None)
 
 
 @pytest.mark.parametrize("name", info("grad")["cases"])
@@ -151,7 +149,7 @@ def test_gradients(forward, name):
     case = info("grad")["cases"][name]
     data = part(load_file(ORACLE / "grad.safetensors"), f"{name}.")
     model = build(forward, "clip1", part(forward, f"{case['adapter']}."), case)
-    bank = bank_of(data["tokens"])
+    bank = bank_of(model, data["tokens"])
     step = recorded_step(case, data["labels"], case["counts"], bank, data["tokens"].shape[1])(case)
     assert step.targets.tolist() == case["labels_in_selection"]
     assert torch.equal(bank.tokens[step.prompts], data["chosen_tokens"])
@@ -197,7 +195,7 @@ def test_trajectory(forward, name):
         seed=0,
     )
     optimizer = make_optimizer(model, settings)
-    bank = bank_of(data["tokens"])
+    bank = bank_of(model, data["tokens"])
     losses = []
     for epoch in range(4):
         records = [r for r in case["steps"] if r["epoch"] == epoch]
@@ -239,7 +237,7 @@ def test_class_selection_follows_the_recorded_permutation(name, monkeypatch):
 def test_initialisation():
     expected = info("init")
     torch.manual_seed(1)
-    adapters = Adapters(text_width=512, visual_width=768, start=1, end=12)
+    adapters = Adapters(text_widths=(512, 2048), visual_widths=(768, 3072), start=1, end=12)
     state = dict(adapters.named_parameters())
     assert sum(p.numel() for p in state.values()) == expected["trainable_parameters"] == 87_158_016
     assert len(state) == expected["n_parameter_tensors"]
