@@ -5,7 +5,7 @@ A split is {"train" | "val" | "test": [[path, label, class name], ...]}, as in C
 
 import json
 import random
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 Item = tuple[str, int, str]
 Split = dict[str, list[Item]]
@@ -16,7 +16,7 @@ def read_split(path: Path) -> Split:
     """Read and check a split file; ValueError names the file and the first bad entry."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable split file: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: a split file is an object with the keys {', '.join(PARTS)}")
@@ -33,6 +33,8 @@ def read_split(path: Path) -> Split:
                         raise ValueError(
                             f"{path}: {part}[{i}]: label {label} is both {names[label]!r} and {name!r}"
                         )
+                    if "\0" in file or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+                        raise ValueError(f"{path}: {part}[{i}]: {file!r} is no path below the images' folder")
                     split[part].append((file, label, name))
                 case _:
                     raise ValueError(

@@ -80,7 +80,7 @@ def load_catalog(path: Path = CATALOG) -> dict[str, Benchmark]:
     """Read and validate a catalogue; ValueError lists all that is wrong with it."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable catalogue: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: a catalogue maps data set names to their description")

@@ -1,0 +1,295 @@
+"""Own data from params.yaml to the report, with real DVC."""
+
+import json
+import re
+import sys
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from heba.splits import read_split
+from pipeline.cli import app
+from pipeline.params import ParamsError, load_params
+from pipeline.report import render, tables
+from tests.heba.test_own import folder_of_classes, image
+from tests.pipeline.test_params import write
+from tests.pipeline.test_report import RECORDS, record
+from tests.pipeline.test_stages import ROOT, copy_repository, pipeline, stage
+
+OWN = {"kind": "folder", "path": "photos"}
+
+
+def only_own(raw):
+    """params.yaml of someone who has own data and wants nothing else."""
+    raw |= {"datasets": [], "own": {"my-set": dict(OWN)}}
+    raw["transfer"] |= {"seeds": [], "variants": []}
+    raw["few_shot"]["datasets"] = ["my-set"]
+
+
+def test_one_entry_is_enough_and_benchmarks_may_be_left_out(tmp_path):
+    params = load_params(write(tmp_path, only_own))
+    entry = params.own["my-set"]
+    assert (entry.template, entry.descriptions, entry.file, entry.allow_leaks) == (
+        "a photo of a {}.",
+        None,
+        None,
+        False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw.update(own={}), "datasets: empty, and so is own"),
+        (lambda raw: raw.update(own={"dtd": OWN}), "own: the name 'dtd' is taken"),
+        (lambda raw: raw.update(own={"average": OWN}), "own: the name 'average' is taken"),
+        (lambda raw: raw.update(own={"../x": OWN}), r"own: '\.\./x' must be letters, digits"),
+        (lambda raw: raw["own"]["my-set"].update(kind="zip"), r"own\.my-set\.kind: .*'folder', 'csv' or 'coop'"),
+        (lambda raw: raw["own"]["my-set"].update(template="a photo"), r"own\.my-set\.template"),
+        (lambda raw: raw["own"]["my-set"].update(descriptions="../x.json"), r"own\.my-set\.descriptions"),
+        (lambda raw: raw["own"]["my-set"].update(pth="x"), r"own\.my-set\.pth: unknown key"),
+        (lambda raw: raw["own"]["my-set"].update(path="data/x"), r"own\.my-set\.path: 'data/x' lies in data/"),
+        (
+            lambda raw: raw["few_shot"].update(datasets=["mine"]),
+            "there is no data set 'mine'; known are .*, my-set",
+        ),
+        (lambda raw: raw["transfer"].update(seeds=[1]), "transfer.source: 'imagenet' must be one of datasets"),
+    ],
+)
+def test_entries_that_can_not_be_are_named(tmp_path, change, message):
+    def both(raw):
+        only_own(raw)
+        change(raw)
+
+    with pytest.raises(ParamsError, match=message):
+        load_params(write(tmp_path, both))
+
+
+def few(dataset, shots, heba):
+    return record(dataset, 1, (40.0,), (heba,), "few_shot") | {"shots": shots}
+
+
+MINE = [record("my_set", 1, (10.0, 10.0), (20.0, 10.0)), few("my_set", 1, 50.0), few("my_set", 16, 70.0)]
+
+
+def test_own_data_is_in_the_tables_and_in_no_average(tmp_path):
+    records = [*RECORDS, few("dtd", 1, 60.0), *MINE]
+    table, alone = tables.base_to_novel_table(records), tables.base_to_novel_table(RECORDS)
+    assert list(table.index) == ["dtd", "eurosat", "my_set", "average"]
+    assert table.loc["average"].equals(alone.loc["average"])
+    shots = tables.few_shot_table(records)
+    assert shots.loc["average", "heba_1"] == 60
+    assert shots.loc["my_set", "heba_16"] == 70
+    render.render_report(records, tmp_path, published=False)
+    text = (tmp_path / "base_to_novel.md").read_text()
+    assert re.search(r"\| my_set +\|", text)
+    assert "Average of 2 benchmarks" in text
+    assert "Own data, in no average: my_set." in text
+    assert "my\\_set" in (tmp_path / "base_to_novel.tex").read_text()
+    page = (tmp_path / "index.html").read_text()
+    assert "<td>my_set</td>" in page
+    assert "DTD*" in page
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["base_to_novel"]["datasets"]["my_set"]["heba_base"] == 20
+    assert metrics["base_to_novel"]["average"]["heba_base"] == 81
+
+
+def test_a_report_of_own_data_alone_has_no_average_and_no_published_figures(tmp_path):
+    render.render_report([r | {"suite": "real"} for r in MINE], tmp_path, published=True)
+    text = (tmp_path / "README.md").read_text()
+    assert "my_set" in text
+    assert "Average" not in text
+    assert "ublished" not in text
+    assert "Not in this table" not in text
+    assert set(json.loads((tmp_path / "metrics.json").read_text())["base_to_novel"]) == {"datasets"}
+
+
+def test_only_names_of_params_are_own_data(tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(MINE[0]))
+    assert tables.load_records([path], ["my_set"])
+    with pytest.raises(ValueError, match=r"r\.json: key 'dataset': unknown data set 'my_set'"):
+        tables.load_records([path])
+
+
+@pytest.fixture(scope="module")
+def repo(tmp_path_factory):
+    """A repository with own data only: `listed` lies in it and goes all the way, `drawn` as far as its split."""
+    folder = tmp_path_factory.mktemp("own data")
+    copy_repository(folder)
+    outside = folder_of_classes(tmp_path_factory.mktemp("größe"), {"star": 9, "fish": 9, "clock": 9})
+    (outside / "texts.json").write_text(json.dumps({"star": ["a drawing"]}))
+    folder_of_classes(folder / "my photos", {"a": 6, "b": 6}, 100)
+    rows = [f"{d}/{i}.png,{name}\n" for d, name in (("a", "dog"), ("b", "cat")) for i in range(6)]
+    (folder / "my photos" / "list.csv").write_text("path,label\n" + "".join(rows))
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    only_own(params)
+    params["own"] = {
+        "drawn": {"kind": "folder", "path": str(outside), "descriptions": "texts.json"},
+        "listed": {"kind": "csv", "path": "my photos"},
+    }
+    params |= {"seeds": [1], "shots": 2}
+    params["few_shot"] = {"datasets": ["listed"], "seeds": [], "shots": [1]}
+    params["train"] |= {"epochs": 1, "batch_size": 4}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    for command in (
+        ["git", "init", "-q"],
+        ["dvc", "init", "-q"],
+        ["dvc", "repro", "evaluate-own@listed", "split-own@drawn"],
+        [sys.executable, "-m", "pipeline", "report"],
+    ):
+        done = pipeline(folder, *command)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture
+def run(repo, monkeypatch):
+    """A command in `repo`, in this process: (exit code, what it printed and its error)."""
+    monkeypatch.chdir(repo)
+
+    def invoke(*args):
+        result = CliRunner().invoke(app, list(args))
+        assert result.exception is None or isinstance(result.exception, SystemExit | ValueError)
+        return result.exit_code, f"{result.output}\n{result.exception}"
+
+    return invoke
+
+
+def outside_of(repo):
+    return (repo / "data" / "own" / "drawn" / "images").resolve()
+
+
+def test_own_data_goes_to_the_report_and_is_not_copied(repo):
+    metrics = json.loads((repo / "reports" / "metrics.json").read_text())
+    assert set(metrics["base_to_novel"]["datasets"]) == {"listed"}
+    prompts = json.loads((repo / "out" / "precompute" / "listed" / "prompts.json").read_text())
+    assert prompts["prompts"] == ["a photo of a cat.", "a photo of a dog."]
+    assert json.loads((repo / "data" / "own" / "drawn" / "descriptions.json").read_text()) == {
+        "star": ["a drawing"]
+    }
+    assert (repo / "data" / "own" / "listed" / "images").resolve() == repo / "my photos"
+    manifest = (repo / "out" / "download" / "drawn.json").read_text()
+    assert json.loads(manifest)["images"] == 27
+    assert str(outside_of(repo)) not in manifest
+
+
+def test_an_experiment_in_a_copy_of_the_repository(repo):
+    for command in (
+        ["git", "add", "-A"],
+        ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "all"],
+        ["dvc", "exp", "run", "--temp", "-S", "shots=3", "split-own"],
+    ):
+        done = pipeline(repo, *command)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "Running stage 'split-own@listed'" in done.stdout
+    assert "Running stage 'download-own" not in done.stdout
+
+
+def test_dvc_notices_changed_images_and_goes_back(repo):
+    """Back at the old images DVC takes the manifest from its cache, and data/own/ must follow."""
+    before = (repo / "data" / "own" / "drawn" / "split.json").read_bytes()
+    new = image(outside_of(repo) / "star" / "new.png", 500)
+    done = pipeline(repo, "dvc", "repro", "split-own@drawn")
+    assert done.returncode == 0, done.stderr
+    assert "Running stage 'download-own@drawn'" in done.stdout
+    assert (repo / "data" / "own" / "drawn" / "split.json").read_bytes() != before
+    new.unlink()
+    done = pipeline(repo, "dvc", "repro", "split-own@drawn")
+    assert "'download-own@drawn' is cached - skipping run" in done.stdout
+    assert stage(repo, "split", "--dataset", "drawn").returncode == 0
+    assert (repo / "data" / "own" / "drawn" / "split.json").read_bytes() == before
+
+
+def test_check_data(repo, run):
+    code, text = run("check-data", "drawn")
+    assert code == 0
+    assert text.startswith("3 classes, 27 images: 12 train, 6 val, 9 test")
+    assert "use the template:\n  clock\n  fish\n" in text
+    assert "no problems" in text
+    unknown = stage(repo, "check-data", "mnist")
+    assert unknown.returncode == 1
+    assert unknown.stderr.startswith("error: NAME mnist: not in params.yaml, which has drawn, listed")
+
+
+@pytest.fixture
+def leaky(repo):
+    """(train image, test image, why) after the bytes of one have gone to the other; mended afterwards."""
+    split = read_split(repo / "data" / "own" / "drawn" / "split.json")
+    (train, _, _), (test, _, _) = split["train"][0], split["test"][-1]
+    path = outside_of(repo) / test
+    kept = path.read_bytes()
+    path.write_bytes((outside_of(repo) / train).read_bytes())
+    yield train, test, f"{train} (train, clock) = {test} (test, star)"
+    path.write_bytes(kept)
+
+
+@pytest.fixture
+def edit_params(repo):
+    """Replace text in params.yaml until the test ends."""
+    path = repo / "params.yaml"
+    kept = path.read_text()
+    yield lambda old, new: path.write_text(path.read_text().replace(old, new))
+    path.write_text(kept)
+
+
+def test_a_leak_stops_the_stage_unless_it_is_allowed(repo, run, leaky, edit_params):
+    _, _, leak = leaky
+    checked = stage(repo, "check-data", "drawn")
+    assert checked.returncode == 1
+    assert f"problem: the same bytes in more than one of train, val and test:\n  {leak}" in checked.stdout
+    done = stage(repo, "download", "--dataset", "drawn")
+    assert done.returncode == 1
+    assert leak in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("Mend these, or set own.drawn.allow_leaks to true")
+    assert "Traceback" not in checked.stderr + done.stderr
+    edit_params("descriptions: texts.json", "allow_leaks: true")
+    code, text = run("check-data", "drawn")
+    assert code == 0
+    assert leak in text
+
+
+def test_damaged_and_missing_images_stop_the_stage(repo, run, leaky):
+    _, test, _ = leaky
+    (outside_of(repo) / test).write_bytes(b"broken")
+    code, text = run("download", "--dataset", "drawn")
+    assert code == 1
+    assert f"own.drawn: images that are missing or can not be decoded:\n  {test}\n" in text
+    lost = repo / "my photos" / "a" / "0.png"
+    kept = lost.read_bytes()
+    lost.unlink()
+    code, text = run("download", "--dataset", "listed")
+    lost.write_bytes(kept)
+    assert code == 1
+    assert "own.listed: images that are missing or can not be decoded:\n  a/0.png\n" in text
+
+
+def test_check_data_of_a_benchmark(run, edit_params):
+    edit_params("datasets: []", "datasets: [dtd]")
+    code, text = run("check-data", "dtd")
+    assert code == 1
+    assert "run `dvc repro download@dtd` first" in text
+    assert run("download", "--dataset", "dtd")[0] == 0
+    code, text = run("check-data", "dtd")
+    assert code == 0
+    assert text.startswith("10 classes, 480 images: 240 train, 40 val, 200 test")
+
+
+def test_words_that_the_tiny_clip_does_not_know_are_named(run, edit_params):
+    edit_params("kind: csv", "kind: csv\n    template: a zebra crossing {}.")
+    assert run("download", "--dataset", "listed")[0] == 0
+    code, text = run("precompute", "--dataset", "listed")
+    assert code == 1
+    assert "the tiny CLIP does not know crossing, zebra; take other words" in text
+
+
+def test_no_own_data_makes_no_stages(tmp_path):
+    copy_repository(tmp_path)
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    for command in (["git", "init", "-q"], ["dvc", "init", "-q"]):
+        assert pipeline(tmp_path, *command).returncode == 0
+    listed = pipeline(tmp_path, "dvc", "stage", "list", "--name-only")
+    assert listed.returncode == 0, listed.stderr
+    assert "train@dtd-1" in listed.stdout
+    assert "-own" not in listed.stdout
