@@ -1,0 +1,261 @@
+"""Naming images: with a trained adapter, or with CLIP alone."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from heba import backbone
+from heba.evaluation import BATCH_SIZE, encode_prompts
+from heba.images import Preprocess, decode, for_each_image, normalise, resize_and_crop
+from heba.model import ADAPTER_FILE, CONFIG_FILE, REMEDY, class_features, load_adapter
+from heba.prompts import build_prompts, tokenize
+from heba.towers import encode_text_plain
+
+CLASSIFIER_FILE = "classifier.safetensors"
+TEMPLATE = "a photo of a {}."
+# What naming images needs of a training's config, and its types.
+CONFIG: dict[str, tuple[type, ...]] = {
+    "class_names": (list,),
+    "bf16": (bool,),
+    "scale": (int, float),
+    "backbone.name": (str,),
+    "backbone.pretrained": (str,),
+    "backbone.sha256": (str,),
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What an image shows.
+
+    Attributes:
+        image: its path, or its place in what was given.
+        classes: the likeliest, best first. probabilities: theirs, 0 to 1, a softmax over all classes.
+        error: why the image could not be read; there are no classes then.
+    """
+
+    image: str
+    classes: list[str]
+    probabilities: list[float]
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """Names images; made by `load` or `zero_shot`.
+
+    Attributes:
+        classes: the names to choose from, in the order of `weights`.
+        weights: the classifier [n_classes, E], normalised.
+        encode: preprocessed images [n, 3, size, size] to features [n, E].
+        preprocess: how the model wants its images.
+        temperature: exp(logit_scale), which cosines are multiplied by.
+        device: what it runs on.
+        config: of the training, as in its config.json; empty for CLIP alone.
+    """
+
+    classes: list[str]
+    weights: Tensor
+    encode: Callable[[Tensor], Tensor]
+    preprocess: Preprocess
+    temperature: float
+    device: torch.device
+    config: Mapping[str, Any]
+
+    def predict(
+        self,
+        images: Sequence[Path | str | Image.Image],
+        top: int = 5,
+        progress: Callable[[int], object] = lambda n: None,
+    ) -> Iterator[Prediction]:
+        """Yield a prediction for each of `images`, files or Pillow's images, with the `top` likeliest classes.
+
+        A file that can not be read is a prediction with an `error`.
+        """
+        size = BATCH_SIZE.get(self.device.type, 256)
+        pixels: list[Tensor] = []
+        waiting: list[Prediction] = []
+        for i, (image, found) in enumerate(zip(images, for_each_image(self._pixels, images), strict=True)):
+            name = f"image {i + 1}" if isinstance(image, Image.Image) else str(image)
+            error = found if isinstance(found, str) else None
+            waiting.append(Prediction(name, [], [], error))
+            if error is None:
+                pixels.append(found)
+            if len(waiting) == size:
+                yield from self._name(waiting, pixels, top)
+                progress(len(waiting))
+                waiting, pixels = [], []
+        yield from self._name(waiting, pixels, top)
+        progress(len(waiting))
+
+    def _pixels(self, image: Path | str | Image.Image) -> Tensor | str:
+        """The image as the model takes it up to uint8, or why it can not be read."""
+        try:
+            opened = image.convert("RGB") if isinstance(image, Image.Image) else decode(Path(image))
+            return torch.from_numpy(resize_and_crop(opened, self.preprocess).copy())
+        except (OSError, ValueError) as error:
+            return str(error)
+
+    @torch.no_grad()
+    def _name(self, waiting: list[Prediction], pixels: list[Tensor], top: int) -> Iterator[Prediction]:
+        best: Iterator[tuple[list[float], list[int]]] = iter(())
+        if pixels:
+            batch = normalise(torch.stack(pixels).to(self.device), self.preprocess)
+            features = F.normalize(self.encode(batch).float(), dim=-1)
+            logits = self.temperature * features @ self.weights.to(self.device).T
+            values, which = logits.softmax(dim=-1).topk(min(top, len(self.classes)))
+            best = zip(values.tolist(), which.tolist(), strict=True)
+        for prediction in waiting:
+            if prediction.error is None:
+                values_of, which_of = next(best)
+                prediction = Prediction(prediction.image, [self.classes[c] for c in which_of], values_of)
+            yield prediction
+
+
+def load(
+    folder: Path | str,
+    classes: Sequence[str] | None = None,
+    descriptions: Mapping[str, list[str]] | None = None,
+    template: str = TEMPLATE,
+    scale: float | None = None,
+    device: str | None = None,
+    root: Path = Path(),
+) -> Classifier:
+    """The classifier that a training wrote into `folder`.
+
+    Args:
+        classes: other classes than those of the training.
+        descriptions, template: for the prompts of `classes`, as in `heba.prompts.build_prompts`.
+        scale: s for `classes`, the novel scale; None: that of the training.
+        device: cpu or cuda; None: cuda where there is one.
+        root: the folder that a weights file named by the training is relative to.
+    Raises:
+        ValueError: no adapter there, a damaged one, or one that was trained on other weights than those found.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    where = _device(device)
+    name, pretrained = config["backbone"]["name"], config["backbone"]["pretrained"]
+    weights = backbone.weights_file(name, pretrained, root)
+    if backbone.sha256(weights) != config["backbone"]["sha256"]:
+        raise ValueError(f"{weights}: not the weights of {name} that {folder} was trained on; get those again")
+    clip, tokenizer, preprocess = backbone.load(name, pretrained, root)
+    model, _ = load_adapter(clip.to(where), folder)
+    model.to(where).eval()
+    bf16 = bool(config["bf16"]) and where.type == "cuda"
+    if classes is None:
+        scale, names = config["scale"], config["class_names"]
+        classifier = _read_classifier(folder / CLASSIFIER_FILE, len(names))
+    else:
+        scale, names = config["scale"] if scale is None else scale, list(classes)
+
+        def encode_text(tokens: Tensor) -> Tensor:
+            with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
+                return model.encode_text(tokens, scale)
+
+        classifier = _classifier(clip, names, dict(descriptions or {}), template, tokenizer, encode_text, where)
+
+    def encode_image(images: Tensor) -> Tensor:
+        with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
+            return model.encode_image(images, scale)
+
+    return Classifier(names, classifier, encode_image, preprocess, model.logit_factor().item(), where, config)
+
+
+def zero_shot(
+    name: str,
+    pretrained: str,
+    classes: Sequence[str],
+    descriptions: Mapping[str, list[str]] | None = None,
+    template: str = TEMPLATE,
+    device: str | None = None,
+    root: Path = Path(),
+) -> Classifier:
+    """CLIP alone, with the backbone `name` and `pretrained` of `heba.backbone.load`, over `classes`."""
+    where = _device(device)
+    clip, tokenizer, preprocess = backbone.load(name, pretrained, root)
+    clip.to(where)
+    classifier = _classifier(
+        clip,
+        list(classes),
+        dict(descriptions or {}),
+        template,
+        tokenizer,
+        lambda tokens: encode_text_plain(clip, tokens),
+        where,
+    )
+    temperature = clip.logit_scale.exp().item()
+    return Classifier(list(classes), classifier, clip.encode_image, preprocess, temperature, where, {})
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of the training that wrote `folder`; ValueError when there is none, or it is not whole."""
+    path = folder / CONFIG_FILE
+    if not path.is_file() or not (folder / ADAPTER_FILE).is_file():
+        raise ValueError(
+            f"{folder}: no adapter; name the folder that a training wrote, with {ADAPTER_FILE} and {CONFIG_FILE} "
+            "in it, such as out/train/eurosat/base_to_novel-1"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict) or not isinstance(config.get("backbone"), dict):
+            raise ValueError("backbone: missing")
+        values = config | {f"backbone.{key}": value for key, value in config["backbone"].items()}
+        for key, kind in CONFIG.items():
+            if type(values.get(key)) not in kind:
+                raise ValueError(f"{key}: {'missing' if key not in values else 'not of the right type'}")
+        names = config["class_names"]
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError("class_names: must be a list of names")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged ({error}); {REMEDY}") from None
+    return config
+
+
+def save_classifier(classifier: Tensor, folder: Path) -> None:
+    """Write the classifier [n_classes, E] of a training's own classes beside its adapter."""
+    save_file({"classifier": classifier.contiguous()}, folder / CLASSIFIER_FILE)
+
+
+def _read_classifier(path: Path, n_classes: int) -> Tensor:
+    try:
+        classifier = load_file(path)["classifier"]
+        if classifier.ndim != 2 or len(classifier) != n_classes:
+            raise ValueError(f"shape {tuple(classifier.shape)} for {n_classes} classes")
+    except Exception as error:  # whatever is wrong with the file
+        raise ValueError(f"{path}: no classifier of this training ({error}); {REMEDY}") from None
+    return classifier
+
+
+def _classifier(
+    clip: Any,
+    names: list[str],
+    descriptions: dict[str, list[str]],
+    template: str,
+    tokenizer: Callable[[list[str]], Tensor],
+    encode: Callable[[Tensor], Tensor],
+    where: torch.device,
+) -> Tensor:
+    if len(names) < 2 or len(set(names)) < len(names) or not all(name.strip() for name in names):
+        raise ValueError(f"classes: two or more different names are needed, got {', '.join(map(repr, names))}")
+    prompts = build_prompts(names, descriptions, template)
+    tokens, _ = tokenize(prompts.texts, tokenizer)
+    return class_features(
+        encode_prompts(clip, tokens, encode, where), torch.tensor(prompts.class_index), len(names)
+    )
+
+
+def _device(name: str | None) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda: torch finds no GPU; leave it out, or take cpu")
+    if name not in (None, "cpu", "cuda"):
+        raise ValueError(f"device {name!r}: take cpu or cuda")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))

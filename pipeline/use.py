@@ -1,0 +1,235 @@
+"""The command `heba`: name images with an adapter or with CLIP alone, and tell what an adapter is."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.cli import run_app
+from pipeline.params import PARAMS_FILE, load_params
+from pipeline.paths import OUT
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+
+app = typer.Typer(
+    help="Name images with adapted CLIP. Train an adapter with `dvc repro`, then: heba predict photo.jpg "
+    "--adapter out/train/eurosat/base_to_novel-1",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Images = Annotated[list[Path], typer.Argument(help="Image files, or folders, which are searched.")]
+Adapter = Annotated[
+    str,
+    typer.Option(help="Folder that a training wrote, id of an MLflow run, or a model of MLflow (models:/name/1)."),
+]
+Classes = Annotated[
+    str | None, typer.Option(help="Names to choose from, with commas between. Default: those of the training.")
+]
+Descriptions = Annotated[
+    Path | None, typer.Option(help="JSON file: for each of --classes, a list of descriptions for its prompts.")
+]
+Template = Annotated[
+    str, typer.Option(help="Prompt of those of --classes that have no description, with {} for the class.")
+]
+Top = Annotated[int, typer.Option(min=1, help="How many classes to print for an image.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one line an image.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
+TEMPLATE = "a photo of a {}."
+
+
+@app.command()
+def predict(
+    images: Images,
+    adapter: Adapter,
+    classes: Classes = None,
+    descriptions: Descriptions = None,
+    template: Template = TEMPLATE,
+    scale: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Of the adapters, for --classes. Default: scale_novel of the adapter's evaluation under out/, "
+            "where it has one, else the scale of the training.",
+        ),
+    ] = None,
+    top: Top = 3,
+    as_json: AsJson = False,
+    device: Device = None,
+) -> None:
+    """Name images with a trained adapter."""
+    files = find_images(images)
+    names = split_names(classes)
+    if names is None and (descriptions or scale is not None or template != TEMPLATE):
+        raise ValueError("--descriptions, --template and --scale are for --classes; the training has its own")
+    folder = adapter_folder(adapter)
+    import heba
+
+    if names is not None and scale is None:
+        scale = (evaluation_of(folder) or {}).get("scale_novel")
+    show(heba.load(folder, names, read(descriptions), template, scale, device), files, top, as_json)
+
+
+@app.command()
+def zero_shot(
+    images: Images,
+    classes: Annotated[str, typer.Option(help="Names to choose from, with commas between.")],
+    descriptions: Descriptions = None,
+    template: Template = TEMPLATE,
+    backbone: Annotated[
+        str | None, typer.Option(help="tiny, or a model of open_clip. Default: that of params.yaml.")
+    ] = None,
+    pretrained: Annotated[
+        str | None, typer.Option(help="A tag of open_clip or a file of weights. Default: that of params.yaml.")
+    ] = None,
+    top: Top = 3,
+    as_json: AsJson = False,
+    device: Device = None,
+) -> None:
+    """Name images with CLIP alone."""
+    files = find_images(images)
+    if (backbone is None) != (pretrained is None) and backbone != "tiny":
+        raise ValueError("--backbone and --pretrained go together")
+    if backbone is None:
+        if not PARAMS_FILE.exists():
+            raise ValueError(f"there is no {PARAMS_FILE} here: give --backbone and --pretrained")
+        backbone, pretrained = load_params().backbone.name, load_params().backbone.pretrained
+    import heba
+
+    names = split_names(classes) or []
+    classifier = heba.zero_shot(backbone, pretrained or "embedded", names, read(descriptions), template, device)
+    show(classifier, files, top, as_json)
+
+
+@app.command()
+def info(
+    adapter: Annotated[str, typer.Argument(help="As --adapter of predict.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tell what an adapter is: backbone, classes, shots, seed, accuracy, commit."""
+    import pandas as pd
+
+    folder = adapter_folder(adapter)
+    found = about(folder)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False, indent=1))
+        return
+    rows = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in found.items()}
+    print(pd.Series(rows, dtype=object).dropna().to_string())
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """What is known of the adapter in `folder`, from its config, its evaluation under out/ and MLflow."""
+    from heba.predict import read_config
+    from pipeline.models import commit_of
+    from pipeline.store import adapter_sha256
+
+    config = read_config(folder)
+    sha = adapter_sha256(folder)
+    record = evaluation_of(folder) or {}
+    accuracy = {
+        f"{method} {group}, %": round(values[method]["accuracy"], 2)
+        for group, values in record.get("groups", {}).items()
+        for method in ("heba", "zero_shot")
+    }
+    return {
+        "adapter": str(folder),
+        "sha256": sha,
+        "backbone": f"{config['backbone']['name']}, {config['backbone']['pretrained']}",
+        "backbone sha256": config["backbone"]["sha256"],
+        "trained on": f"{config['dataset']} ({config['suite']}), {config['protocol']}",
+        "classes": config["class_names"],
+        "shots": config.get("shots"),
+        "seed": config.get("seed"),
+        "blocks": f"{config['start']} to {config['end']}, scale {config['scale']}, ratio {config['ratio']}",
+        **accuracy,
+        "git commit": commit_of(sha),
+    }
+
+
+def adapter_folder(adapter: str) -> Path:
+    """The local folder of an adapter that the command line names."""
+    if Path(adapter).exists():
+        return Path(adapter)
+    from pipeline.models import fetch_adapter
+
+    return fetch_adapter(adapter)
+
+
+def evaluation_of(folder: Path) -> dict[str, Any] | None:
+    """The evaluation for base_to_novel or few_shot under out/ of the adapter in `folder`, by its hash."""
+    from pipeline.store import adapter_sha256
+
+    sha = adapter_sha256(folder)
+    for path in sorted(OUT.glob("evaluate/*/*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["adapter_sha256"] == sha:
+            return record
+    return None
+
+
+def find_images(paths: list[Path]) -> list[Path]:
+    """The files among `paths`, and the images in the folders among them, by name."""
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            if not found:
+                raise ValueError(f"{path}: no images in this folder; known are {', '.join(sorted(SUFFIXES))}")
+            files += found
+        else:
+            files.append(path)
+    return files
+
+
+def split_names(classes: str | None) -> list[str] | None:
+    return None if classes is None else [name.strip() for name in classes.split(",")]
+
+
+def read(descriptions: Path | None) -> dict[str, list[str]] | None:
+    if descriptions is None:
+        return None
+    from heba.prompts import read_descriptions
+
+    return read_descriptions(descriptions)
+
+
+def show(classifier: Any, files: list[Path], top: int, as_json: bool) -> None:
+    """Print the predictions; exit code 1 when a file could not be read."""
+    from tqdm import tqdm
+
+    failed = 0
+    width = max(len(str(file)) for file in files)
+    # On a terminal the lines themselves show how far it is.
+    with tqdm(total=len(files), desc="predict", delay=2, unit="image", disable=sys.stdout.isatty()) as bar:
+        for prediction in classifier.predict(files, top, bar.update):
+            failed += prediction.error is not None
+            _print(prediction, width, as_json)
+    if failed:
+        raise ValueError(f"{failed} of {len(files)} images could not be read")
+
+
+def _print(prediction: Any, width: int, as_json: bool) -> None:
+    pairs = list(zip(prediction.classes, prediction.probabilities, strict=True))
+    if as_json:
+        found: dict[str, Any] = {"image": prediction.image}
+        if prediction.error:
+            found["error"] = prediction.error
+        else:
+            found["classes"] = [{"class": name, "probability": round(p, 6)} for name, p in pairs]
+        print(json.dumps(found, ensure_ascii=False))
+    elif prediction.error:
+        typer.echo(f"error: {prediction.error}", err=True)
+    else:
+        shown = "   ".join(f"{name} {100 * p:.1f} %" for name, p in pairs)
+        print(f"{prediction.image:<{width}}   {shown}")
+
+
+def main() -> None:
+    run_app(app)
+
+
+if __name__ == "__main__":
+    main()

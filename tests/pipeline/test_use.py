@@ -1,0 +1,269 @@
+"""A trained adapter in use: `heba predict`, `heba info`, `heba.load`, and as an MLflow model behind HTTP."""
+
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import requests
+import yaml
+from PIL import Image
+
+import heba
+from heba.splits import read_split
+from pipeline import use
+
+ROOT = Path(__file__).parents[2]
+TRAINED = "out/train/dtd/base_to_novel-1"
+CLASSES = ["striped", "dotted", "chequered", "zigzag", "bubbly"]
+
+
+@pytest.fixture(scope="module")
+def repo(tmp_path_factory):
+    """A folder in which dtd was trained and evaluated for base_to_novel, stage by stage."""
+    folder = tmp_path_factory.mktemp("use")
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params |= {"datasets": ["dtd"], "seeds": [1], "shots": 2}
+    params["train"] |= {"epochs": 2, "batch_size": 4}
+    params["adapter"] |= {"scale_novel": 0.02}
+    params["few_shot"]["seeds"] = params["few_shot"]["datasets"] = []
+    params["transfer"] |= {"source": "dtd", "targets": [], "variants": [], "seeds": []}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    for stage in ("backbone", "download", "split", "precompute", "train --seed 1", "evaluate"):
+        name, *options = stage.split()
+        dataset = [] if name == "backbone" else ["--dataset", "dtd"]
+        done = call(folder, "pipeline", name, *dataset, *options)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def call(folder, module, *args, **env):
+    base = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_"))}
+    command = [sys.executable, "-m", module, *args]
+    environment = base | {"PYTHONPATH": str(ROOT)} | env
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def run_heba(monkeypatch, capfd):
+    """`heba ...` in a folder, in this process: its exit code, output and errors."""
+
+    def run(folder, *args):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["heba", *args])
+        capfd.readouterr()
+        code = 0
+        try:
+            use.main()
+        except SystemExit as end:
+            code = end.code or 0
+        printed = capfd.readouterr()
+        return subprocess.CompletedProcess(args, code, printed.out, printed.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def test_images(repo):
+    """(path, class) of the test images of the base classes."""
+    data = repo / "data" / "embedded" / "dtd"
+    items = read_split(data / "split.json")["test"]
+    return [(data / "images" / file, name) for file, label, name in items if label < len(CLASSES)]
+
+
+def record(repo):
+    return json.loads((repo / "out" / "evaluate" / "dtd" / "base_to_novel-1.json").read_text())
+
+
+def test_predictions_are_those_of_the_evaluation(repo, test_images):
+    classifier = heba.load(repo / TRAINED)
+    found = list(classifier.predict([path for path, _ in test_images], top=5))
+    correct = sum(p.classes[0] == name for p, (_, name) in zip(found, test_images, strict=True))
+    assert 100 * correct / len(found) == record(repo)["groups"]["base"]["heba"]["accuracy"]
+    assert all(sum(p.probabilities) == pytest.approx(1, abs=1e-5) for p in found)
+    assert sorted(found[0].classes) == sorted(CLASSES)
+    opened = next(classifier.predict([Image.open(test_images[0][0])]))
+    assert opened.classes == found[0].classes
+    assert opened.probabilities == pytest.approx(found[0].probabilities, abs=1e-5)
+
+
+def test_predict_takes_files_and_folders_and_goes_on_after_a_bad_one(repo, test_images, tmp_path, run_heba):
+    folder = tmp_path / "my photos"
+    (folder / "deeper").mkdir(parents=True)
+    path = test_images[0][0]
+    (folder / "deeper" / "ä.PNG").write_bytes(path.read_bytes())
+    (folder / "broken.png").write_bytes(path.read_bytes()[:60])
+    (folder / "notes.txt").write_text("no image")
+    done = run_heba(repo, "predict", str(folder), str(path), "--adapter", TRAINED, "--json", "--top", "2")
+    assert done.returncode == 1
+    assert "1 of 3 images could not be read" in done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [Path(line["image"]).name for line in lines] == ["broken.png", "ä.PNG", path.name]
+    assert "broken.png" in lines[0]["error"]
+    assert lines[1]["classes"] == lines[2]["classes"]
+    assert len(lines[1]["classes"]) == 2
+    table = run_heba(repo, "predict", str(path), "--adapter", TRAINED)
+    assert table.returncode == 0
+    assert lines[2]["classes"][0]["class"] in table.stdout.split(str(path))[1]
+
+
+def test_new_classes_at_the_novel_scale(repo, test_images, run_heba):
+    """The novel scale is that of the adapter's evaluation, unless one is given."""
+    image = str(test_images[0][0])
+    names = ["chequered", "striped", "cracked"]
+    arguments = ["predict", image, "--adapter", TRAINED, "--classes", ", ".join(names), "--json"]
+
+    def printed(*more):
+        done = run_heba(repo, *arguments, *more)
+        assert done.returncode == 0, done.stderr
+        return {c["class"]: c["probability"] for c in json.loads(done.stdout)["classes"]}
+
+    def loaded(scale):
+        found = next(heba.load(repo / TRAINED, classes=names, scale=scale).predict([image], top=3))
+        return dict(zip(found.classes, found.probabilities, strict=True))
+
+    assert record(repo)["scale_novel"] == 0.02
+    assert printed() == pytest.approx(loaded(0.02), abs=2e-6)
+    assert printed("--scale", "0.1") == pytest.approx(loaded(None), abs=2e-6)
+    plain = next(heba.zero_shot("tiny", "embedded", names).predict([image], top=3))
+    assert loaded(0.0) == pytest.approx(dict(zip(plain.classes, plain.probabilities, strict=True)), abs=1e-5)
+
+
+def test_zero_shot_takes_the_backbone_of_params(repo, test_images, run_heba):
+    done = run_heba(repo, "zero-shot", str(test_images[0][0]), "--classes", "striped,dotted", "--json")
+    found = json.loads(done.stdout)["classes"]
+    assert found[0]["class"] == test_images[0][1]
+
+
+def test_info_by_folder_run_and_registered_model(repo, run_heba):
+    from mlflow.tracking import MlflowClient
+
+    done = run_heba(repo, "info", TRAINED, "--json")
+    assert done.returncode == 0, done.stderr
+    about = json.loads(done.stdout)
+    assert about["classes"] == CLASSES
+    assert about["backbone"] == "tiny, embedded"
+    assert about["backbone sha256"] == json.loads((repo / "out" / "backbone.json").read_text())["sha256"]
+    assert (about["shots"], about["seed"]) == (2, 1)
+    assert about["heba base, %"] == pytest.approx(record(repo)["groups"]["base"]["heba"]["accuracy"], abs=0.005)
+    client = MlflowClient(f"sqlite:///{repo / 'mlflow.db'}")
+    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    registered = call(repo, "pipeline", "register", TRAINED, "--name", "textures")
+    assert registered.stdout.strip() == "models:/textures/1", registered.stderr
+    for name in (run.info.run_id, f"runs:/{run.info.run_id}", "models:/textures/1"):
+        same = json.loads(run_heba(repo, "info", name, "--json").stdout)
+        assert same["sha256"] == about["sha256"]
+    assert "classes" in run_heba(repo, "info", TRAINED).stdout
+
+
+def test_an_official_checkpoint_and_back(repo, test_images, tmp_path, run_heba):
+    """Our adapter as an official checkpoint, and that as ours: it names images as before."""
+    done = call(repo, "pipeline", "convert", TRAINED, str(tmp_path / "official"))
+    assert done.returncode == 0, done.stderr
+    checkpoint = tmp_path / "official" / "adapter_learner" / "model.pth.tar-2"
+    assert done.stdout.strip() == str(checkpoint)
+    arguments = ["convert", str(checkpoint), str(tmp_path / "ours"), "--dataset", "dtd"]
+    done = call(repo, "pipeline", *arguments)
+    assert done.returncode == 0, done.stderr
+    images = [path for path, _ in test_images[:8]]
+    before, after = (list(heba.load(f).predict(images)) for f in (repo / TRAINED, tmp_path / "ours"))
+    assert [p.classes for p in before] == [p.classes for p in after]
+    for old, new in zip(before, after, strict=True):
+        assert old.probabilities == pytest.approx(new.probabilities, abs=1e-6)
+    about = json.loads(run_heba(repo, "info", str(tmp_path / "ours"), "--json").stdout)
+    assert about["classes"] == CLASSES
+    again = call(repo, "pipeline", *arguments)
+    assert "exists already" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", "IMAGE", "--adapter", "nowhere"], "neither a folder nor a run"),
+        (["predict", "IMAGE", "--adapter", "out"], "no adapter; name the folder"),
+        (["predict", "out", "--adapter", TRAINED], "no images in this folder"),
+        (["predict", "IMAGE", "--adapter", TRAINED, "--classes", "striped"], "two or more different names"),
+        (["predict", "IMAGE", "--adapter", TRAINED, "--classes", "striped,blotchy"], "does not know blotchy"),
+        (["predict", "IMAGE", "--adapter", TRAINED, "--scale", "0.1"], "are for --classes"),
+        (["predict", "IMAGE", "--adapter", TRAINED, "--device", "tpu"], "take cpu or cuda"),
+        (["zero-shot", "IMAGE", "--classes", "a,b", "--backbone", "ViT-B-32"], "go together"),
+    ],
+)
+def test_errors_are_messages(repo, test_images, arguments, message, run_heba):
+    done = run_heba(repo, *[str(test_images[0][0]) if a == "IMAGE" else a for a in arguments])
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_damaged_files_are_named(repo, tmp_path):
+    for file in ("config.json", "classifier.safetensors", "adapter.safetensors"):
+        folder = tmp_path / file
+        folder.mkdir()
+        for path in (repo / TRAINED).iterdir():
+            content = path.read_bytes()
+            (folder / path.name).write_bytes(content[: len(content) // 2] if path.name == file else content)
+        with pytest.raises(ValueError, match=file):
+            heba.load(folder)
+    config = json.loads((repo / TRAINED / "config.json").read_text())
+    config["backbone"]["sha256"] = "0" * 64
+    (tmp_path / "config.json" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="not the weights of tiny"):
+        heba.load(tmp_path / "config.json")
+
+
+def test_mlflow_serves_the_adapter(repo, test_images):
+    """The logged model behind HTTP on the loopback address: base64 and paths, and errors for what is no image."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{repo / 'mlflow.db'}")
+    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    model = f"models:/{run.outputs.model_outputs[0].model_id}"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Elsewhere than in the repository: the model brings heba's code with it.
+    options = f"--env-manager local --host 127.0.0.1 --port {port}".split()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "models", "serve", "-m", model, *options],
+        cwd=repo.parent,
+        env=os.environ
+        | {
+            "MLFLOW_TRACKING_URI": f"sqlite:///{repo / 'mlflow.db'}",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        },
+        start_new_session=True,
+    )
+    try:
+        address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
+        while True:
+            try:
+                if requests.get(f"{address}/ping", timeout=5).ok:
+                    break
+            except requests.ConnectionError:
+                pass
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.3)
+        path, coded = test_images[0][0], base64.b64encode(test_images[0][0].read_bytes()).decode()
+        body = {"dataframe_split": {"columns": ["image"], "data": [[coded], [str(path)]]}, "params": {"top": 2}}
+        answer = requests.post(f"{address}/invocations", json=body, timeout=60)
+        assert answer.ok, answer.text
+        first, second = answer.json()["predictions"]
+        assert first["labels"] == second["labels"]
+        assert first["probabilities"] == pytest.approx(second["probabilities"], abs=1e-5)
+        assert first["label"] == first["labels"][0] == next(heba.load(repo / TRAINED).predict([path])).classes[0]
+        assert len(first["labels"]) == len(first["probabilities"]) == 2
+        body = {"dataframe_split": {"columns": ["image"], "data": [["no image"]]}}
+        answer = requests.post(f"{address}/invocations", json=body, timeout=60)
+        assert answer.status_code >= 400
+        assert "neither a file of this machine nor an image in base64" in answer.text
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=30)
