@@ -10,7 +10,7 @@ import pandas as pd
 from jinja2 import Template
 from matplotlib.figure import Figure
 
-from pipeline.report import tables
+from pipeline.report import ablation, tables
 from pipeline.report.tables import Record
 
 EMBEDDED = (
@@ -29,8 +29,10 @@ PROTOCOLS = {
     "domain_generalization": "Domain generalisation",
     "few_shot": "Few-shot learning, all classes",
 }
-# Fixed, so that dvc.yaml can list them; a protocol without results says so in its files.
-FILES = ["README.md", "index.html", "metrics.json"] + [f"{p}.{e}" for p in PROTOCOLS for e in ("md", "csv", "tex")]
+# Fixed, so that dvc.yaml can list them; a table without results says so in its files.
+FILES = ["README.md", "index.html", "metrics.json"] + [
+    f"{name}.{e}" for name in (*PROTOCOLS, "ablation") for e in ("md", "csv", "tex")
+]
 
 
 def numeric(records: list[Record], protocol: str) -> pd.DataFrame:
@@ -61,11 +63,14 @@ def notes(table: pd.DataFrame, protocol: str, embedded: bool) -> list[str]:
     )
     fewer = tables.incomplete(table)
     if fewer:
-        found.append("Fewer seeds than the others: " + ", ".join(tables.TITLES[d] for d in fewer) + ".")
-    absent = [tables.TITLES[d] for d in tables.COMPLETE[protocol] if d not in table.index]
-    if absent:
+        found.append("Fewer seeds than the others: " + ", ".join(map(tables.title, fewer)) + ".")
+    averaged, own = tables.benchmarks(table), tables.own_data(table)
+    absent = [tables.TITLES[d] for d in tables.COMPLETE[protocol] if d not in averaged]
+    if absent and averaged:
         found.append("Not in this table, nor in its average: " + ", ".join(absent) + ".")
-    return found + ([EMBEDDED, STAR] if embedded else [])
+    if own:
+        found.append("Own data, in no average: " + ", ".join(own) + ".")
+    return found + ([EMBEDDED] if embedded else []) + ([STAR] if embedded and averaged else [])
 
 
 def bars(table: pd.DataFrame, columns: list[tuple[str, str]], embedded: bool, label: str) -> str:
@@ -135,7 +140,7 @@ table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
 tr:last-child td { font-weight: 600 }
-.published tr:last-child td { font-weight: 400 }
+.no-average tr:last-child td { font-weight: 400 }
 .warning { background: #fff3cd; padding: .6rem 1rem; border-left: 4px solid #d9a400 }
 .note { color: #555; font-size: 13px }
 img { max-width: 100% }
@@ -144,10 +149,10 @@ img { max-width: 100% }
 {% if embedded %}<p class="warning">{{ embedded }}</p>{% endif %}
 {% for s in sections %}
 <h2>{{ s.title }}</h2>
-{{ s.table }}
+{% if s.averaged %}{{ s.table }}{% else %}<div class="no-average">{{ s.table }}</div>{% endif %}
 {% for n in s.notes %}<p class="note">{{ n }}</p>{% endfor %}
 {% for f in s.figures %}<p><img alt="{{ s.title }}" src="data:image/png;base64,{{ f }}"></p>{% endfor %}
-{% if s.published %}<h3>Published</h3><div class="published">{{ s.published }}</div>{% endif %}
+{% if s.published %}<h3>Published</h3><div class="no-average">{{ s.published }}</div>{% endif %}
 {% endfor %}
 </html>
 """,
@@ -155,27 +160,61 @@ img { max-width: 100% }
 )
 
 
-def render_report(records: list[Record], out: Path, published: bool) -> None:
-    """Write all report files into `out`. Published figures appear, as rows of their own, only with `published`."""
-    embedded = any(r["suite"] == "embedded" for r in records)
+def no_table(out: Path, name: str) -> None:
+    """Write the files of a table without results."""
+    for extension in ("md", "csv", "tex"):
+        (out / f"{name}.{extension}").write_text(f"no results of {name}\n")
+
+
+def markdown(shown: pd.DataFrame, below: list[str]) -> list[str]:
+    """Lines of Markdown: a table and its notes."""
+    # Markdown reads "* " at the start of a line as a bullet.
+    table = shown.to_markdown(index=False, disable_numparse=True)
+    return [table, "", *(f"{n}\n".replace("* ", "\\* ", 1) for n in below)]
+
+
+def write_table(
+    out: Path, name: str, title: str, table: pd.DataFrame, shown: pd.DataFrame, text: list[str], below: list[str]
+) -> None:
+    """Write the numeric `table` as CSV, its Markdown `text`, and `shown` with the notes `below` as LaTeX."""
+    (out / f"{name}.md").write_text(f"# {title}\n\n" + "\n".join(text), encoding="utf-8")
+    table.round(4).to_csv(out / f"{name}.csv")
+    latex = shown.rename(columns=lambda c: c.replace("Δ", r"$\Delta$")).replace("±", r"$\\pm$", regex=True)
+    latex = latex.replace("_", r"\\_", regex=True)  # in names of own data
+    style = latex.style.hide(axis="index")
+    # Not comments: the notes must go where the table goes.
+    typeset = "".join(f"\n\\par\\footnotesize {n}\n" for n in below)
+    typeset = typeset.replace("±", r"$\pm$").replace("Δ", r"$\Delta$").replace("_", r"\_")
+    (out / f"{name}.tex").write_text(
+        style.to_latex(hrules=True, column_format="l" + "r" * (len(shown.columns) - 1)) + typeset,
+        encoding="utf-8",
+    )
+
+
+def render_report(
+    records: list[Record], out: Path, published: bool, ablations: pd.DataFrame | None = None
+) -> None:
+    """Write all report files into `out`.
+
+    Args:
+        published: whether published figures appear, as rows of their own.
+        ablations: lines of ablation.csv.
+    """
+    suites = {r["suite"] for r in records} | set([] if ablations is None else ablations["suite"])
+    embedded = "embedded" in suites
     sections: list[dict[str, Any]] = []
     summary = ["# Results", ""] + ([f"**{EMBEDDED}**", ""] if embedded else [])
     for protocol, title in PROTOCOLS.items():
         table = numeric(records, protocol)
         if table.empty:
-            for extension in ("md", "csv", "tex"):
-                (out / f"{protocol}.{extension}").write_text(f"no results of {protocol}\n")
+            no_table(out, protocol)
             continue
         shown = displayed(table, protocol, embedded)
         below = notes(table, protocol, embedded)
-        other = pd.DataFrame(tables.published_rows(protocol, ["Base", "Novel", "H"])) if published else None
+        compared = published and tables.benchmarks(table)
+        other = pd.DataFrame(tables.published_rows(protocol, ["Base", "Novel", "H"])) if compared else None
         other = None if other is None or other.empty else other
-        # Markdown reads "* " at the start of a line as a bullet.
-        text = [
-            shown.to_markdown(index=False, disable_numparse=True),
-            "",
-            *(f"{n}\n".replace("* ", "\\* ", 1) for n in below),
-        ]
+        text = markdown(shown, below)
         if other is not None:
             text += [
                 "Published figures:",
@@ -183,26 +222,29 @@ def render_report(records: list[Record], out: Path, published: bool) -> None:
                 other.fillna("").to_markdown(index=False, disable_numparse=True),
                 "",
             ]
-        (out / f"{protocol}.md").write_text(f"# {title}\n\n" + "\n".join(text), encoding="utf-8")
-        table.round(4).to_csv(out / f"{protocol}.csv")
-        latex = shown.rename(columns=lambda c: c.replace("Δ", r"$\Delta$")).replace("±", r"$\\pm$", regex=True)
-        style = latex.style.hide(axis="index")
-        # Not comments: the notes must go where the table goes.
-        typeset = "".join(f"\n\\par\\footnotesize {n}\n" for n in below).replace("±", r"$\pm$")
-        (out / f"{protocol}.tex").write_text(
-            style.to_latex(hrules=True, column_format="l" + "r" * (len(shown.columns) - 1)) + typeset,
-            encoding="utf-8",
-        )
+        write_table(out, protocol, title, table, shown, text, below)
         summary += [f"## {title}", "", *text]
         sections.append(
             {
                 "title": title,
                 "table": shown.to_html(index=False, border=0),
+                "averaged": "average" in table.index,
                 "notes": below,
                 "figures": figures(table, protocol, embedded),
                 "published": None if other is None else other.fillna("").to_html(index=False, border=0),
             }
         )
+    if ablations is None or ablations.empty:
+        no_table(out, "ablation")
+    else:
+        table = ablation.ablation_table(ablations)
+        shown = ablation.display_ablation(table)
+        below = ablation.notes(ablations) + ([EMBEDDED] if embedded else [])
+        text = markdown(shown, below)
+        write_table(out, "ablation", "Ablations", table, shown, text, below)
+        summary += ["## Ablations", "", *text]
+        page_table = f'<div class="no-average">{shown.to_html(index=False, border=0)}</div>'
+        sections.append({"title": "Ablations", "table": page_table, "notes": below})
     (out / "README.md").write_text("\n".join(summary), encoding="utf-8")
     page = PAGE.render(sections=sections, embedded=EMBEDDED if embedded else "")
     (out / "index.html").write_text(page + "\n", encoding="utf-8")
@@ -217,7 +259,8 @@ def metrics(records: list[Record]) -> dict[str, Any]:
         if table.empty:
             continue
         rows = {d: row.drop("seeds").dropna().to_dict() for d, row in table.iterrows()}
-        found[protocol] = {"average": rows.pop("average"), "datasets": rows}
+        average = {"average": rows.pop("average")} if "average" in rows else {}
+        found[protocol] = average | {"datasets": rows}
     return found
 
 

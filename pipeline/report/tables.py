@@ -6,7 +6,7 @@ over seeds.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ TITLES = {
     "imagenet_a": "ImageNet-A",
     "imagenet_r": "ImageNet-R",
 }
-ORDER = {key: i for i, key in enumerate(TITLES)}
 # What a complete table of a protocol has; the transfer protocols' source is ImageNet in the papers.
 COMPLETE = {
     "base_to_novel": list(TITLES)[:11],
@@ -63,8 +62,28 @@ def check_accuracy(record: Record, path: Path, keys: tuple[str, ...]) -> None:
         raise ValueError(f"{path}: key '{'.'.join(keys)}' must be a number from 0 to 100")
 
 
-def load_records(paths: Iterable[Path]) -> list[Record]:
-    """Read evaluation records; ValueError names the file and the key that is wrong."""
+def title(dataset: str) -> str:
+    """The display name: own data has none but its name."""
+    return TITLES.get(dataset, dataset)
+
+
+def order(dataset: str) -> tuple[int, str]:
+    """Sort key of data sets: the papers' order, then own data by name."""
+    return list(TITLES).index(dataset) if dataset in TITLES else len(TITLES), dataset
+
+
+def benchmarks(table: pd.DataFrame) -> list[str]:
+    """The rows of a table over which its average is: not those of own data."""
+    return [str(dataset) for dataset in table.index if dataset in TITLES]
+
+
+def own_data(table: pd.DataFrame) -> list[str]:
+    """The rows of own data in a table."""
+    return [str(dataset) for dataset in table.index if dataset not in TITLES and dataset != "average"]
+
+
+def load_records(paths: Iterable[Path], own: Collection[str] = ()) -> list[Record]:
+    """Read evaluation records; ValueError names the file and the key that is wrong. `own`: names of own data."""
     records: list[Record] = []
     for path in paths:
         try:
@@ -76,7 +95,7 @@ def load_records(paths: Iterable[Path]) -> list[Record]:
         for key in ("protocol", "suite", "dataset", "seed", "shots", "groups"):
             if key not in record:
                 raise ValueError(f"{path}: key {key!r} is missing; evaluate this data set again")
-        if record["dataset"] not in TITLES:
+        if record["dataset"] not in TITLES and record["dataset"] not in own:
             raise ValueError(f"{path}: key 'dataset': unknown data set {record['dataset']!r}")
         if record["protocol"] not in GROUPS:
             raise ValueError(f"{path}: key 'protocol': unknown protocol {record['protocol']!r}")
@@ -87,7 +106,7 @@ def load_records(paths: Iterable[Path]) -> list[Record]:
         if records and record["suite"] != records[0]["suite"]:
             raise ValueError(f"{path}: key 'suite': {record['suite']!r}, but {records[0]['suite']!r} in others")
         records.append(record)
-    return sorted(records, key=lambda r: (r["protocol"], ORDER[r["dataset"]], r["shots"], r["seed"]))
+    return sorted(records, key=lambda r: (r["protocol"], order(r["dataset"]), r["shots"], r["seed"]))
 
 
 def accuracies(records: list[Record], protocol: str) -> pd.DataFrame:
@@ -102,11 +121,11 @@ def accuracies(records: list[Record], protocol: str) -> pd.DataFrame:
 
 
 def base_to_novel_table(records: list[Record]) -> pd.DataFrame:
-    """Rows: data sets and `average`. Columns: <method>_{base,novel,h}, heba_{base,novel,h}_std,
-    difference_{base,novel,h}, seeds. std is NaN with one seed."""
+    """Rows: data sets and `average`, which there is when there are benchmarks. Columns: <method>_{base,novel,h},
+    heba_{base,novel,h}_std, difference_{base,novel,h}, seeds. std is NaN with one seed."""
     data = accuracies(records, "base_to_novel")
     rows: dict[str, dict[str, float]] = {}
-    for dataset in sorted(data["dataset"].unique(), key=ORDER.__getitem__):
+    for dataset in sorted(data["dataset"].unique(), key=order):
         part = data[data["dataset"] == dataset]
         row = {f"{m}_{g}": part[f"{m}_{g}"].mean() for m in METHODS for g in ("base", "novel")}
         h = [harmonic_mean(b, n) for b, n in zip(part["heba_base"], part["heba_novel"], strict=True)]
@@ -115,17 +134,20 @@ def base_to_novel_table(records: list[Record]) -> pd.DataFrame:
         row["seeds"] = len(part)
         rows[dataset] = row
     table = pd.DataFrame.from_dict(rows, orient="index")
-    average = table.mean()
-    # Averages are over data sets; their spread is that of the per-seed averages.
-    by_seed = data.groupby("seed").mean(numeric_only=True)
-    if len(table) * len(by_seed) == len(data):
-        h_by_seed = [harmonic_mean(b, n) for b, n in zip(by_seed["heba_base"], by_seed["heba_novel"], strict=True)]
-        for g in ("base", "novel"):
-            average[f"heba_{g}_std"] = by_seed[f"heba_{g}"].std(ddof=1)
-        average["heba_h_std"] = pd.Series(h_by_seed).std(ddof=1)
-    else:
-        average[[f"heba_{g}_std" for g in ("base", "novel", "h")]] = float("nan")
-    table.loc["average"] = average
+    averaged = benchmarks(table)
+    if averaged:
+        average = table.loc[averaged].mean()
+        # Averages are over data sets; their spread is that of the per-seed averages.
+        data = data[data["dataset"].isin(averaged)]
+        by_seed = data.groupby("seed").mean(numeric_only=True)
+        if len(averaged) * len(by_seed) == len(data):
+            seeds = zip(by_seed["heba_base"], by_seed["heba_novel"], strict=True)
+            for g in ("base", "novel"):
+                average[f"heba_{g}_std"] = by_seed[f"heba_{g}"].std(ddof=1)
+            average["heba_h_std"] = pd.Series([harmonic_mean(b, n) for b, n in seeds]).std(ddof=1)
+        else:
+            average[[f"heba_{g}_std" for g in ("base", "novel", "h")]] = float("nan")
+        table.loc["average"] = average
     for m in METHODS:
         table[f"{m}_h"] = [
             harmonic_mean(b, n) for b, n in zip(table[f"{m}_base"], table[f"{m}_novel"], strict=True)
@@ -150,7 +172,7 @@ def transfer_table(records: list[Record], protocol: str) -> pd.DataFrame:
             "seeds": groups.size().astype(float),
         }
     )
-    table = table.loc[sorted(table.index, key=ORDER.__getitem__)]
+    table = table.loc[sorted(table.index, key=order)]
     table.loc["average"] = table.mean()
     table.loc["average", "heba_std"] = (
         data.groupby("seed")["heba_all"].mean().std(ddof=1)
@@ -162,8 +184,8 @@ def transfer_table(records: list[Record], protocol: str) -> pd.DataFrame:
 
 
 def few_shot_table(records: list[Record]) -> pd.DataFrame:
-    """Rows: data sets and `average`. Columns: zero_shot, heba_<k> and heba_<k>_std for every number of shots k,
-    and seeds, the fewest over k. The average of a k that a data set lacks is NaN."""
+    """Rows: data sets and, of the benchmarks, `average`. Columns: zero_shot, heba_<k> and heba_<k>_std for every
+    number of shots k, and seeds, the fewest over k. The average of a k that a data set lacks is NaN."""
     data = accuracies(records, "few_shot")
     means = data.pivot_table(index="dataset", columns="shots", values="heba_all", aggfunc="mean")
     stds = data.pivot_table(index="dataset", columns="shots", values="heba_all", aggfunc=_std, dropna=False)
@@ -172,11 +194,15 @@ def few_shot_table(records: list[Record]) -> pd.DataFrame:
     for k in means.columns:
         table[f"heba_{k}"], table[f"heba_{k}_std"] = means[k], stds[k]
     table["seeds"] = counts.min(axis=1).astype(float)
-    table = table.loc[sorted(table.index, key=ORDER.__getitem__)]
-    average = table.mean(skipna=False)
+    table = table.loc[sorted(table.index, key=order)]
+    averaged = benchmarks(table)
+    if not averaged:
+        return table.rename_axis("dataset")
+    average = table.loc[averaged].mean(skipna=False)
+    data = data[data["dataset"].isin(averaged)]
     for k in means.columns:
         part = data[data["shots"] == k]
-        complete = len(part) == len(table) * part["seed"].nunique()
+        complete = len(part) == len(averaged) * part["seed"].nunique()
         average[f"heba_{k}_std"] = _std(part.groupby("seed")["heba_all"].mean()) if complete else float("nan")
     table.loc["average"] = average
     return table.rename_axis("dataset")
@@ -193,15 +219,15 @@ def shots_of(table: pd.DataFrame) -> list[int]:
 
 def incomplete(table: pd.DataFrame) -> list[str]:
     """Data sets of a table that have fewer seeds than the fullest one."""
-    seeds = table["seeds"].drop("average")
+    seeds = table["seeds"].drop("average", errors="ignore")
     return list(seeds.index[seeds < seeds.max()])
 
 
 def row_title(dataset: str, table: pd.DataFrame, embedded: bool) -> str:
     """Display name of a row; an average says over how many data sets."""
     if dataset == "average":
-        return f"Average of {len(table) - 1}"
-    return TITLES[dataset] + ("*" if embedded else "")
+        return f"Average of {len(benchmarks(table))}" + (" benchmarks" if own_data(table) else "")
+    return title(dataset) + ("*" if embedded and dataset in TITLES else "")
 
 
 def number(mean: float, std: float | None = None, sign: bool = False) -> str:

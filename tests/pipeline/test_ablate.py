@@ -1,0 +1,259 @@
+"""Ablations: what is queued, what is read back from MLflow, and the table."""
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from pipeline import ablate, tracking
+from pipeline.cli import app
+from pipeline.params import ParamsError, load_params
+from pipeline.report import ablation, render
+from pipeline.store import client
+from tests.pipeline.test_report import RECORDS
+from tests.pipeline.test_stages import ROOT, pipeline, stage
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where the commands run: the committed params.yaml, and a store of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    return tmp_path
+
+
+def run(*args):
+    return CliRunner().invoke(app, ["ablate", *args], catch_exceptions=False)
+
+
+def test_every_setting_that_differs_is_an_experiment(folder):
+    lines = run("--dry-run", "--datasets", "dtd,eurosat").output.splitlines()
+    assert all(line.startswith("dvc exp run --queue -n ablate-") for line in lines)
+    names = [line.split()[5].removeprefix("ablate-") for line in lines]
+    assert names[0] == "baseline"
+    assert set(names) == {
+        "baseline",
+        "init-zero",
+        "visual_block-linear",
+        "text_block-conv1d",
+        *(f"ratio-{r}" for r in (1, 2, 8)),
+        "expansion-2",
+        "slow_fast-off",
+        "label_smoothing-0.0",
+        "negatives-all",
+        "negatives-1",
+        "gradient_scale-off",
+        "towers-image",
+        "towers-text",
+    }
+    for line in lines:
+        assert "'datasets=[dtd,eurosat]' -S transfer.source=dtd" in line
+    assert "-S adapter.gradient_scale=false" in lines[names.index("gradient_scale-off")]
+    changed = (folder / "params.yaml").read_text().replace("ratio: 4 ", "ratio: 8 ")
+    (folder / "params.yaml").write_text(changed)
+    shown = run("--dry-run", "--only", "ratio").output
+    assert "ablate-ratio-4" in shown
+    assert "ablate-ratio-8" not in shown
+    assert "init" not in shown
+    assert "transfer.source=imagenet" in shown
+
+
+def test_what_is_queued_makes_a_valid_params_file(folder):
+    """As DVC does it: every override is a YAML value at a dotted key that params.yaml has."""
+    params = load_params()
+    for row in ablate.settings(params, []):
+        raw = yaml.safe_load(Path("params.yaml").read_text())
+        args = ablate.command(params, row, ["eurosat"])
+        for override in args[args.index("-S") + 1 :: 2]:
+            key, value = override.split("=")
+            *parents, last = key.split(".")
+            part = raw
+            for parent in parents:
+                part = part[parent]
+            assert last in part
+            part[last] = yaml.safe_load(value)
+        Path("changed.yaml").write_text(yaml.safe_dump(raw))
+        changed = load_params(Path("changed.yaml"))
+        assert changed.datasets == ["eurosat"]
+        assert changed.transfer.seeds == changed.few_shot.seeds == []
+        assert (changed.adapter, changed.train) != (params.adapter, params.train) or row.name == "baseline"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--datasets", "mnist"], "--datasets: mnist not in params.yaml"),
+        (["--only", "inits"], "known are init, visual_block"),
+        (["--table", "--run"], "does not go with"),
+    ],
+)
+def test_wrong_options_are_messages(folder, args, message):
+    with pytest.raises(ParamsError, match=message):
+        run(*args)
+
+
+def log(params, dataset, seed, accuracy, status="FINISHED", **changed):
+    """A run as the stage `train` makes it, with the metrics of the stage `evaluate`."""
+    adapter = params.adapter.model_dump(exclude={"scale_novel"}) | changed
+    config = params.model_dump(include={"suite", "shots", "backbone", "train"}) | {"adapter": adapter}
+    config |= {"dataset": dataset, "seed": seed, "protocol": "base_to_novel", "bf16": False, "threads": 1}
+    training = tracking.start_training(config | {"inputs_sha256": str(hash(str(config)))})
+    if accuracy is not None:
+        training.run.store.log_metric(training.run.id, "heba_base", accuracy)
+        training.run.store.log_metric(training.run.id, "heba_novel", accuracy)
+    training.run.end(status)
+    time.sleep(0.002)  # runs are ordered by their start in milliseconds
+
+
+def test_the_table_is_read_from_mlflow(folder):
+    with pytest.raises(ValueError, match="no evaluated training of these settings"):
+        run("--table")
+    params = load_params()
+    for seed in (1, 2):
+        log(params, "dtd", seed, 40.0)
+        log(params, "dtd", seed, 60.0)
+        log(params, "dtd", seed, None)  # trained again to the same bytes: DVC does not evaluate it again
+        log(params, "dtd", seed, 90.0, status="FAILED")
+        log(params, "dtd", seed, 50.0 + seed, init="zero")
+    log(params, "eurosat", 1, 80.0)
+    log(params, "dtd", 1, 30.0, ratio=16)  # no row has it
+    log(params, "dtd", 7, 30.0, ratio=8)  # nor this seed
+    shown = run("--table", "--datasets", "dtd,eurosat", "--only", "init,ratio")
+    assert "not in MLflow: Ratio: 1; Ratio: 2; Ratio: 8" in shown.output
+    lines = ablation.read(ablation.FILE, "embedded")
+    assert list(lines.itertuples(index=False, name=None)) == [
+        ("Baseline", "embedded", "dtd", 1, 16, 60.0, 60.0),
+        ("Baseline", "embedded", "dtd", 2, 16, 60.0, 60.0),
+        ("Baseline", "embedded", "eurosat", 1, 16, 80.0, 80.0),
+        ("Initialisation: zero", "embedded", "dtd", 1, 16, 51.0, 51.0),
+        ("Initialisation: zero", "embedded", "dtd", 2, 16, 52.0, 52.0),
+    ]
+    assert ablation.read(ablation.FILE, "real").empty
+    before = ablation.FILE.read_bytes()
+    assert run("--table", "--datasets", "dtd,eurosat", "--only", "init").exit_code == 0
+    assert ablation.FILE.read_bytes() == before
+
+
+def test_an_evaluation_goes_to_the_run_with_its_params(folder):
+    """Two trainings with the same adapter: with few classes, the number of negatives changes nothing."""
+    configs = [{"dataset": "dtd", "shots": 16, "seed": 1, "protocol": "base_to_novel", "n": n} for n in (0, 5)]
+    configs = [config | {"inputs_sha256": f"of {config['n']}"} for config in configs]
+    for config in configs:
+        out = folder / str(config["n"])
+        out.mkdir()
+        (out / "adapter.safetensors").write_bytes(b"the same")
+        (out / "config.json").write_text(json.dumps(config | {"class_names": []}))
+        tracking.start_training(config).finish(out)
+    store = client()
+    runs = [tracking.find_or_create_run(store, folder / str(n)) for n in (0, 5)]
+    assert [store.get_run(run).data.params["n"] for run in runs] == ["0", "5"]
+    assert len(store.search_runs([store.get_experiment_by_name("base_to_novel").experiment_id])) == 2
+
+
+def lines(*rows):
+    return pd.DataFrame(
+        [(s, "embedded", d, seed, 16, b, n) for s, d, seed, b, n in rows], columns=ablation.COLUMNS
+    )
+
+
+TABLE = lines(
+    ("Baseline", "dtd", 1, 60.0, 50.0),
+    ("Baseline", "dtd", 2, 70.0, 50.0),
+    ("Baseline", "eurosat", 1, 90.0, 70.0),
+    ("Ratio: 8", "dtd", 1, 62.0, 40.0),
+    ("Ratio: 8", "eurosat", 1, 90.0, 80.0),
+    ("Ratio: 1", "ucf101", 1, 10.0, 10.0),
+)
+
+
+def test_the_table_by_hand():
+    table = ablation.ablation_table(TABLE)
+    assert list(table.index) == ["Baseline", "Ratio: 8", "Ratio: 1"]
+    baseline, eight = table.loc["Baseline"], table.loc["Ratio: 8"]
+    # A data set counts once, whatever the number of its seeds.
+    assert baseline["base"] == (65 + 90) / 2
+    assert baseline["h"] == pytest.approx(2 * 77.5 * 60 / (77.5 + 60))
+    # Only seed 1 is in both.
+    assert eight["difference_base"] == pytest.approx(1)
+    assert eight["difference_novel"] == pytest.approx(0)
+    assert (eight["datasets"], eight["trainings"]) == (2, 2)
+    assert table.loc["Ratio: 1"].filter(like="difference").isna().all()
+
+
+def test_the_report_has_the_table(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        render.render_report(RECORDS, tmp_path / name, False, TABLE)
+    for file in render.FILES:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    for file in ("README.md", "index.html", "ablation.md", "ablation.tex"):
+        text = (tmp_path / "a" / file).read_text()
+        assert "Ratio: 8" in text
+        assert "DTD, EuroSAT, UCF101; 16 shots" in text
+        assert "no paper result" in text
+    assert "Δ" not in (tmp_path / "a" / "ablation.tex").read_text()
+    render.render_report(RECORDS, tmp_path, False, TABLE.iloc[:0])
+    assert "no results" in (tmp_path / "ablation.md").read_text()
+
+
+def test_a_damaged_or_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"ablation\.csv: .*--table"):
+        ablation.read(tmp_path / "ablation.csv", "embedded")
+    for text in ("", "a,b\n1,2\n"):
+        (tmp_path / "ablation.csv").write_text(text)
+        with pytest.raises(ValueError, match=r"ablation\.csv: .*--table"):
+            ablation.read(tmp_path / "ablation.csv", "embedded")
+
+
+def test_the_dag_knows_the_files():
+    report = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["report"]
+    outs = [next(iter(out)) for kind in ("outs", "metrics", "plots") for out in report[kind]]
+    assert sorted(outs) == sorted(f"reports/{file}" for file in render.FILES)
+    assert str(ablation.FILE) in report["deps"]
+
+
+@pytest.mark.slow
+def test_two_experiments_side_by_side_fill_the_table(tmp_path):
+    for name in ("heba", "pipeline"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", "ablation.csv", ".gitignore", ".dvcignore"):
+        shutil.copy(ROOT / name, tmp_path)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params |= {"datasets": ["imagenet", "dtd"], "seeds": [1], "shots": 2}
+    params["train"] |= {"epochs": 1, "batch_size": 4}
+    params["transfer"] |= {"targets": ["dtd"]}
+    params["few_shot"] |= {"datasets": ["dtd"]}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    options = ("ablate", "--datasets", "dtd", "--only", "init")
+    for command in (
+        ["git", "init", "-q"],
+        ["git", "config", "user.email", "test@example.org"],
+        ["git", "config", "user.name", "test"],
+        ["dvc", "init", "-q"],
+        ["git", "add", "-A"],
+        ["git", "commit", "-qm", "start"],
+        [sys.executable, "-m", "pipeline", *options, "--run"],
+    ):
+        done = pipeline(tmp_path, *command)
+        assert done.returncode == 0, done.stdout + done.stderr
+    status = ""
+    for _ in range(300):
+        status = pipeline(tmp_path, "dvc", "queue", "status").stdout
+        if "Queued" not in status and "Running" not in status:
+            break
+        time.sleep(2)
+    assert status.count("Success") == 2, status
+    assert "ablate-baseline" in stage(tmp_path, *options).stderr
+    done = stage(tmp_path, *options, "--table")
+    assert done.returncode == 0, done.stderr
+    assert "not in MLflow" not in done.stdout
+    found = ablation.read(tmp_path / ablation.FILE, "embedded")
+    assert list(found["setting"]) == ["Baseline", "Initialisation: zero"]
