@@ -1,4 +1,5 @@
-"""`python -m pipeline cost`: an estimate of the compute and disk that params.yaml needs on the real benchmarks.
+"""`python -m pipeline cost`: an estimate of the compute and disk that params.yaml needs on the real benchmarks;
+own data is not counted.
 
 The operations of one image and of one prompt, forward and in training, are counted by torch while our own model
 runs on one of each. Everything else is products of counts in params.yaml and the catalogue:
@@ -9,17 +10,22 @@ runs on one of each. Everything else is products of counts in params.yaml and th
                 and once more per data set for zero-shot CLIP
 """
 
-import logging
 from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from heba.adapters import Variant
+from heba.architecture import read_config
+from heba.backbone import build
 from heba.data.catalog import Benchmark, load_catalog
+from heba.images import preprocess_of
 from heba.model import AdaptedCLIP
 from heba.splits import base_labels
+from heba.towers import eos_id, pool_type, text_tower
 from pipeline.params import Adapter, Params, ParamsError, Train
+from pipeline.paths import main_root
 
 PROMPTS_PER_CLASS = 20
 
@@ -35,17 +41,17 @@ class Flops(NamedTuple):
 
 def count_flops(model: AdaptedCLIP, text_length: int) -> Flops:
     """Run `model` on one image and one prompt of `text_length` tokens and count."""
-    text = getattr(model.clip, "text", model.clip)
-    size = model.clip.visual.image_size
-    height, width = size if isinstance(size, tuple) else (size, size)
+    text = text_tower(model.clip)
+    size = preprocess_of(model.clip).size
     tokens = torch.zeros(1, text.context_length, dtype=torch.long)
-    tokens[0, text_length - 1] = text.token_embedding.num_embeddings - 1
-    image = torch.zeros(1, 3, height, width)
+    last = text.token_embedding.num_embeddings - 1
+    tokens[0, text_length - 1] = eos_id(text) if pool_type(text) == "eos" else last
+    image = torch.zeros(1, 3, size, size)
 
     def count(encode: Any, value: torch.Tensor, train: bool) -> int:
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
             features = encode(value, model.scale)
-            if train:
+            if train and features.requires_grad:  # not where adapter.towers leaves this tower plain
                 features.sum().backward()
         return int(counter.get_total_flops())
 
@@ -68,14 +74,12 @@ def prompts_per_step(n_classes: int, train: Train) -> int:
 
 def table(params: Params, tflops: float, overhead_ms: float, text_length: int) -> pd.DataFrame:
     """A row per protocol: trainings, hours of training and of test passes, GB of adapters."""
-    import open_clip
-
     if params.suite != "real" or params.backbone.name == "tiny":
         raise ParamsError("suite: cost is for the real benchmarks; try it after `python -m pipeline preset paper`")
     catalog = load_catalog()
-    name = params.backbone.name
-    logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of random weights; counting needs no others
+    clip = build(read_config(params.backbone.name, main_root()))
     rows: dict[str, dict[str, float]] = {}
+    counted: dict[str, tuple[Flops, int]] = {}  # by adapter: operations, and the adapters' parameters
 
     def add(
         protocol: str,
@@ -85,9 +89,13 @@ def table(params: Params, tflops: float, overhead_ms: float, text_length: int) -
         tests: list[Benchmark],
     ) -> None:
         """`trainings`: (classes, shots) of each; `tests`: the data set of each test pass."""
-        clip = open_clip.create_model(name, load_weights=False, pretrained=None)
-        model = AdaptedCLIP(clip, adapter.start, adapter.end, adapter.scale, adapter.ratio)
-        flops = count_flops(model, text_length)
+        key = adapter.model_dump_json()
+        if key not in counted:
+            variant = Variant.of(adapter.model_dump())
+            model = AdaptedCLIP(clip, adapter.start, adapter.end, adapter.scale, adapter.ratio, variant=variant)
+            counted[key] = count_flops(model, text_length), sum(p.numel() for p in model.adapters.parameters())
+            model.detach()
+        flops, parameters = counted[key]
         per_second = tflops * 1e12
         seconds = sum(
             training_steps(classes * shots, train)
@@ -99,7 +107,6 @@ def table(params: Params, tflops: float, overhead_ms: float, text_length: int) -
             for classes, shots in trainings
         )
         tested = sum(b.counts.test * flops.image + PROMPTS_PER_CLASS * b.classes * flops.text for b in tests)
-        parameters = sum(p.numel() for p in model.adapters.parameters())
         size = 2 if params.adapter_dtype == "fp16" else 4
         rows[protocol] = {
             "Trainings": len(trainings),
@@ -110,7 +117,7 @@ def table(params: Params, tflops: float, overhead_ms: float, text_length: int) -
         }
 
     sets = [catalog[name] for name in params.datasets]
-    few = [catalog[name] for name in params.few_shot.datasets]
+    few = [catalog[name] for name in params.few_shot.datasets if name in catalog]
     if params.seeds:
         add(
             "base_to_novel",
@@ -136,13 +143,23 @@ def table(params: Params, tflops: float, overhead_ms: float, text_length: int) -
     return frame.astype({"Trainings": int, "Steps": int})
 
 
+def adapter_parameters(backbone: str, adapter: Adapter) -> int:
+    """Parameters of one training's adapters; the model is made without its weights."""
+    with torch.device("meta"):
+        clip = build(read_config(backbone, main_root()))
+        variant = Variant.of(adapter.model_dump())
+        model = AdaptedCLIP(clip, adapter.start, adapter.end, adapter.scale, adapter.ratio, variant=variant)
+    return sum(p.numel() for p in model.adapters.parameters())
+
+
 def disk(params: Params) -> dict[str, float]:
     """GB of what is fetched (unpacked it is about the same again) and of the packed test images."""
     catalog = load_catalog()
     names = dict.fromkeys([*params.datasets, *params.transfer.variants])
+    size = read_config(params.backbone.name, main_root())["vision_cfg"].get("image_size", 224)
     return {
         "archives": sum(file.size for n in names for file in catalog[n].sources[0]) / 1e9,
-        "packed test images": sum(catalog[n].counts.test for n in names) * 3 * 224 * 224 / 1e9,
+        "packed test images": sum(catalog[n].counts.test for n in names) * 3 * size**2 / 1e9,
     }
 
 

@@ -1,7 +1,8 @@
-"""`python -m pipeline repro --jobs N`: `dvc repro` with the DAG's independent stages side by side.
+"""`python -m pipeline repro`: `dvc repro` with the DAG's independent stages side by side.
 
-DVC runs one stage at a time. Here N `dvc repro --single-item` run next to each other, each over some stages whose
-dependencies are done; `--wait-for-lock` keeps dvc.lock whole. A plain `dvc repro` at the end finds nothing to do.
+DVC runs one stage at a time. Here several `dvc repro --single-item` run next to each other, each over some stages
+whose dependencies are done; `--wait-for-lock` keeps dvc.lock whole. A plain `dvc repro` at the end finds nothing
+to do. Where the processes run is the engine's business: this machine, or a cluster (ray_executor.py).
 """
 
 import os
@@ -10,46 +11,152 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
-from pipeline.params import Params
+import yaml
+from filelock import FileLock, Timeout
+
+from pipeline import machine
+from pipeline.params import Params, ParamsError
+from pipeline.paths import new_file
+from pipeline.processes import DVC, Child, Job, stop
+from pipeline.progress import Progress
 from pipeline.warm import stage_server
 
 MOST_JOBS = 4  # by default: a process takes about 1 GB
 LONGEST_BATCH = 16
-DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
+SAID = re.compile(r"(?:Running stage|Stage) '([^']+)'(:| is cached| didn't change)")
+FATE = {" is cached": "from the cache", " didn't change": "unchanged"}
+NODE = "runs on node "  # before its address, in the log of a task on a cluster
 
 
 class StageError(ValueError):
     """Stages that failed."""
 
 
-def default_jobs(params: Params) -> int:
-    """As many processes as there are CPUs for their threads; one where a stage takes all CPUs or a GPU."""
-    return max(1, min(MOST_JOBS, (os.cpu_count() or 1) // params.threads)) if params.threads else 1
+class Plan(NamedTuple):
+    """`needs`: the stages to run, each with those of them that it depends on itself; `order`: all stages, in the
+    order of `dvc repro`; `gpu`: the stages that read the param `device`."""
+
+    needs: dict[str, set[str]]
+    order: list[str]
+    gpu: set[str]
 
 
-def to_run(root: Path) -> dict[str, set[str]]:
-    """The stages that changed and all that depend on them, each with those of them that it depends on itself."""
+class Slot(NamedTuple):
+    """A place for one job at a time: its name for people, and what it adds to the environment."""
+
+    where: str
+    env: dict[str, str]
+
+
+Start = Callable[[list[str], bool, Slot, Path], Job]  # stages, do they use a GPU, slot, log file
+Engine = Callable[[Plan], AbstractContextManager[Start]]
+
+
+def local_slots(params: Params, jobs: int | None, gpus: list[str]) -> list[Slot]:
+    """One slot per job. Jobs go round the `gpus`, one each by default. Where params.yaml leaves the threads open,
+    the CPUs are divided among the jobs, unless OMP_NUM_THREADS is set already.
+
+    ParamsError when a GPU is not there, or not ours by CUDA_VISIBLE_DEVICES: torch would run on the CPU.
+    """
+    if gpus:
+        _check_gpus(params, gpus)
+        jobs = jobs or len(gpus)
+        if jobs < len(gpus):
+            raise ParamsError(f"--jobs {jobs}: fewer than the {len(gpus)} of --gpus, of which some would idle")
+    if jobs is None:
+        jobs = max(1, min(MOST_JOBS, machine.cpus() // params.threads)) if params.threads else 1
+    env = {}
+    if params.threads is None and jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
+        env["OMP_NUM_THREADS"] = str(max(1, machine.cpus() // jobs))
+    if not gpus:
+        return [Slot("", env)] * jobs
+    return [Slot(f"GPU {gpu}", env | {"CUDA_VISIBLE_DEVICES": gpu}) for gpu in (gpus * jobs)[:jobs]]
+
+
+def _check_gpus(params: Params, gpus: list[str]) -> None:
+    if params.device == "cpu":
+        raise ParamsError("--gpus: device is cpu in params.yaml; set it to auto or cuda")
+    there = machine.gpus()
+    ours = os.environ.get("CUDA_VISIBLE_DEVICES")
+    known = {name for gpu in there for name in (gpu.number, gpu.uuid)} if ours is None else set(ours.split(","))
+    for gpu in gpus:
+        if not there or gpu not in known:
+            listed = ", ".join(gpu.number for gpu in there) if ours is None else f"{ours} by CUDA_VISIBLE_DEVICES"
+            raise ParamsError(f"--gpus {gpu}: there is no such GPU here; there are {listed if there else 'none'}")
+        if gpus.count(gpu) > 1:
+            raise ParamsError(f"--gpus {gpu}: named twice; for more jobs per GPU, set --jobs")
+
+
+@contextmanager
+def start_local(root: Path, plan: Plan) -> Iterator[Start]:
+    """Jobs as processes on this machine. Stages that read the param `device` import torch: where one is to run,
+    all are forks of a process that has it."""
+    with ExitStack() as stack:
+        environment: dict[str, str] = {}
+        if not plan.gpu.isdisjoint(plan.needs):
+            environment = stack.enter_context(stage_server(root))
+        yield lambda stages, gpu, slot, log: Child(root, stages, log, slot.env | environment)
+
+
+def make_plan(root: Path) -> Plan:
+    """What changed and all that depends on it. StageError when DVC can not read the repository."""
+    from dvc.exceptions import DvcException
+
+    try:
+        return _make_plan(root)
+    except DvcException as error:
+        remedy = (
+            "`git checkout dvc.lock` brings the last one back" if "dvc.lock" in str(error) else "see `dvc status`"
+        )
+        raise StageError(f"DVC: {error}; {remedy}") from None
+
+
+def _make_plan(root: Path) -> Plan:
     import networkx as nx
+    from dvc.dependency import ParamsDependency
     from dvc.repo import Repo
+    from dvc.repo.reproduce import plan_repro
 
     with Repo(str(root)) as repo:
+        order = [stage.addressing for stage in plan_repro(repo.index.graph)]
+        gpu = {
+            stage.addressing
+            for stage in repo.index.stages
+            for dep in stage.deps
+            if isinstance(dep, ParamsDependency) and "device" in dep.params
+        }
         graph = nx.relabel_nodes(repo.index.graph, lambda stage: stage.addressing)  # edges to dependencies
         changed = set(repo.status()) & set(graph)
         stages = changed.union(*(nx.ancestors(graph, stage) for stage in changed))
-        return {stage: set(graph.successors(stage)) & stages for stage in stages}
+        return Plan({stage: set(graph.successors(stage)) & stages for stage in stages}, order, gpu)
 
 
-def next_batch(needs: dict[str, set[str]], waiting: set[str], done: set[str], jobs: int) -> list[str]:
+def waves(plan: Plan) -> list[list[str]]:
+    """The stages to run in waves: those of a wave need only what is in the waves before."""
+    left, done, found = dict(plan.needs), set[str](), []
+    while left:
+        wave = [stage for stage in plan.order if stage in left and left[stage] <= done]
+        found.append(wave)
+        done.update(wave)
+        for stage in wave:
+            del left[stage]
+    return found
+
+
+def next_batch(
+    needs: dict[str, set[str]], waiting: set[str], done: set[str], jobs: int, longest: int
+) -> list[str]:
     """Take from `waiting` some stages that can run one after the other: DVC takes seconds to start.
 
     Each follows on those before it where it can, so that a data set's stages go to one process. Fewer at a time
     towards the end, so that all processes end together.
     """
-    size = max(1, min(LONGEST_BATCH, len(waiting) // (2 * jobs)))
+    size = max(1, min(longest, len(waiting) // (2 * jobs)))
     batch: list[str] = []
     while len(batch) < size:
         ready = [stage for stage in sorted(waiting) if needs[stage] <= done.union(batch)]
@@ -61,79 +168,146 @@ def next_batch(needs: dict[str, set[str]], waiting: set[str], done: set[str], jo
     return batch
 
 
-def run(root: Path, jobs: int) -> None:
-    """Run what is to be run; raises StageError with the stages that failed and those that were not reached."""
-    with stage_server(root) as environment:
-        _run(root, jobs, os.environ | environment)
+class Batch:
+    """Stages that one job runs one after the other, and how far it is, by what DVC prints."""
+
+    def __init__(self, stages: list[str], job: Job, log: Path, slot: Slot) -> None:
+        self.stages, self.job, self.log, self.slot = stages, job, log, slot
+        self.where, self.stage, self.rest = slot.where, "", ""
+        self.output = log.open(encoding="utf-8", errors="replace")
+
+    def follow(self, progress: Progress) -> None:
+        """Tell `progress` what was printed since the last time."""
+        *lines, self.rest = (self.rest + self.output.read()).split("\n")
+        for line in lines:
+            if line.startswith(NODE):
+                self.where = line.removeprefix(NODE)
+            elif (said := SAID.match(line)) and said[1] in self.stages:
+                if self.stage and self.stage != said[1]:
+                    progress.ends(self.stage, "done")
+                self.stage = said[1] if said[2] == ":" else ""
+                if self.stage:
+                    progress.starts(self.stage, self.where)
+                else:
+                    progress.ends(said[1], FATE[said[2]])
+
+    def ended(self, code: int, progress: Progress) -> str:
+        """Close the books on a job that ended with `code`; returns the stage that failed, if one did."""
+        self.follow(progress)
+        self.output.close()
+        bad = ""
+        if code:
+            text = self.log.read_text(encoding="utf-8", errors="replace")
+            named = [stage for stage in re.findall(r"failed to reproduce '([^']+)'", text) if stage in self.stages]
+            left = [stage for stage in self.stages if progress.state[stage] in ("waits", "runs")]
+            bad = named[-1] if named else self.stage or left[0]
+        if self.stage:
+            progress.ends(self.stage, "failed" if self.stage == bad else "done")
+        elif bad:
+            progress.ends(bad, "failed")
+        if code:
+            print(text, file=sys.stderr)
+            return bad
+        for stage in self.stages:
+            if progress.state[stage] == "waits":  # the log of another machine may come late
+                progress.ends(stage, "done")
+        return ""
 
 
-def _run(root: Path, jobs: int, environment: Mapping[str, str]) -> None:
-    needs = to_run(root)
-    waiting = set(needs)
-    total, began, ran = len(needs), time.monotonic(), 0
-    done: set[str] = set()
-    failed: set[str] = set()
-    processes: set[subprocess.Popen] = set()
+def run(root: Path, slots: list[Slot], engine: Engine, longest: int = LONGEST_BATCH) -> None:
+    """Run what is to be run, at most `longest` stages in a job.
 
-    def ended(stage: str, since: float, how: str = "took") -> None:
-        nonlocal ran
-        if stage:
-            ran += 1
-            say(f"{stage} {how} {time.monotonic() - since:.1f} s")
-
-    def work(batch: list[str]) -> tuple[list[str], str]:
-        """Reproduce `batch` in one process of DVC; returns it with the stage that failed, where it stopped."""
-        command = [*DVC, "repro", "--single-item", *batch]
-        process = subprocess.Popen(
-            command,
-            cwd=root,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
-        processes.add(process)
-        output, running, since = [], "", 0.0
-        assert process.stdout is not None
-        for line in process.stdout:
-            output.append(line)
-            if found := re.match(r"Running stage '(.+)':", line):
-                ended(running, since)
-                running, since = found[1], time.monotonic()
-        code = process.wait()
-        ended(running, since, "failed after" if code else "took")
-        processes.discard(process)
-        if code == 0:
-            return batch, ""
-        print("".join(output), file=sys.stderr)
-        found = re.search(r"failed to reproduce '([^']+)'", "".join(output))
-        return batch, found[1] if found and found[1] in batch else batch[0]
-
-    def say(text: str) -> None:
-        print(f"[{time.monotonic() - began:4.0f} s, {ran} of {total}] {text}", flush=True)
-
-    with ThreadPoolExecutor(jobs) as pool:
-        running: set[Future] = set()
+    Raises:
+        StageError: with the stages that failed and those that were not reached, or what DVC can not read.
+        KeyboardInterrupt: at ctrl-C or SIGTERM, when all that was started has ended.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with _alone(root):
+        plan = make_plan(root)
+        locked = _locked_stages(root)
         try:
-            while waiting or running:
-                while len(running) < jobs and (batch := next_batch(needs, waiting, done, jobs)):
-                    running.add(pool.submit(work, batch))
+            with engine(plan) as start:
+                failed, left = _run(root, plan, slots, start, longest)
+        finally:
+            _order_lock(root, locked, plan.order)
+        if failed:
+            rest = f"; not reached: {', '.join(sorted(left))}" if left else ""
+            raise StageError(f"failed: {', '.join(sorted(failed))}{rest}. The output of each stands above.")
+        last = subprocess.run([*DVC, "repro"], cwd=root, capture_output=True, text=True, check=False)
+        if last.returncode:
+            raise StageError(f"the `dvc repro` that follows failed:\n{last.stdout}{last.stderr}")
+        print("dvc repro is up to date")
+
+
+def _run(root: Path, plan: Plan, slots: list[Slot], start: Start, longest: int) -> tuple[set[str], set[str]]:
+    """Run the plan; returns the stages that failed and those that were not reached."""
+    logs = root / ".heba" / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    waiting, done, failed = set(plan.needs), set[str](), set[str]()
+    free, running = list(slots), list[Batch]()
+    with Progress([stage for stage in plan.order if stage in plan.needs]) as progress:
+        try:
+            while True:
+                while free and (stages := next_batch(plan.needs, waiting, done, len(slots), longest)):
+                    log, slot = logs / f"{stages[0]}.log", free.pop(0)
+                    log.write_bytes(b"")
+                    running.append(
+                        Batch(stages, start(stages, not plan.gpu.isdisjoint(stages), slot, log), log, slot)
+                    )
                 if not running:
-                    break  # what is left depends on a stage that failed
-                finished, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    batch, bad = future.result()
-                    whole = batch.index(bad) if bad else len(batch)
-                    done |= set(batch[:whole])
-                    failed |= set(batch[whole : whole + 1])
-                    waiting |= set(batch[whole + 1 :])
-        except BaseException:
-            for process in list(processes):
-                process.send_signal(signal.SIGINT)
-            raise
-    if failed:
-        left = f"; not reached: {', '.join(sorted(waiting))}" if waiting else ""
-        raise StageError(f"failed: {', '.join(sorted(failed))}{left}. The output of each stands above.")
-    subprocess.run([*DVC, "repro"], cwd=root, check=True, stdout=subprocess.DEVNULL)
-    say("dvc repro is up to date")
+                    break  # what waits depends on a stage that failed
+                time.sleep(0.1)
+                for batch in list(running):
+                    code = batch.job.poll()
+                    if code is None:
+                        batch.follow(progress)
+                        continue
+                    running.remove(batch)
+                    free.append(batch.slot)
+                    bad = batch.ended(code, progress)
+                    whole = batch.stages.index(bad) if bad else len(batch.stages)
+                    done |= set(batch.stages[:whole])
+                    failed |= set(batch.stages[whole : whole + 1])
+                    waiting |= set(batch.stages[whole + 1 :])
+        finally:
+            stop([batch.job for batch in running])
+            for batch in running:
+                batch.output.close()
+                if batch.stage:
+                    progress.ends(batch.stage, "interrupted")
+        for stage in sorted(waiting):
+            progress.ends(stage, "not reached")
+    return failed, waiting
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Refuse a second run in the same repository: two would run the same stages."""
+    path = root / ".heba" / "repro.lock"
+    path.parent.mkdir(exist_ok=True)
+    try:
+        with FileLock(path, timeout=0):
+            yield
+    except Timeout:
+        raise StageError("another `python -m pipeline repro` runs in this repository; wait for its end") from None
+
+
+def _locked_stages(root: Path) -> list[str]:
+    path = root / "dvc.lock"
+    return list(yaml.safe_load(path.read_text(encoding="utf-8")).get("stages", {})) if path.is_file() else []
+
+
+def _order_lock(root: Path, before: list[str], order: list[str]) -> None:
+    """Bring what is new in dvc.lock into the order in which `dvc repro` would have written it."""
+    from dvc.utils.serialize import dumps_yaml, parse_yaml_for_update
+
+    new = [stage for stage in _locked_stages(root) if stage not in before]
+    right = [stage for stage in order if stage in new]
+    if new == right:
+        return
+    path = root / "dvc.lock"
+    data = parse_yaml_for_update(path.read_text(encoding="utf-8"), str(path))
+    for stage in right:
+        data["stages"].move_to_end(stage)
+    with new_file(path) as file:
+        file.write_text(dumps_yaml(data), encoding="utf-8")

@@ -26,6 +26,7 @@ LIBRARIES = (
     "torch._dynamo",  # which torch's optimisers import
     "open_clip",
     "safetensors.torch",
+    "mlflow.pyfunc",
     "mlflow.tracking",
     "mlflow.store.tracking.sqlalchemy_store",
     "pandas",
@@ -52,8 +53,7 @@ def stage_server(root: Path) -> Iterator[dict[str, str]]:
         try:
             yield {SERVER: address}
         finally:
-            assert process.stdin is not None
-            process.stdin.close()
+            process.terminate()  # it may still be importing
             process.wait()
 
 

@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from heba.embedded.model import load_tiny_clip
+from heba.model import AdaptedCLIP
 from pipeline.cli import app
-from pipeline.params import ParamsError
+from pipeline.cost import adapter_parameters
+from pipeline.params import ParamsError, load_params
 
 PAPER = Path(__file__).parents[2] / "pipeline" / "presets" / "paper.yaml"
 
@@ -24,6 +27,14 @@ def test_the_paper_preset(tmp_path, monkeypatch):
     assert gigabytes == pytest.approx(33 * 87_158_016 * 2 / 1e9, abs=0.05)
     assert float(rows["total"][0]) == sum(
         float(v[0]) for k, v in rows.items() if k not in ("Protocol", "total") and ":" not in k
+    )
+
+
+def test_the_size_of_the_adapters_needs_no_model():
+    adapter = load_params(PAPER).adapter
+    assert adapter_parameters("ViT-B-16-quickgelu", adapter) == 87_158_016
+    assert adapter_parameters("tiny", adapter.model_copy(update={"end": 4})) == sum(
+        p.numel() for p in AdaptedCLIP(load_tiny_clip()[0], 1, 4, 0.1).adapters.parameters()
     )
 
 

@@ -1,0 +1,119 @@
+"""One process of DVC that reproduces some stages, with all that it starts: how it begins, and how it ends."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from pipeline.paths import new_file
+
+DVC = [sys.executable, "-m", "pipeline.safe_dvc", "--wait-for-lock"]
+GRACE = 15.0  # seconds from an interrupt to a kill: a training closes its MLflow run in between
+
+
+class Child:
+    """`dvc repro --single-item STAGES`, in a process group of its own, its output appended to `log`.
+
+    The group does not outlive us, however we end: a shell waits on a pipe that only we hold, and kills the group
+    when the pipe closes. Without it, a worker of Ray or a driver that gets SIGKILL would leave stages behind, and
+    they would write where their retry writes.
+    """
+
+    def __init__(self, root: Path, stages: list[str], log: Path, env: dict[str, str]) -> None:
+        self.root, self.stages = root, stages
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [*DVC, "repro", "--single-item", *stages],
+                cwd=root,
+                env=os.environ | env | {"PYTHONUNBUFFERED": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.guard = subprocess.Popen(
+            ["sh", "-c", 'cat > /dev/null; kill -s KILL -- "-$1"', "sh", str(self.process.pid)],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs."""
+        code = self.process.poll()
+        if code is not None and self.guard.returncode is None:
+            self._signal(signal.SIGKILL)  # what DVC may have left running
+            self.guard.kill()
+            self.guard.communicate()
+            if code:
+                release(self.root, self.stages)
+        return code
+
+    def interrupt(self) -> None:
+        """What ctrl-C does: the stage and DVC close their files and locks."""
+        if self.poll() is None:
+            self._signal(signal.SIGINT)
+
+    def kill(self) -> None:
+        """End the whole group at once."""
+        if self.poll() is None:
+            self._signal(signal.SIGKILL)
+            self.process.wait()
+            self.poll()
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):  # the group is gone
+            os.killpg(self.process.pid, number)
+
+
+class Job(Protocol):
+    """Stages that run somewhere: a Child, or a task of an engine."""
+
+    def poll(self) -> int | None: ...
+    def interrupt(self) -> None: ...
+    def kill(self) -> None: ...
+
+
+def stop(jobs: Sequence[Job]) -> None:
+    """Interrupt all, and kill what has not ended within GRACE seconds, or at once at a second ctrl-C."""
+    try:
+        for job in jobs:
+            job.interrupt()
+        until = time.monotonic() + GRACE
+        while [job for job in jobs if job.poll() is None] and time.monotonic() < until:
+            time.sleep(0.1)
+    finally:
+        for job in jobs:
+            job.kill()
+
+
+def release(root: Path, stages: list[str]) -> None:
+    """Take out of DVC's rwlock what a process of these very stages left there when it was killed.
+
+    DVC does so itself where the process ran on the same machine: it looks whether the process lives. On another
+    machine it would look at an unrelated process of the same number.
+    """
+    from dvc.config import Config
+    from dvc.lock import make_lock
+    from dvc.rwlock import RWLOCK_FILE, RWLOCK_LOCK
+
+    path = root / ".dvc" / "tmp" / RWLOCK_FILE
+    ending = " ".join(["repro", "--single-item", *stages])
+    if not path.is_file() or ending not in path.read_text(encoding="utf-8"):
+        return
+    hardlink = Config(str(root / ".dvc"))["core"].get("hardlink_lock", False)
+    with make_lock(str(path.with_name(RWLOCK_LOCK)), tmp_dir=str(path.parent), hardlink_lock=hardlink, wait=True):
+        lock = json.loads(path.read_text(encoding="utf-8"))
+        lock["write"] = {p: by for p, by in lock.get("write", {}).items() if not by["cmd"].endswith(ending)}
+        read = {
+            p: [by for by in all_ if not by["cmd"].endswith(ending)] for p, all_ in lock.get("read", {}).items()
+        }
+        lock["read"] = {p: left for p, left in read.items() if left}
+        with new_file(path) as file:
+            file.write_text(json.dumps(lock), encoding="utf-8")

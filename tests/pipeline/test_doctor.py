@@ -1,0 +1,126 @@
+"""`python -m pipeline doctor`, with each thing really broken."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tests.pipeline import small
+
+
+@pytest.fixture(scope="module")
+def repo(tmp_path_factory):
+    """A repository with one data set of the embedded suite, all committed."""
+    folder = small.make(tmp_path_factory.mktemp("doctor") / "repo")
+    raw = yaml.safe_load((folder / "params.yaml").read_text())
+    raw |= {"datasets": ["dtd"], "few_shot": {"datasets": [], "seeds": [], "shots": []}}
+    raw["transfer"] |= {"source": "dtd", "targets": [], "variants": [], "seeds": []}
+    (folder / "params.yaml").write_text(yaml.safe_dump(raw))
+    (folder / ".gitignore").write_text("/data/\n/out/\n")
+    user = ["-c", "user.email=test@example.org", "-c", "user.name=test"]
+    for command in (
+        [sys.executable, "-m", "pipeline", "download", "--dataset", "dtd"],
+        ["git", "add", "-A"],
+        ["git", *user, "commit", "-qm", "start"],
+    ):
+        subprocess.run(command, cwd=folder, env=small.environment(), check=True)
+    return folder
+
+
+def doctor(folder, **env):
+    """The rows by name, each its line, and the exit code."""
+    command = [sys.executable, "-m", "pipeline", "doctor"]
+    done = subprocess.run(
+        command, cwd=folder, env=small.environment(**env), capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in done.stderr
+    return {line[6:].split(":")[0]: line for line in done.stdout.splitlines()}, done.returncode
+
+
+def test_a_sound_repository_has_no_failed_row(repo):
+    rows, code = doctor(repo)
+    assert code == 0, rows
+    assert list(rows) == ["packages", "params.yaml", "GPU", "disk", "data", "MLflow", "git", "DVC"]
+    assert not [row for row in rows.values() if row.startswith("fail")]
+    assert "torch" in rows["packages"]
+    assert rows["data"] == "ok    data: 1 data sets present and whole"
+    assert "nothing changed" in rows["git"]
+
+
+def test_broken_things_have_a_row_and_a_remedy(repo, tmp_path):
+    broken = tmp_path / "repo"
+    shutil.copytree(repo, broken)
+    image = next((broken / "data" / "embedded" / "dtd" / "images").rglob("*.png"))
+    image.unlink()
+    (broken / "work.py").write_text("# changed\n")
+    (broken / "dvc.lock").write_text("half: [\n")
+    rows, code = doctor(broken, MLFLOW_TRACKING_URI="http://someone:secret@127.0.0.1:9")
+    assert code == 1
+    assert rows["data"].startswith("fail")
+    assert "dtd/images has" in rows["data"]
+    assert rows["data"].endswith("->  dvc repro --force --single-item download@dtd")
+    assert rows["MLflow"].startswith("fail  MLflow: http://127.0.0.1:9: ")
+    assert "secret" not in rows["MLflow"]
+    assert "unset MLFLOW_TRACKING_URI" in rows["MLflow"]
+    assert rows["git"].startswith("warn")
+    assert "work.py" in rows["git"]
+    assert rows["DVC"].startswith("fail")
+    assert rows["DVC"].endswith("->  `git checkout dvc.lock`")
+
+    shutil.rmtree(broken / "data")
+    shutil.rmtree(broken / ".git")
+    shutil.rmtree(broken / ".dvc")
+    raw = yaml.safe_load((broken / "params.yaml").read_text()) | {"device": "cuda"}
+    (broken / "params.yaml").write_text(yaml.safe_dump(raw))
+    rows, code = doctor(broken, CUDA_VISIBLE_DEVICES="", GIT_CEILING_DIRECTORIES=str(tmp_path))
+    assert code == 1
+    assert "split.json is missing" in rows["data"]
+    assert rows["data"].endswith("->  dvc repro --force --single-item download@dtd")
+    assert rows["GPU"].endswith("->  set device: auto or cpu in params.yaml")
+    assert rows["git"].startswith("fail")
+    assert rows["DVC"].startswith("fail")
+
+
+def test_it_runs_without_params_and_without_a_package(repo, tmp_path):
+    bare = tmp_path / "repo"
+    bare.mkdir()
+    rows, code = doctor(bare)
+    assert code == 1
+    assert rows["params.yaml"].startswith("fail")
+    assert "pipeline preset demo" in rows["params.yaml"]
+    assert rows["packages"].startswith("ok")
+    for name in ("torch", "typer"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('no', name='{name}')\n")
+    path = f"{tmp_path}{os.pathsep}{small.ROOT}"
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", "doctor"],
+        cwd=repo,
+        env=small.environment(PYTHONPATH=path),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "error: the package typer is missing; pip install -c constraints.txt -e .\n"
+    (tmp_path / "typer.py").unlink()
+    rows, code = doctor(repo, PYTHONPATH=path)
+    assert code == 1
+    assert "the package torch is missing  ->  pip install" in rows["gpu"]
+
+
+def test_the_disk_that_the_paper_preset_needs(repo, tmp_path):
+    paper = tmp_path / "repo"
+    shutil.copytree(repo, paper)
+    raw = yaml.safe_load((small.ROOT / "pipeline" / "presets" / "paper.yaml").read_text())
+    (paper / "params.yaml").write_text(yaml.safe_dump(raw))
+    rows, _ = doctor(paper)
+    # Twice the 217 GB of the archives, packed images and adapters, as `python -m pipeline cost` has them.
+    needed = float(rows["disk"].split(" GB still needed")[0].split()[-1])
+    assert 480 < needed < 520
+    manifest = json.loads((paper / "out" / "download" / "dtd.json").read_text())
+    assert manifest["suite"] == "embedded"
+    assert "15 not fetched yet" in rows["data"]

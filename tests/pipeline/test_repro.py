@@ -1,0 +1,184 @@
+"""`python -m pipeline repro` and `waves`, in a small repository with the real DVC."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from pipeline import processes
+from tests.pipeline import small
+
+
+@pytest.fixture(scope="module")
+def sequential(tmp_path_factory):
+    return small.outs(small.reproduced(tmp_path_factory))
+
+
+def test_side_by_side_gives_the_bytes_of_dvc_repro(tmp_path, sequential):
+    repo = small.make(tmp_path / "repo")
+    waves = subprocess.run(
+        [sys.executable, "-m", "pipeline", "waves"],
+        cwd=repo,
+        env=small.environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert waves.stdout == "a\nb@1 b@2 b@3\nc@1 c@2 c@3\nd\n"
+    done = small.repro(repo, "--jobs", "3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert small.outs(repo) == sequential
+    assert len(small.starts(repo)) == 8
+    for stage in ("a", "b@1", "c@3", "d"):
+        assert f"{stage}: done, " in done.stdout
+    again = small.repro(repo, "--jobs", "3")
+    assert again.returncode == 0, again.stderr
+    assert len(small.starts(repo)) == 8
+    assert small.outs(repo) == sequential
+
+
+def test_gpus_and_threads_are_divided_among_the_jobs(tmp_path, sequential):
+    repo = small.make(tmp_path / "repo", threads=None)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    smi = tools / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho '0, GPU-aa, Test'\necho '1, GPU-bb, Test'\n")
+    smi.chmod(0o755)
+    path = f"{tools}{os.pathsep}{small.environment()['PATH']}"
+    for args, message in (
+        (["--gpus", "0,2"], "--gpus 2: there is no such GPU here; there are 0, 1"),
+        (["--gpus", "0,0"], "--gpus 0: named twice"),
+        (["--gpus", "0,1", "--jobs", "1"], "--jobs 1: fewer than the 2 of --gpus"),
+    ):
+        refused = small.repro(repo, *args, PATH=path)
+        assert refused.returncode == 1
+        assert message in refused.stderr
+    other = small.repro(repo, "--gpus", "0", PATH=path, CUDA_VISIBLE_DEVICES="1")
+    assert "there are 1 by CUDA_VISIBLE_DEVICES" in other.stderr
+
+    done = small.repro(repo, "--gpus", "0,1", PATH=path)
+    assert done.returncode == 0, done.stderr
+    assert "on GPU 0" in done.stdout
+    assert "on GPU 1" in done.stdout
+    ran = small.starts(repo)
+    assert {gpu for _, _, gpu, *_ in ran} == {"0", "1"}
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert {n for _, _, _, n, *_ in ran} == {str(threads)}
+    assert small.outs(repo) == sequential  # these stages do not look at their threads
+
+
+def test_a_failed_stage_stops_what_needs_it_and_the_exit_code_says_so(tmp_path):
+    repo = small.make(tmp_path / "repo")
+    (repo / "fail-b2").touch()
+    done = small.repro(repo, "--jobs", "2")
+    assert done.returncode == 1
+    assert "error: failed: b@2; not reached: c@2, d." in done.stderr
+    assert "told to fail" in done.stderr
+    assert (repo / "c1.txt").exists()
+    assert (repo / "c3.txt").exists()
+    (repo / "fail-b2").unlink()
+    assert small.repro(repo, "--jobs", "2").returncode == 0
+    assert sorted(name for name, *_ in small.starts(repo)) == ["a", "b1", "b2", "b2", "b3", "c1", "c2", "c3", "d"]
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
+    ],
+)
+def test_no_process_and_no_lock_is_left_when_it_is_stopped(tmp_path, number):
+    repo = small.make(tmp_path / "repo")
+    for name in ("b1", "b2", "b3"):
+        (repo / f"hold-{name}").touch()
+    run = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "repro", "--jobs", "3"], cwd=repo, env=small.environment()
+    )
+    small.wait_for(lambda: sum(name.startswith("b") for name, *_ in small.starts(repo)) == 3)
+    second = small.repro(repo)
+    assert "another `python -m pipeline repro` runs in this repository" in second.stderr
+    run.send_signal(number)
+    code = run.wait(timeout=60)
+    assert code == (130 if number != signal.SIGKILL else -number)
+    small.wait_for(lambda: not small.processes_in(repo))
+    if number != signal.SIGKILL:
+        lock = json.loads((repo / ".dvc" / "tmp" / "rwlock").read_text())
+        assert not any(lock.values())
+    for path in repo.glob("hold-*"):
+        path.unlink()
+    again = small.repro(repo, "--jobs", "2")
+    assert again.returncode == 0, again.stdout + again.stderr
+
+
+def test_on_a_terminal_there_is_one_table(tmp_path):
+    repo = small.make(tmp_path / "repo")
+    ours, theirs = pty.openpty()
+    run = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "repro", "--jobs", "2"],
+        cwd=repo,
+        env=small.environment(TERM="xterm", COLUMNS="80", LINES="30"),
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        while part := os.read(ours, 10000):
+            shown += part
+    except OSError:  # Linux's word for the end of a terminal
+        pass
+    os.close(ours)
+    assert run.wait(timeout=60) == 0
+    text = shown.decode()
+    assert "runs" in text
+    assert "waits" in text
+    assert "8 of 8 stages" in text
+
+
+KILLED_IN_THE_MIDDLE = """
+import os, runpy, signal, sys
+from dvc.utils.serialize import _yaml
+
+def half(data, stream):
+    stream.write("schema: '2")
+    stream.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+_yaml._dump = half
+sys.argv = ["dvc", "repro", "--single-item", "b@1"]
+runpy.run_module("pipeline.safe_dvc", run_name="__main__")
+"""
+
+
+def test_what_a_killed_process_leaves_of_dvcs_files_stops_nobody(tmp_path):
+    repo = small.make(tmp_path / "repo")
+    subprocess.run(["dvc", "repro", "-q", "a"], cwd=repo, env=small.environment(), check=True)
+    before = (repo / "dvc.lock").read_bytes()
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_IN_THE_MIDDLE], cwd=repo, env=small.environment(), check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert (repo / "b1.txt").exists()
+    assert (repo / "dvc.lock").read_bytes() == before
+
+    # As from another machine, where the number of the dead process is one that lives here.
+    path = repo / ".dvc" / "tmp" / "rwlock"
+    lock = {
+        "write": {str(repo / "b1.txt"): {"pid": os.getpid(), "cmd": "dvc --wait-for-lock repro --single-item b@1"}}
+    }
+    path.write_text(json.dumps(lock))
+    other = json.loads(path.read_text())
+    processes.release(repo, ["b@2"])
+    assert json.loads(path.read_text()) == other
+    busy = subprocess.run(
+        ["dvc", "repro", "-s", "b@1"], cwd=repo, env=small.environment(), capture_output=True, text=True
+    )
+    assert "is busy" in busy.stderr
+    processes.release(repo, ["b@1"])
+    subprocess.run(["dvc", "repro", "-q", "-s", "b@1"], cwd=repo, env=small.environment(), check=True)
