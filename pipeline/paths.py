@@ -1,11 +1,19 @@
 """Where things are, also in DVC's temporary workspaces; outs that appear whole or not at all."""
 
+import errno
+import glob
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+from safetensors import SafetensorError
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 OUT = Path("out")
 TRANSFER_STAGES = {"cross_dataset": "evaluate-cross", "domain_generalization": "evaluate-domain"}
 
@@ -48,27 +56,79 @@ def data_folder(data_root: str, suite: str, dataset: str) -> Path:
     return main_root() / data_root / suite / dataset
 
 
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` to write it under; what killed processes have left under such names is removed."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        pid = left.name.rsplit(".", 2)[1]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder beside `path` that replaces it when the block ends without an exception."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
-    finally:
+    with writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_name(path)
         shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Give a temporary file name beside `path` that is renamed to it when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_name(path)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """Say what to do when `path` can not be written in the block, on a full disk or in a read-only folder."""
     try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors tells the number in its text only.
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        if number in DISK_FULL:
+            remedy = "make room"
+        elif number in READ_ONLY and _beside(path, getattr(error, "filename", None)):
+            remedy = "make that folder writable"
+        else:
+            raise
+        raise OSError(
+            f"{path.absolute()} can not be written ({os.strerror(number)}); {remedy} and run the same again: "
+            "what was done before is kept"
+        ) from None
+
+
+def _beside(path: Path, file: str | None) -> bool:
+    return file is None or Path(file).absolute().is_relative_to(path.parent.absolute())
+
+
+@contextmanager
+def reading(path: Path, stage: str) -> Iterator[None]:
+    """Name the out `path` and the stage that makes it when what is read in the block is missing or damaged."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not there; make it with `dvc repro {stage}`") from None
+    except (OSError, ValueError, LookupError, TypeError, EOFError, SafetensorError) as error:
+        reason = f"no {error}" if isinstance(error, LookupError) else " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{path} is damaged ({reason}); remove what is damaged with `python -m pipeline mend`, then make it "
+            f"again with `dvc repro {stage}`"
+        ) from None

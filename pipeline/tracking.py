@@ -4,47 +4,23 @@
 Lineage is by content: a run carries the sha256 of its adapter as a tag, and evaluation finds it by that.
 """
 
-import hashlib
 import json
 import logging
 import os
 import subprocess
 import tempfile
 import time
-import urllib.parse
-import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
+from pipeline import runs
+from pipeline.models import log_model, share_adapter
 from pipeline.paths import TRANSFER_STAGES, main_root, train_folder
+from pipeline.store import SHA_TAG, adapter_sha256, client, experiment_id
 
-SHA_TAG = "heba.adapter_sha256"
-ADAPTER_FILE = "adapter.safetensors"
-
-
-def store_uri() -> str:
-    """MLFLOW_TRACKING_URI if set, else one SQLite file in the main repository's root."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{main_root() / 'mlflow.db'}"
-
-
-def client() -> Any:
-    """A client of the store. Several processes that create the SQLite store at the same time fail in MLflow's
-    migration, so the first use is under a lock."""
-    # A server that is down must not hold up a training for minutes.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    from mlflow.tracking import MlflowClient
-
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    with FileLock(main_root() / ".heba-mlflow.lock"):
-        store = MlflowClient(tracking_uri=store_uri())
-        store.search_experiments(max_results=1)
-    return store
+INPUTS_TAG = "heba.inputs_sha256"
 
 
 def warn(error: BaseException) -> None:
@@ -54,21 +30,6 @@ def warn(error: BaseException) -> None:
         type(error).__name__,
         message,
     )
-
-
-def experiment_id(store: Any, name: str) -> str:
-    with FileLock(main_root() / ".heba-mlflow.lock"):
-        found = store.get_experiment_by_name(name)
-        if found is not None:
-            return found.experiment_id
-        if os.environ.get("MLFLOW_TRACKING_URI"):
-            return store.create_experiment(name)
-        return store.create_experiment(name, artifact_location=(main_root() / "mlartifacts" / name).as_uri())
-
-
-def adapter_sha256(folder: Path) -> str:
-    """The content hash by which MLflow runs and evaluations know a training."""
-    return hashlib.sha256((folder / ADAPTER_FILE).read_bytes()).hexdigest()
 
 
 def run_name(config: dict[str, Any]) -> str:
@@ -85,9 +46,10 @@ def flat_params(config: dict[str, Any]) -> dict[str, str]:
     return flat
 
 
-def tags() -> dict[str, str]:
-    """Where a run comes from: DVC stage and experiment, git commit."""
+def tags(config: dict[str, Any]) -> dict[str, str]:
+    """Where a run comes from: its inputs' hash, DVC stage and experiment, git commit."""
     found = {
+        INPUTS_TAG: config["inputs_sha256"],
         "dvc.stage": os.environ.get("DVC_STAGE", ""),
         "dvc.experiment": os.environ.get("DVC_EXP_NAME", ""),
         "mlflow.source.git.commit": os.environ.get("DVC_EXP_BASELINE_REV", ""),
@@ -104,8 +66,7 @@ class TrainingRun:
     """One training's MLflow run; after the first failure of the store it does nothing more."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        self.store: Any = None
-        self.run_id = ""
+        self.run: runs.OpenRun | None = None
         self.previous = time.monotonic()
         self._attempt(lambda: self._create(config))
 
@@ -113,45 +74,52 @@ class TrainingRun:
         try:
             action()
         except Exception as error:  # whatever the store does, the training goes on
-            self.store = None
             warn(error)
+            self.fail()
+            self.run = None
 
     def _create(self, config: dict[str, Any]) -> None:
         store = client()
-        experiment = experiment_id(store, config["protocol"])
-        run = store.create_run(experiment, run_name=run_name(config), tags=tags())
-        self.run_id = run.info.run_id
-        self.store = store
-        from mlflow.entities import Param
-
-        store.log_batch(self.run_id, params=[Param(k, v) for k, v in flat_params(config).items()])
+        runs.close_abandoned(store)
+        self.run = begin_run(store, config)
 
     def epoch(self, record: dict[str, float]) -> None:
         """Log an epoch's loss, learning rate and wall time in seconds."""
         now = time.monotonic()
         seconds, self.previous = now - self.previous, now
-        if self.store is not None:
-            self._attempt(lambda: log_epochs(self.store, self.run_id, [record | {"seconds": seconds}]))
+        if run := self.run:
+            self._attempt(lambda: log_epochs(run.store, run.id, [record | {"seconds": seconds}]))
 
     def finish(self, folder: Path) -> None:
         """Log the adapter and its hash, and close the run."""
-        if self.store is None:
+        run = self.run
+        if run is None:
             return
 
         def close() -> None:
-            log_outs(self.store, self.run_id, folder)
-            self.store.set_terminated(self.run_id)
+            log_outs(run.store, run.id, folder)
+            run.end()
 
         self._attempt(close)
 
     def fail(self) -> None:
-        """Close the run as failed."""
-        if self.store is not None:
-            self._attempt(lambda: self.store.set_terminated(self.run_id, "FAILED"))
+        """Close the run as failed, if the store lets."""
+        if self.run:
+            with suppress(Exception):
+                self.run.end("FAILED")
 
 
 def start_training(config: dict[str, Any]) -> TrainingRun:
     return TrainingRun(config)
+
+
+def begin_run(store: Any, config: dict[str, Any]) -> runs.OpenRun:
+    """Open the run of a training and log its parameters."""
+    from mlflow.entities import Param
+
+    run = runs.begin(store, experiment_id(store, config["protocol"]), run_name(config), tags(config))
+    store.log_batch(run.id, params=[Param(k, v) for k, v in flat_params(config).items()])
+    return run
 
 
 def log_epochs(store: Any, run_id: str, records: list[dict[str, float]]) -> None:
@@ -170,44 +138,30 @@ def log_epochs(store: Any, run_id: str, records: list[dict[str, float]]) -> None
 
 
 def log_outs(store: Any, run_id: str, folder: Path) -> None:
-    store.log_artifacts(run_id, str(folder), "adapter")
+    """Log the adapter as a model of the run, and its hash."""
+    log_model(store, run_id, folder)
     store.set_tag(run_id, SHA_TAG, adapter_sha256(folder))
 
 
-def share_adapter(store: Any, run_id: str, folder: Path) -> None:
-    """Make the run's copy of an adapter a hard link to the out, which nobody changes in place: it takes no space.
-
-    Only where both lie on one disk, and not when a training is logged, since DVC replaces its outs after that.
-    """
-    uri = urllib.parse.urlparse(store.get_run(run_id).info.artifact_uri)
-    copy = Path(urllib.request.url2pathname(uri.path)) / "adapter" / ADAPTER_FILE
-    if uri.scheme != "file" or not copy.exists():
-        return
-    link = copy.with_name(f".{ADAPTER_FILE}.{os.getpid()}.tmp")
-    try:
-        os.link(folder / ADAPTER_FILE, link)
-        os.replace(link, copy)
-    except OSError:  # another disk, or one without links: the copy stays
-        link.unlink(missing_ok=True)
-
-
 def find_or_create_run(store: Any, folder: Path) -> str:
-    """The run of the training in `folder`, by the adapter's hash; made from the outs when there is none."""
+    """The run of the training in `folder`, by the hashes of adapter and inputs; made from the outs if need be.
+
+    The adapter's alone is not enough: with few classes, for one, any `neg_ratio` gives the same.
+    """
     import pandas as pd
-    from mlflow.entities import Param
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     experiment = experiment_id(store, config["protocol"])
-    found = store.search_runs([experiment], f"tags.`{SHA_TAG}` = '{adapter_sha256(folder)}'", max_results=1)
+    same = f"tags.`{SHA_TAG}` = '{adapter_sha256(folder)}' AND tags.`{INPUTS_TAG}` = '{config['inputs_sha256']}'"
+    found = store.search_runs([experiment], same, max_results=1)
     if found:
         return found[0].info.run_id
-    run_id = store.create_run(experiment, run_name=run_name(config), tags=tags()).info.run_id
-    store.log_batch(run_id, params=[Param(k, v) for k, v in flat_params(config).items()])
+    run = begin_run(store, config)
     history = pd.read_csv(folder / "history.csv").to_dict("records")
-    log_epochs(store, run_id, [{str(k): v for k, v in record.items()} for record in history])
-    log_outs(store, run_id, folder)
-    store.set_terminated(run_id)
-    return run_id
+    log_epochs(store, run.id, [{str(k): v for k, v in record.items()} for record in history])
+    log_outs(store, run.id, folder)
+    run.end()
+    return run.id
 
 
 def evaluation_metrics(record: dict[str, Any]) -> dict[str, float]:
@@ -229,6 +183,7 @@ def log_evaluations(evaluations: list[tuple[dict[str, Any], Path]]) -> None:
     matrices as pictures."""
     try:
         store = client()
+        runs.close_abandoned(store)
         for record, folder in evaluations:
             run_id = find_or_create_run(store, folder)
             share_adapter(store, run_id, folder)
@@ -270,6 +225,7 @@ def track(out: Path) -> int:
     """Log every training and evaluation under `out` that the store lacks; returns how many evaluations
     were looked at. Unlike the stages, this raises when the store can not be reached."""
     store = client()
+    runs.close_abandoned(store)
     folders = sorted(out.glob("train*/**/config.json"))
     for path in folders:
         find_or_create_run(store, path.parent)

@@ -1,0 +1,72 @@
+"""`python -m pipeline mend`: remove objects of DVC's cache, and outs, whose content is not that of their hash.
+
+DVC trusts a write-protected object of its cache, and a file whose time has not changed. After damage by a disk, or
+to an out that is linked to the cache, `dvc repro` and `dvc checkout` would bring the damage back.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+from tqdm import tqdm
+
+from pipeline.paths import OUT
+
+
+def run(root: Path) -> list[Path]:
+    """Remove what is damaged in the repository at `root` and return it; `dvc repro` makes it again."""
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        cache = Path(repo.cache.local.path)
+    expected = {path: path.parent.name + path.name.split(".")[0] for path in sorted(cache.glob("??/*"))}
+    damaged = _differing(expected, "check DVC's cache")
+    links = {_inode(path) for path in damaged}
+    for path in damaged:
+        path.unlink()
+    outs = _differing(_outs(root, cache), "check outs")
+    outs += [path for path in (root / OUT).rglob("*") if _linked(path, links) and path not in outs]
+    for path in outs:
+        path.unlink()
+    return damaged + outs
+
+
+def _outs(root: Path, cache: Path) -> dict[Path, str]:
+    """The files of the cached outs, with their hashes as dvc.lock has them."""
+    lock = root / "dvc.lock"
+    stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"] if lock.exists() else {}
+    found = {}
+    for out in (out for stage in stages.values() for out in stage.get("outs", [])):
+        path, md5 = root / out["path"], out["md5"]
+        if not path.is_relative_to(root / OUT):
+            continue
+        if not md5.endswith(".dir"):
+            found[path] = md5
+            continue
+        listing = cache / md5[:2] / md5[2:]
+        if listing.exists():
+            found |= {path / file["relpath"]: file["md5"] for file in json.loads(listing.read_bytes())}
+    return found
+
+
+def _differing(expected: dict[Path, str], title: str) -> list[Path]:
+    """The files that are there, but have another hash."""
+    files: Iterable[Path] = tqdm(expected, desc=title, delay=2, unit="file")
+    return [path for path in files if path.is_file() and _md5(path) != expected[path]]
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _inode(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _linked(path: Path, inodes: set[tuple[int, int]]) -> bool:
+    """Whether `path` is another name of one of `inodes`, or a symbolic link to what is no more."""
+    return not path.exists() or (path.is_file() and _inode(path) in inodes)

@@ -1,0 +1,136 @@
+"""Same in, same out: whatever the number of jobs and workers, and the order of files on disk."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import yaml
+
+from pipeline.download import describe_folder
+from pipeline.warm import stage_server
+from tests.pipeline import breakable
+from tests.pipeline.breakable import ROOT, TRAINED
+from tests.pipeline.test_real import repository
+
+
+@pytest.fixture(scope="module")
+def server():
+    with stage_server(ROOT) as environment:
+        breakable.wait_for_server(environment)
+        yield environment
+
+
+STAGES = ("backbone", "download", "split", "precompute", "train", "evaluate")
+
+
+def run(repo, server, stages=STAGES, **env):
+    for name in stages:
+        options = [] if name == "backbone" else ["--dataset", "dtd"]
+        options += ["--seed", "1"] if name == "train" else []
+        done = breakable.stage(repo, name, *options, **server, **env)
+        assert done.returncode == 0, done.stderr
+    return files(repo)
+
+
+def files(repo):
+    return {p.relative_to(repo): p.read_bytes() for p in sorted((repo / "out").rglob("*")) if p.is_file()}
+
+
+def folder(path, **changes):
+    """A folder with params.yaml, in which stages run one by one."""
+    path.mkdir(parents=True)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params |= {"datasets": ["dtd"], "seeds": [1], "shots": 2} | changes
+    params["train"] |= {"epochs": 3, "batch_size": 4}
+    params["few_shot"]["seeds"] = params["few_shot"]["datasets"] = []
+    params["transfer"] |= {"source": "dtd", "targets": [], "variants": [], "seeds": []}
+    (path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory, server):
+    repo = folder(tmp_path_factory.mktemp("same") / "first")
+    return repo, run(repo, server, PYTHONPATH=str(ROOT))
+
+
+def test_neither_the_order_of_files_nor_the_number_of_workers_matters(first, server, tmp_path):
+    """The same data set, its files made in another order, on another number of threads."""
+    repo, expected = first
+    other = folder(tmp_path / "other")
+    images = repo / "data" / "embedded" / "dtd" / "images"
+    for path in sorted((p for p in images.rglob("*") if p.is_file()), reverse=True):
+        target = other / path.relative_to(repo)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    for name in ("split.json", "descriptions.json"):
+        shutil.copy(images.with_name(name), other / "data" / "embedded" / "dtd" / name)
+    shutil.copytree(repo / "out" / "download", other / "out" / "download")
+    env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", "PYTHONHASHSEED": "5"}
+    assert run(other, server, [s for s in STAGES if s != "download"], **env) == expected
+
+
+def test_deterministic_has_no_effect_on_a_cpu(first, server, tmp_path):
+    repo, expected = first
+    other = folder(tmp_path / "other", deterministic=True)
+    found = run(other, server, PYTHONPATH=str(ROOT))
+    differing = {path.name for path in expected if found[path] != expected[path]}
+    assert differing == {"config.json"}  # which says so
+    config = json.loads((other / TRAINED / "config.json").read_text())
+    before = json.loads((repo / TRAINED / "config.json").read_text())
+    assert {key for key in config if config[key] != before[key]} == {"deterministic", "inputs_sha256"}
+
+
+def test_names_that_are_not_ascii(server, tmp_path):
+    """Spaces and many scripts in paths and classes; the last stage where the locale knows ASCII alone."""
+    repo = repository(tmp_path / "ein Ordner für Bilder", ["eurosat", "dtd"], [])
+
+    def run_stage(*args, **env):
+        done = breakable.stage(repo, *args, **env)
+        assert done.returncode == 0, done.stderr
+
+    run_stage("backbone", **server)
+    run_stage("download", "--dataset", "eurosat", **server)
+    data = repo / "data" / "real" / "eurosat"
+    split = json.loads((data / "split.json").read_text(encoding="utf-8"))
+    names = sorted({name for part in split.values() for _, _, name in part})
+    new = dict(zip(names, ["gestreift, weiß", "точечный", "格子", "zig 'n' \"zag\"", *names[4:]], strict=True))
+    for part in split.values():
+        for item in part:
+            renamed = item[0].replace("/", "/ñ ", 1)
+            (data / "images" / item[0]).rename(data / "images" / renamed)
+            item[0], item[2] = renamed, new[item[2]]
+    texts = {name: [f"{name}, même ici"] for name in new.values()}
+    (data / "split.json").write_text(json.dumps(split, ensure_ascii=False), encoding="utf-8")
+    (data / "descriptions.json").write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
+    manifest = repo / "out" / "download" / "eurosat.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | describe_folder(data, own=False)))
+    run_stage("split", "--dataset", "eurosat", **server)
+    run_stage("precompute", "--dataset", "eurosat", **server)
+    run_stage("train", "--dataset", "eurosat", "--seed", "1", **server)
+    trainings = repo / "out" / "train" / "eurosat" / "trainings.json"
+    trainings.write_text(json.dumps([["base_to_novel", 1, 2]]))
+    ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    run_stage("evaluate", "--dataset", "eurosat", **ascii_alone)
+    record = json.loads((repo / "out/evaluate/eurosat/base_to_novel-1.json").read_text(encoding="utf-8"))
+    classes = [name for group in record["groups"].values() for name in group["classnames"]]
+    assert sorted(classes) == sorted(new.values())
+
+
+@pytest.mark.slow
+def test_the_whole_embedded_pipeline_twice(tmp_path):
+    """Once as `dvc repro` runs it, once side by side: every out is the same."""
+    found = []
+    for name, command in (
+        ("one by one", ["dvc", "repro"]),
+        ("side by side", [sys.executable, "-m", "pipeline", "repro", "--jobs", "2"]),
+    ):
+        repo = breakable.make(tmp_path / name)
+        shutil.copy(ROOT / "params.yaml", repo / "params.yaml")
+        done = breakable.call(repo, *command)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found.append(breakable.outs(repo))
+        shutil.rmtree(repo / "data")
+    assert found[0] == found[1]
+    assert len([name for name in found[0] if name.endswith("adapter.safetensors")]) == 26

@@ -1,0 +1,239 @@
+"""What comes from outside, changed at random: it is taken, or refused with a ValueError that names it."""
+
+import copy
+import json
+import struct
+from datetime import timedelta
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from heba.architecture import read_config as read_architecture
+from heba.data.benchmarks import parse_descriptions
+from heba.data.catalog import CATALOG, load_catalog
+from heba.model import AdaptedCLIP, load_adapter, save_adapter
+from heba.predict import read_config
+from heba.prompts import read_descriptions
+from heba.splits import read_split
+from heba.training import make_optimizer, save_checkpoint, train
+from pipeline.params import load_params
+from tests.heba.test_model import make_clip
+from tests.heba.test_training import setup
+
+ROOT = Path(__file__).parents[1]
+fuzz = settings(
+    deadline=timedelta(seconds=5),
+    max_examples=100,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+leaves = (
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.integers(10**18, 10**30)
+    | st.floats()
+    | st.text(max_size=6)
+    | st.sampled_from(["../..", "/etc/passwd", "a\0b", "{}", "{0.__class__}", "\ud800", "tiny", "1e-3"])
+)
+values = st.recursive(
+    leaves, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=4), v, max_size=3), max_leaves=6
+)
+
+
+@st.composite
+def changed(draw, whole):
+    """`whole`, made of dictionaries and lists, with one to three places replaced, left out or doubled."""
+    found = copy.deepcopy(whole)
+    for _ in range(draw(st.integers(1, 3))):
+        place, at = found, None
+        while isinstance(place, dict | list) and place and (at is None or draw(st.booleans())):
+            parent = place
+            at = draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+            place = parent[at]
+        if at is None:
+            return draw(values)
+        how = draw(st.sampled_from(["replace", "remove", "add"]))
+        if how == "replace":
+            parent[at] = draw(values)
+        elif how == "remove":
+            del parent[at]
+        elif isinstance(parent, list):
+            parent.append(copy.deepcopy(parent[at]))
+        else:
+            parent[draw(st.text(max_size=5))] = draw(values)
+    return found
+
+
+def scrambled(content):
+    """Bytes of a file of which some were replaced, cut out or put in."""
+    part = st.tuples(st.integers(0, len(content)), st.integers(0, 40), st.binary(max_size=12))
+    cuts = part.map(lambda p: content[: p[0]] + p[2] + content[p[0] + p[1] :])
+    return cuts | st.binary(max_size=80) | st.sampled_from([b"", b"\xff\xfe", b"[" * 600, b"\x00" * 9])
+
+
+def refused_or_read(read, path, content):
+    """Only a ValueError that names the file may come out."""
+    path.write_bytes(content)
+    try:
+        return read(path)
+    except ValueError as error:
+        message = str(error)
+    assert path.name in message
+    return None
+
+
+def as_json(value):
+    return json.dumps(value).encode()
+
+
+def as_yaml(value):
+    return yaml.safe_dump(value).encode()
+
+
+PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
+SPLIT = {
+    "train": [["a/1.jpg", 0, "cat"], ["b/2.jpg", 1, "dog"]],
+    "val": [["a/3.jpg", 0, "cat"]],
+    "test": [["b/4.jpg", 1, "dog"]],
+}
+DESCRIPTIONS = {"cat": ["which purrs.", "which sleeps."], "dog": ["which barks."]}
+
+
+@fuzz
+@given(changed(PARAMS).map(as_yaml) | scrambled((ROOT / "params.yaml").read_bytes()))
+def test_params(tmp_path, content):
+    refused_or_read(load_params, tmp_path / "params.yaml", content)
+
+
+@fuzz
+@given(changed(SPLIT).map(as_json) | scrambled(as_json(SPLIT)))
+def test_splits(tmp_path, content):
+    split = refused_or_read(read_split, tmp_path / "split.json", content)
+    for file in (file for part in (split or {}).values() for file, _, _ in part):
+        assert not Path(file).is_absolute()
+        assert ".." not in Path(file).parts
+
+
+@fuzz
+@given(changed(DESCRIPTIONS).map(as_json) | scrambled(as_json(DESCRIPTIONS)))
+def test_descriptions(tmp_path, content):
+    refused_or_read(read_descriptions, tmp_path / "descriptions.json", content)
+
+
+@fuzz
+@given(
+    changed(DESCRIPTIONS).map(lambda d: f"prompts = {d!r}".encode()) | scrambled(b"p = {'cat': ['which purrs.']}")
+)
+def test_descriptions_as_python(tmp_path, content):
+    def read(path):
+        return parse_descriptions(path.read_text(encoding="utf-8", errors="replace"), str(path))
+
+    refused_or_read(read, tmp_path / "prompts.py", content)
+
+
+def catalogue():
+    whole = yaml.safe_load(CATALOG.read_text())
+    return {name: whole[name] for name in ("eurosat", "imagenet", "imagenet_a")}
+
+
+@fuzz
+@given(changed(catalogue()).map(as_yaml) | scrambled(as_yaml(catalogue())))
+def test_catalogues(tmp_path, content):
+    load_catalog.cache_clear()
+    refused_or_read(load_catalog, tmp_path / "catalog.yaml", content)
+    load_catalog.cache_clear()
+
+
+ARCHITECTURE = {"embed_dim": 16, "vision_cfg": {"layers": 2, "width": 32}, "text_cfg": {"layers": 2, "width": 32}}
+
+
+@fuzz
+@given(changed(ARCHITECTURE).map(as_json) | scrambled(as_json(ARCHITECTURE)))
+def test_architectures(tmp_path, content):
+    refused_or_read(lambda path: read_architecture(path.name, tmp_path), tmp_path / "model.json", content)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """The files of a saved adapter, and the plain model."""
+    folder = tmp_path_factory.mktemp("adapter")
+    model = AdaptedCLIP(make_clip(open_clip.CLIP), 1, 2, 0.1)
+    backbone = {"name": "tiny", "pretrained": "embedded", "sha256": "0" * 64}
+    save_adapter(model, folder, {"backbone": backbone, "bf16": False, "class_names": ["cat", "dog"]})
+    return folder, make_clip(open_clip.CLIP)
+
+
+CONFIG = {
+    **{"start": 1, "end": 2, "ratio": 4, "scale": 0.1, "init": "kaiming", "visual_block": "conv"},
+    **{"text_block": "linear", "expansion": 1, "gradient_scale": True, "towers": "both", "bf16": False},
+    "class_names": ["cat", "dog"],
+    "backbone": {"name": "tiny", "pretrained": "embedded", "sha256": "0" * 64},
+}
+
+
+@fuzz
+@given(content=changed(CONFIG).map(as_json) | scrambled(as_json(CONFIG)))
+def test_configs_of_adapters(adapter, content):
+    folder, clip = adapter
+    path = folder / "config.json"
+    kept = path.read_bytes()
+    refused_or_read(lambda path: read_config(path.parent), path, content)
+    found = refused_or_read(lambda path: load_adapter(clip, path.parent), path, content)
+    if found:
+        found[0].detach()
+    path.write_bytes(kept)
+
+
+def with_header(content, change):
+    """A safetensors file whose header was changed."""
+    (length,) = struct.unpack("<Q", content[:8])
+    header = as_json(change(json.loads(content[8 : 8 + length])))
+    return struct.pack("<Q", len(header)) + header + content[8 + length :]
+
+
+@fuzz
+@given(data=st.data())
+def test_tensors_of_adapters(adapter, data):
+    folder, clip = adapter
+    path = folder / "adapter.safetensors"
+    kept = path.read_bytes()
+    headers = changed(header_of(kept)).map(lambda header: with_header(kept, lambda _: header))
+    content = data.draw(scrambled(kept) | headers)
+    # A new file, since the tensors of the one before may still be mapped.
+    path.unlink()
+    found = refused_or_read(lambda path: load_adapter(clip, path.parent), path, content)
+    if found:
+        found[0].detach()
+    path.unlink()
+    path.write_bytes(kept)
+
+
+def header_of(content):
+    (length,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + length])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "c.safetensors"
+    whole = setup(epochs=1)
+    optimizer = make_optimizer(whole[0], whole[4])
+    for parameter in whole[0].adapters.parameters():
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    save_checkpoint(path, whole[0], optimizer, torch.Generator(), [{"epoch": 1, "loss": 1.0, "lr": 0.1}])
+    return path, path.read_bytes()
+
+
+@settings(fuzz, max_examples=40)
+@given(data=st.data())
+def test_checkpoints(checkpoint, data):
+    path, kept = checkpoint
+    headers = changed(header_of(kept)).map(lambda header: with_header(kept, lambda _: header))
+    content = data.draw(scrambled(kept) | headers)
+    path.unlink(missing_ok=True)
+    refused_or_read(lambda path: train(*setup(epochs=1), checkpoint=path), path, content)
