@@ -7,6 +7,9 @@ if code is not None:
     sys.exit(code)
 
 # Not above: it takes longer to import than a command of the server takes to start.
-from pipeline.cli import main  # noqa: E402
+try:
+    from pipeline.cli import main
+except ModuleNotFoundError as error:
+    sys.exit(f"error: the package {error.name} is missing; pip install -c constraints.txt -e .")
 
 main()

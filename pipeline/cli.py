@@ -2,8 +2,10 @@
 
 import logging
 import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -25,11 +27,11 @@ Source = Annotated[
 FewShots = Annotated[int | None, typer.Option("--shots", help="For few_shot: images per class, all classes.")]
 
 
-def _params(dataset: str | None = None) -> Params:
+def _params(dataset: str | None = None, argument: str = "--dataset") -> Params:
     params = load_params()
-    known = [*params.datasets, *params.transfer.variants]
+    known = [*params.datasets, *params.transfer.variants, *params.own]
     if dataset is not None and dataset not in known:
-        raise ParamsError(f"--dataset {dataset}: not in params.yaml, which has {', '.join(known)}")
+        raise ParamsError(f"{argument} {dataset}: not in params.yaml, which has {', '.join(known)}")
     return params
 
 
@@ -45,6 +47,22 @@ def download(dataset: Dataset) -> None:
     from pipeline import download
 
     download.run(_params(dataset), dataset)
+
+
+@app.command()
+def check_data(
+    name: Annotated[
+        str, typer.Argument(help="An own data set of params.yaml, or a benchmark that is downloaded.")
+    ],
+) -> None:
+    """Read a data set and report its classes, its counts, and what is wrong with it (exit code 1)."""
+    params = _params(name, "NAME")
+    from pipeline import own
+
+    report = own.check(params, name, own.most_shots(params, name))
+    print(report.text())
+    if report.errors:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -123,21 +141,22 @@ def protocols() -> None:
 @app.command()
 def report() -> None:
     """Render reports/ from all evaluations and print the summary."""
-    from pipeline.report import render, tables
+    from pipeline.report import ablation, render, tables
 
     params = _params()
     # Records of data sets or seeds that params.yaml no longer names may still lie there.
     transfer, few = params.transfer, params.few_shot
     wanted = [
-        *(("base_to_novel", d, s, params.shots) for d in params.datasets for s in params.seeds),
+        *(("base_to_novel", d, s, params.shots) for d in [*params.datasets, *params.own] for s in params.seeds),
         *(("cross_dataset", d, s, params.shots) for d in transfer.targets for s in transfer.seeds),
         *(("domain_generalization", d, s, params.shots) for d in transfer.variants for s in transfer.seeds),
         *(("few_shot", d, s, shots) for d in few.datasets for s in few.seeds for shots in few.shots),
     ]
     paths = [evaluate_path(*record) for record in wanted]
-    records = tables.load_records([path for path in paths if path.exists()])
+    records = tables.load_records([path for path in paths if path.exists()], params.own)
     with new_folder(Path("reports")) as folder:
-        render.render_report(records, folder, published=params.suite == "real")
+        ablations = ablation.read(ablation.FILE, params.suite)
+        render.render_report(records, folder, params.suite == "real", ablations)
     print(render.summary_text(records))
 
 
@@ -145,15 +164,111 @@ def report() -> None:
 def repro(
     jobs: Annotated[
         int | None,
-        typer.Option(min=1, help="Stages at a time. Default: CPUs / threads of params.yaml, at most 4."),
+        typer.Option(
+            min=1, help="Stages at a time. Default: one per GPU of --gpus, else CPUs / threads, at most 4."
+        ),
     ] = None,
+    gpus: Annotated[str, typer.Option(help="GPUs for the jobs, such as 0,1: each job sees one of them.")] = "",
+    executor: Annotated[
+        Literal["local", "ray"], typer.Option(help="Where stages run: this machine, or a Ray cluster.")
+    ] = "local",
+    address: Annotated[
+        str, typer.Option(help="With --executor ray: of the cluster, such as 10.0.0.1:6379.")
+    ] = "auto",
+    gpu_share: Annotated[
+        float, typer.Option(min=0.01, help="With --executor ray: GPUs per stage; 0.5: two stages share one.")
+    ] = 1.0,
 ) -> None:
-    """What `dvc repro` does, with independent stages side by side."""
+    """What `dvc repro` does, with independent stages side by side. docs/parallel.md has the whole story."""
     params = _params()
     from pipeline import repro
     from pipeline.paths import main_root
 
-    repro.run(main_root(), jobs or repro.default_jobs(params))
+    root = main_root()
+    if executor == "local":
+        slots = repro.local_slots(params, jobs, [gpu.strip() for gpu in gpus.split(",") if gpu.strip()])
+        repro.run(root, slots, partial(repro.start_local, root))
+        return
+    if gpus:
+        raise ParamsError("--gpus: on a cluster Ray hands out the GPUs; see --gpu-share")
+    from pipeline import ray_executor
+
+    with ray_executor.cluster(root, params, address, jobs, gpu_share) as (slots, start):
+        repro.run(root, slots, lambda plan: nullcontext(start), longest=1)
+
+
+@app.command()
+def waves() -> None:
+    """Print the stages that are to run, in waves: those of a line need only those of the lines above."""
+    _params()
+    from pipeline import repro
+    from pipeline.paths import main_root
+
+    for wave in repro.waves(repro.make_plan(main_root())):
+        print(*wave)
+
+
+@app.command()
+def ablate(
+    datasets: Annotated[
+        str, typer.Option(help="Data sets, such as dtd,eurosat. Default: all of params.yaml.")
+    ] = "",
+    only: Annotated[str, typer.Option(help="Ablations, such as init,ratio. Default: all.")] = "",
+    run: Annotated[bool, typer.Option("--run", help="Start the queue, too, in the background.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="With --run: experiments at a time.")] = 2,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the commands, queue nothing.")] = False,
+    table: Annotated[
+        bool, typer.Option("--table", help="Read from MLflow what there is and write ablation.csv.")
+    ] = False,
+) -> None:
+    """Queue a DVC experiment per setting that differs from params.yaml; with --table, collect the results."""
+    import shlex
+
+    from pipeline import ablate
+    from pipeline.report import ablation
+
+    params = _params()
+    if table and (run or dry_run):
+        raise ParamsError("--table: does not go with --run or --dry-run")
+    names = ablate.chosen(params, [name for name in datasets.split(",") if name])
+    rows = ablate.settings(params, [name for name in only.split(",") if name])
+    if table:
+        lines = ablate.collect(params, rows, names)
+        ablate.write(lines, ablation.FILE)
+        print(ablation.display_ablation(ablation.ablation_table(lines)).to_string(index=False))
+        found = set(lines["setting"])
+        lacking = [row.label for row in rows if row.label not in found]
+        if lacking:
+            print(f"not in MLflow: {'; '.join(lacking)}")
+        print(f"{ablation.FILE} is written; `dvc repro report` renders it")
+        return
+    if dry_run:
+        for row in rows:
+            print(shlex.join(["dvc", *ablate.command(params, row, names)]))
+        return
+    ablate.queue(params, rows, names)
+    start = ["queue", "start", "-j", str(jobs)]
+    if run:
+        ablate.dvc(start)
+    print(f"{len(rows)} experiments are {'running' if run else 'queued'}. Next:")
+    given = "".join(f" --{k} {v}" for k, v in (("datasets", datasets), ("only", only)) if v)
+    for step in ([] if run else [f"dvc {' '.join(start)}"]) + [
+        "dvc queue status",
+        f"python -m pipeline ablate --table{given}",
+        "dvc repro report",
+    ]:
+        print(f"  {step}")
+
+
+@app.command()
+def doctor() -> None:
+    """Check packages, params.yaml, GPU, disk, data, MLflow, git and DVC; each failed row has its remedy."""
+    from pipeline import doctor
+
+    rows = doctor.examine()
+    doctor.show(rows)
+    if any(row.state == "fail" for row in rows):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -185,18 +300,65 @@ def track(
 ) -> None:
     """Log to MLflow every training and evaluation that its store lacks (after an outage, or after
     `dvc repro` took results from its cache)."""
-    from pipeline import tracking
+    from pipeline import store, tracking
 
-    print(f"{tracking.track(out)} evaluations are in {tracking.store_uri()}")
+    print(f"{tracking.track(out)} evaluations are in {store.store_uri()}")
 
 
-def main() -> None:
-    """Run the app; an error that a user can mend is one message and exit code 1."""
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="An official model.pth.tar-N, or the folder of an adapter.")],
+    target: Annotated[Path, typer.Argument(help="The adapter's folder, or the official run's folder, to write.")],
+    dataset: Annotated[
+        str | None, typer.Option(help="For a checkpoint: the data set it was trained on, precomputed here.")
+    ] = None,
+    all_classes: Annotated[
+        bool, typer.Option("--all-classes", help="It was trained on all classes, not on the base classes.")
+    ] = False,
+    scale: Annotated[
+        float | None,
+        typer.Option(min=0, help="ADAPTER_SCALE_BASE of its config. Default: adapter.scale of params.yaml."),
+    ] = None,
+) -> None:
+    """Turn an official checkpoint into an adapter's folder, or an adapter into an official checkpoint."""
+    params = _params(dataset)
+    from pipeline import convert
+
+    print(convert.run(params, source, target, dataset, all_classes, scale))
+
+
+@app.command()
+def mend() -> None:
+    """Remove what is damaged of DVC's cache and of the outs, so that `dvc repro` makes it again."""
+    from pipeline import mend
+    from pipeline.paths import main_root
+
+    removed = mend.run(main_root())
+    print("\n".join([*map(str, removed), f"{len(removed)} damaged files are removed; run `dvc repro`"]))
+
+
+@app.command()
+def register(
+    adapter: Annotated[str, typer.Argument(help="Folder of a training, or id of its MLflow run.")],
+    name: Annotated[str, typer.Option(help="The name in MLflow's registry; versions count up.")],
+) -> None:
+    """Register a training's MLflow model under a name, to be served as models:/NAME/VERSION."""
+    from pipeline import models
+
+    print(models.register(adapter, name))
+
+
+def run_app(command: typer.Typer) -> None:
+    """Run a typer app; an error that a user can mend is one message and exit code 1."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        app()
+        command()
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def main() -> None:
+    run_app(app)

@@ -1,6 +1,7 @@
 """Stage `download`: the images of one data set, outside DVC's cache, and a manifest that DVC tracks.
 
 data/<suite>/<dataset>/    images/, split.json, descriptions.json
+data/own/<name>/           the same of the user's own data; images is a link to where they are
 data/archives/             archives that a user put there, and below, by data set, those that were fetched
 """
 
@@ -9,15 +10,17 @@ import json
 import os
 import shutil
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 from tqdm import tqdm
 
-from heba.splits import read_split
-from pipeline.params import Params
-from pipeline.paths import OUT, data_folder, main_root, new_file, new_folder
+from heba.splits import Split, read_split
+from pipeline.own import is_linked, lay_out, refuse_problems
+from pipeline.params import Params, stage_of
+from pipeline.paths import OUT, data_folder, main_root, new_file, new_folder, reading, writable
 
 
 class DataError(ValueError):
@@ -28,9 +31,33 @@ def manifest_path(dataset: str) -> Path:
     return OUT / "download" / f"{dataset}.json"
 
 
-def describe_folder(folder: Path) -> dict[str, Any]:
+def folder_of(params: Params, dataset: str) -> Path:
+    return data_folder(params.data.root, "own" if dataset in params.own else params.suite, dataset)
+
+
+def read_manifest(dataset: str) -> dict[str, Any]:
+    """What `run` wrote about a data set."""
+    path = manifest_path(dataset)
+    with reading(path, stage_of("download", dataset)):
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"images", "bytes", "split_sha256", "descriptions_sha256"}.difference(manifest)
+        if not isinstance(manifest, dict) or missing:
+            raise ValueError(f"{', '.join(sorted(missing))} missing")
+    return manifest
+
+
+def image_files(folder: Path, own: bool) -> list[str]:
+    """The images that the manifest counts: all that are there, or of own data those of the split."""
+    images = folder / "images"
+    if own:
+        split = read_split(folder / "split.json")
+        return [os.path.join(images, file) for file in {file for part in split.values() for file, _, _ in part}]
+    return [os.path.join(base, name) for base, _, names in os.walk(images) for name in names]
+
+
+def describe_folder(folder: Path, own: bool) -> dict[str, Any]:
     """The manifest of a data set: images, bytes, a hash over names and contents, the split's hash."""
-    files = sorted(p for p in (folder / "images").rglob("*") if p.is_file())
+    files = sorted(map(Path, image_files(folder, own)))
     digest = hashlib.sha256()
     total = 0
     for path in tqdm(files, desc=f"hash {folder.name}", delay=2, unit="file"):
@@ -49,18 +76,30 @@ def describe_folder(folder: Path) -> dict[str, Any]:
 
 def run(params: Params, dataset: str) -> None:
     """Provide the images of `dataset` and write out/download/<dataset>.json."""
-    folder = data_folder(params.data.root, params.suite, dataset)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Two experiments may ask for the same data set at the same time.
-    with FileLock(folder.with_name(f".{dataset}.lock")):
+    own = dataset in params.own
+    if own:
+        refuse_problems(params, dataset)
+    folder = folder_of(params, dataset)
+    with _locked(folder):
         with new_folder(folder) as temporary:
-            if params.suite == "embedded":
+            if own:
+                lay_out(params, dataset, temporary)
+                about = {"title": dataset, "template": params.own[dataset].template}
+            elif params.suite == "embedded":
                 about = _generate(dataset, temporary)
             else:
                 about = _fetch(params, dataset, temporary)
-        manifest = {"dataset": dataset, "suite": params.suite} | about | describe_folder(folder)
+        suite = "own" if own else params.suite
+        manifest = {"dataset": dataset, "suite": suite} | about | describe_folder(folder, own)
     with new_file(manifest_path(dataset)) as path:
         path.write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _locked(folder: Path) -> AbstractContextManager[object]:
+    """For two experiments that ask for the same data set at the same time."""
+    with writable(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder.with_name(f".{folder.name}.lock")).acquire()
 
 
 def _generate(dataset: str, folder: Path) -> dict[str, Any]:
@@ -80,9 +119,7 @@ def _fetch(params: Params, dataset: str, folder: Path) -> dict[str, Any]:
 
     entry = catalog_entry(params, dataset)
     archives = main_root() / params.data.root / "archives"
-    mirror = params.data.mirror
-    if mirror and "://" not in mirror:
-        mirror = str(main_root() / mirror)
+    mirror = mirror_of(params)
 
     def say(text: str) -> None:
         print(text, file=sys.stderr)
@@ -143,6 +180,8 @@ def catalog_entry(params: Params, dataset: str) -> Any:
 
 def template_of(params: Params, dataset: str) -> str:
     """The prompt of a class without descriptions, with one {}."""
+    if dataset in params.own:
+        return json.loads(manifest_path(dataset).read_text(encoding="utf-8"))["template"]
     if params.suite == "real":
         return catalog_entry(params, dataset).template
     from heba.embedded import suite
@@ -150,16 +189,27 @@ def template_of(params: Params, dataset: str) -> str:
     return suite.DATASETS[dataset].template
 
 
-def check_disk(dataset: str, entry: Any, archives: Path, mirror: str | None, say: Any) -> None:
-    """Say how much disk a data set still takes, for the source that takes least; DataError when there is not as
-    much. `entry` is a heba.data.catalog.Benchmark."""
+def bytes_needed(dataset: str, entry: Any, archives: Path, mirror: str | None) -> int:
+    """Disk that a data set still takes, for the source that takes least."""
     from heba.data.fetch import bytes_to_fetch
 
     # Pictures hardly compress: the images take about as much as their archives.
-    needed = min(
+    return min(
         bytes_to_fetch(files, archives, dataset, mirror) + sum(file.size for file in files)
         for files in entry.sources
     )
+
+
+def mirror_of(params: Params) -> str | None:
+    """data.mirror; a folder is resolved against the main repository."""
+    mirror = params.data.mirror
+    return str(main_root() / mirror) if mirror and "://" not in mirror else mirror
+
+
+def check_disk(dataset: str, entry: Any, archives: Path, mirror: str | None, say: Any) -> None:
+    """Say how much disk a data set still takes, for the source that takes least; DataError when there is not as
+    much. `entry` is a heba.data.catalog.Benchmark."""
+    needed = bytes_needed(dataset, entry, archives, mirror)
     folder = archives.parent
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
@@ -172,29 +222,55 @@ def check_disk(dataset: str, entry: Any, archives: Path, mirror: str | None, say
 def verified_folder(params: Params, dataset: str, images: bool = False) -> Path:
     """The data set's folder, after checking it against the manifest: the split file's hash, and with
     `images` the number of image files and their bytes. DataError says what is missing."""
-    manifest = json.loads(manifest_path(dataset).read_text())
-    folder = data_folder(params.data.root, params.suite, dataset)
-    stage = "download-variant" if dataset in params.transfer.variants else "download"
-    remedy = f"make it again with `dvc repro --force --single-item {stage}@{dataset}`"
-    split = folder / "split.json"
-    if not split.is_file():
-        raise DataError(f"{split} is missing, though its manifest is there; {remedy}")
-    for file, key in ((split, "split_sha256"), (folder / "descriptions.json", "descriptions_sha256")):
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != manifest[key]:
-            raise DataError(f"{file} is not the file of the manifest {manifest_path(dataset)}; {remedy}")
+    manifest = read_manifest(dataset)
+    own = dataset in params.own
+    folder = folder_of(params, dataset)
+    remedy = f"make it again with `dvc repro --force --single-item {stage_of('download', dataset)}`"
+    if own and (_changed(folder, manifest) or not is_linked(params, dataset, folder)):
+        # When images or params go back to what they were, DVC takes the manifest from its cache and runs nothing.
+        with _locked(folder), new_folder(folder) as temporary:
+            lay_out(params, dataset, temporary)
+    if changed := _changed(folder, manifest):
+        what = "is not the file of" if changed.is_file() else "is missing, though there is"
+        raise DataError(f"{changed} {what} the manifest {manifest_path(dataset)}; {remedy}")
     if images:
-        sizes = [
-            os.path.getsize(os.path.join(base, name))
-            for base, _, names in os.walk(folder / "images")
-            for name in names
-        ]
+        sizes = [os.path.getsize(file) for file in image_files(folder, own) if os.path.isfile(file)]
         if (len(sizes), sum(sizes)) != (manifest["images"], manifest["bytes"]):
-            from heba.data.benchmarks import missing_images
-
-            missing = missing_images(read_split(split), folder / "images")
-            named = f"; {len(missing)} of the split are missing: {', '.join(missing[:3])}" if missing else ""
             raise DataError(
                 f"{folder / 'images'} has {len(sizes)} files of {sum(sizes)} bytes in all, the manifest "
-                f"{manifest_path(dataset)} says {manifest['images']} of {manifest['bytes']}{named}; {remedy}"
+                f"{manifest_path(dataset)} says {manifest['images']} of {manifest['bytes']}"
+                f"{_damage(folder / 'images', read_split(folder / 'split.json'))}; {remedy}"
             )
     return folder
+
+
+def _changed(folder: Path, manifest: dict[str, Any]) -> Path | None:
+    """The first file that is not, byte for byte, the one that the manifest was made of."""
+    for name, key in (("split.json", "split_sha256"), ("descriptions.json", "descriptions_sha256")):
+        file = folder / name
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != manifest[key]:
+            return file
+    return None
+
+
+def _damage(images: Path, split: Split) -> str:
+    """The images of `split` that are missing or can not be decoded, in words."""
+    from heba.data.benchmarks import missing_images
+    from heba.images import decode, for_each_image
+
+    def broken(file: str) -> str | None:
+        try:
+            decode(images / file)
+        except ValueError:
+            return file
+        return None
+
+    missing = missing_images(split, images)
+    files = sorted({file for part in split.values() for file, _, _ in part}.difference(missing))
+    checked = tqdm(for_each_image(broken, files), total=len(files), desc="find damaged images", delay=2)
+    damaged = [file for file in checked if file]
+    return "".join(
+        f"; {len(names)} of the split are {how}: {', '.join(names[:3])}"
+        for how, names in (("missing", missing), ("damaged", damaged))
+        if names
+    )

@@ -8,25 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 from heba.evaluation import classification_report, encode_images, encode_prompts, harmonic_mean
-from heba.images import open_packed
+from heba.images import preprocess_of
 from heba.model import AdaptedCLIP, class_features, load_adapter
 from heba.splits import base_labels
 from pipeline import tracking
 from pipeline.backbone import device, load_backbone, use_bf16
 from pipeline.params import Params
 from pipeline.paths import OUT, TRANSFER_STAGES, evaluate_path, new_folder, train_folder
-from pipeline.precompute import folder_of
-from pipeline.split import trainings_path
+from pipeline.precompute import read_names, read_test, read_texts
+from pipeline.split import read_trainings
+from pipeline.store import adapter_sha256
 
 
 def run(params: Params, dataset: str) -> None:
     """Evaluate all trainings on `dataset`, for base_to_novel and few_shot, on its own test images."""
-    trainings = json.loads(trainings_path(dataset).read_text(encoding="utf-8"))
-    jobs = [(protocol, dataset, seed, shots) for protocol, seed, shots in trainings]
+    jobs = [(protocol, dataset, seed, shots) for protocol, seed, shots in read_trainings(dataset)]
     _evaluate_all(params, jobs, OUT / "evaluate" / dataset)
 
 
@@ -53,8 +52,7 @@ def evaluate(params: Params, clip: Any, protocol: str, dataset: str, seed: int, 
     source = protocol in TRANSFER_STAGES
     adapter = params.transfer.adapter if source else params.adapter
     trained = train_folder(protocol, dataset, seed, shots)
-    data = folder_of(dataset)
-    names = json.loads((data / "prompts.json").read_text(encoding="utf-8"))["class_names"]
+    names = read_names(dataset)
     novel_scale = adapter.scale if adapter.scale_novel is None else adapter.scale_novel
     if protocol != "base_to_novel":
         # In transfer the target's classes are new to the model, but the protocol has no scale of its own for them.
@@ -68,7 +66,7 @@ def evaluate(params: Params, clip: Any, protocol: str, dataset: str, seed: int, 
     model, config = load_adapter(clip, trained)
     try:
         model.to(device(params)).eval()
-        results = compare(model, data, names, groups, device(params), use_bf16(params))
+        results = compare(model, dataset, names, groups, device(params), use_bf16(params))
     finally:
         model.detach()
     record: dict[str, Any] = {
@@ -78,7 +76,7 @@ def evaluate(params: Params, clip: Any, protocol: str, dataset: str, seed: int, 
         "source": params.transfer.source if source else None,
         "seed": seed,
         "shots": config["shots"],
-        "adapter_sha256": tracking.adapter_sha256(trained),
+        "adapter_sha256": adapter_sha256(trained),
         "scale_novel": novel_scale if protocol == "base_to_novel" else None,
         "groups": results,
     }
@@ -91,7 +89,7 @@ def evaluate(params: Params, clip: Any, protocol: str, dataset: str, seed: int, 
 
 def compare(
     model: AdaptedCLIP,
-    data: Path,
+    dataset: str,
     names: list[str],
     groups: dict[str, tuple[range, float]],
     where: torch.device,
@@ -100,11 +98,11 @@ def compare(
     """Zero-shot CLIP and the adapted model on the test images of each group of classes, among these classes.
 
     Args:
-        data: the data set's precomputed folder. names: of all its classes.
+        names: of all the classes of `dataset`.
         groups: labels of the classes, and s, of each group; groups of equal s are encoded in one pass.
     """
-    texts, test = load_file(data / "text.safetensors"), load_file(data / "test.safetensors")
-    packed = open_packed(data / "images.npy")
+    preprocess = preprocess_of(model.clip)
+    texts, (packed, test) = read_texts(dataset), read_test(dataset, preprocess.size)
     images, prompts = torch.empty_like(test["features"]), torch.empty_like(texts["features"])
     image_label, prompt_label = test["labels"], texts["class_index"]
     for scale in sorted({scale for _, scale in groups.values()}):
@@ -120,10 +118,10 @@ def compare(
         wanted = torch.tensor([label for labels, s in groups.values() if s == scale for label in labels])
         rows, which = torch.isin(image_label, wanted), torch.isin(prompt_label, wanted)
         some = None if rows.all() else rows.nonzero().flatten().numpy()
-        with tqdm(total=int(rows.sum()), desc=f"test images of {data.name}", delay=2, unit="image") as bar:
-            images[rows] = encode_images(packed, image, where, some, progress=bar.update)
-        with tqdm(total=int(which.sum()), desc=f"prompts of {data.name}", delay=2, unit="prompt") as bar:
-            prompts[which] = encode_prompts(texts["tokens"][which], text, where, progress=bar.update)
+        with tqdm(total=int(rows.sum()), desc=f"test images of {dataset}", delay=2, unit="image") as bar:
+            images[rows] = encode_images(packed, preprocess, image, where, some, progress=bar.update)
+        with tqdm(total=int(which.sum()), desc=f"prompts of {dataset}", delay=2, unit="prompt") as bar:
+            prompts[which] = encode_prompts(model.clip, texts["tokens"][which], text, where, progress=bar.update)
     results = {}
     for group, (labels, _) in groups.items():
         first, last = labels.start, labels.stop - 1

@@ -1,13 +1,13 @@
 """params.yaml: its schema, and one message with everything that is wrong with it."""
 
-import importlib.util
-import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from heba.architecture import depth, read_config
 from pipeline.paths import main_root
 
 PARAMS_FILE = Path("params.yaml")
@@ -50,6 +50,12 @@ class Adapter(_Strict):
     scale_novel: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
     scale_factor: Positive
     slow_ratio: Fraction
+    init: Literal["kaiming", "zero"]
+    visual_block: Literal["conv", "linear"]
+    text_block: Literal["linear", "conv1d"]
+    expansion: Count
+    gradient_scale: bool
+    towers: Literal["both", "image", "text"]
 
 
 class Train(_Strict):
@@ -83,22 +89,41 @@ class Data(_Strict):
     catalog: str | None
 
 
+class Own(_Strict):
+    """A user's own data set; `path` is the folder of its images, in which `file` and `descriptions` are."""
+
+    kind: Literal["folder", "csv", "coop"]
+    path: Annotated[str, Field(min_length=1)]
+    file: str | None = None
+    template: Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")] = "a photo of a {}."
+    descriptions: Annotated[str, Field(pattern="^[^/]+$")] | None = None
+    allow_leaks: bool = False
+
+
 class Params(_Strict):
     suite: Literal["embedded", "real"]
     data: Data
-    datasets: Annotated[list[str], Field(min_length=1)]
+    datasets: list[str]
     seeds: Seeds
     shots: Count
+    own: dict[str, Own]
     backbone: Backbone
     precision: Literal["auto", "fp32", "bf16"]
     device: Literal["auto", "cpu", "cuda"]
     threads: Count | None
     cuda_graphs: bool
+    deterministic: bool
     adapter_dtype: Literal["fp16", "fp32"]
     adapter: Adapter
     train: Train
     transfer: Transfer
     few_shot: FewShot
+
+
+def stage_of(stage: str, dataset: str) -> str:
+    """What DVC calls the `stage` of a data set, such as split-own@flowers."""
+    kind = "" if dataset in BENCHMARKS else "-variant" if dataset in VARIANTS else "-own"
+    return f"{stage}{kind}@{dataset}"
 
 
 class ParamsError(ValueError):
@@ -114,7 +139,7 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
             f"{path} is not here: run from the repository's root, or restore it with "
             "`python -m pipeline preset demo`"
         ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ParamsError(f"{path} can not be read: {error}") from None
     if not isinstance(raw, dict):
         raise ParamsError(f"{path} must map names to values; restore it with `python -m pipeline preset demo`")
@@ -152,11 +177,12 @@ def _impossible(raw: dict[str, Any]) -> list[str]:
             value = value.get(key) if isinstance(value, dict) else None
         return value
 
-    problems = []
+    own = get("own") if isinstance(get("own"), dict) else {}
+    problems = _impossible_own(own)
     for keys, known in (
         (("datasets",), BENCHMARKS),
         (("transfer", "targets"), BENCHMARKS),
-        (("few_shot", "datasets"), BENCHMARKS),
+        (("few_shot", "datasets"), (*BENCHMARKS, *map(str, own))),
         (("transfer", "variants"), VARIANTS),
         (("seeds",), None),
         (("transfer", "seeds"), None),
@@ -173,14 +199,17 @@ def _impossible(raw: dict[str, Any]) -> list[str]:
                 problems.append(f"{key}: {value!r} is listed twice")
     datasets, source, targets = get("datasets"), get("transfer", "source"), get("transfer", "targets")
     if isinstance(datasets, list):
-        if isinstance(source, str) and source not in datasets:
+        if not datasets and not own:
+            problems.append("datasets: empty, and so is own, so that there is no data")
+        transfer = get("transfer", "seeds") != []
+        if transfer and isinstance(source, str) and source not in datasets:
             problems.append(f"transfer.source: {source!r} must be one of datasets")
-        if isinstance(targets, list):
+        if transfer and isinstance(targets, list):
             absent = [t for t in targets if t not in datasets]
             problems += [f"transfer.targets: {t!r} must be one of datasets" for t in absent]
         few = get("few_shot", "datasets")
-        absent = [d for d in few if d not in datasets] if isinstance(few, list) else []
-        problems += [f"few_shot.datasets: {d!r} must be one of datasets" for d in absent]
+        absent = [d for d in few if d not in [*datasets, *own]] if isinstance(few, list) else []
+        problems += [f"few_shot.datasets: {d!r} must be one of datasets or own" for d in absent]
     if [get("seeds"), get("transfer", "seeds"), get("few_shot", "seeds")] == [[], [], []]:
         problems.append("seeds, transfer.seeds, few_shot.seeds: all empty, so that no protocol is left")
     if isinstance(targets, list) and source in targets:
@@ -200,14 +229,14 @@ def _impossible(raw: dict[str, Any]) -> list[str]:
             problems.append(
                 f"backbone.pretrained: the tiny backbone has the weights 'embedded', not {pretrained!r}"
             )
-        depth, reason = backbone_depth(name)
+        deepest, reason = backbone_depth(name)
         if reason:
             problems.append(f"backbone.name: {reason}")
         for section in ((), ("transfer",)):
             start, end = get(*section, "adapter", "start"), get(*section, "adapter", "end")
             key = ".".join((*section, "adapter"))
-            if depth and isinstance(end, int) and end > depth:
-                problems.append(f"{key}.end: {end} is beyond the last layer, {depth}, of {name}")
+            if deepest and isinstance(end, int) and end > deepest:
+                problems.append(f"{key}.end: {end} is beyond the last layer, {deepest}, of {name}")
             if isinstance(start, int) and isinstance(end, int) and start > end:
                 problems.append(f"{key}.start: {start} is above {key}.end {end}")
     if isinstance(name, str) and pretrained == "openai" and not name.endswith(("-quickgelu", ".json")):
@@ -215,33 +244,27 @@ def _impossible(raw: dict[str, Any]) -> list[str]:
     return problems
 
 
-def backbone_depth(name: str) -> tuple[int | None, str | None]:
-    """Number of blocks of the shallower tower, or None and the reason why there is no such backbone.
+def _impossible_own(own: dict[Any, Any]) -> list[str]:
+    """Names and paths of own data sets that can not be."""
+    problems = []
+    for name, entry in own.items():
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", str(name)):
+            problems.append(f"own: {name!r} must be letters, digits, _ and - only: it names files and stages")
+        if name in (*BENCHMARKS, *VARIANTS, "average"):
+            problems.append(f"own: the name {name!r} is taken, choose another")
+        path = entry.get("path") if isinstance(entry, dict) else None
+        if isinstance(path, str) and (main_root() / path).resolve().is_relative_to(main_root() / "data"):
+            problems.append(
+                f"own.{name}.path: {path!r} lies in data/, where DVC looks at nothing (.dvcignore); "
+                "put the images elsewhere"
+            )
+    return problems
 
-    Reads open_clip's config files without importing it, which would take seconds.
-    """
-    if name == "tiny":
-        path = Path(__file__).parents[1] / "heba/embedded/tiny_clip/config.json"
-    elif name.endswith(".json"):
-        path = main_root() / name
-        if not path.is_file():
-            return None, f"there is no file {path}"
-    else:
-        spec = importlib.util.find_spec("open_clip")
-        folder = Path(spec.origin if spec and spec.origin else "").parent / "model_configs"
-        path = folder / f"{name}.json"
-        if path.parent != folder or not path.is_file():
-            return None, f"open_clip has no model {name!r}"
+
+def backbone_depth(name: str) -> tuple[int | None, str | None]:
+    """Number of blocks of the shallower tower, as far as the config tells, or None and the reason why there is no
+    such backbone."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return depth(read_config(name, main_root())), None
     except ValueError as error:
-        return None, f"{path} is not JSON: {error}"
-    towers = ("vision_cfg", "text_cfg")
-    if not isinstance(config, dict) or not all(isinstance(config.get(tower), dict) for tower in towers):
-        return None, f"{path} is not a model config of open_clip: it needs vision_cfg and text_cfg"
-    layers = [config[tower].get("layers") for tower in towers]
-    # open_clip's text config has 12 layers unless it says otherwise; a ResNet gives a list of layers.
-    layers[1] = layers[1] or 12
-    if not all(isinstance(n, int) for n in layers) or "timm_model_name" in config["vision_cfg"]:
-        return None, f"{name} has no plain vision transformer, which HeBA needs"
-    return min(layers), None
+        return None, str(error)

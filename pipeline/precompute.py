@@ -12,25 +12,63 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from heba.evaluation import encode_images, encode_prompts
-from heba.images import open_packed, pack_images
-from heba.model import class_features, cut_after_eot, embed_tokens, encode_text_plain
+from heba.images import open_packed, pack_images, preprocess_of
+from heba.model import class_features
 from heba.prompts import build_prompts, read_descriptions, tokenize
 from heba.splits import class_names, read_split
+from heba.towers import cut_texts, embed_tokens, encode_text_plain
 from pipeline.backbone import device, load_backbone, use_bf16
 from pipeline.download import template_of, verified_folder
-from pipeline.params import Params
-from pipeline.paths import OUT, new_folder
+from pipeline.params import Params, stage_of
+from pipeline.paths import OUT, new_folder, reading
 
 TEXT_BATCH = 256
 
 
 def folder_of(dataset: str) -> Path:
     return OUT / "precompute" / dataset
+
+
+def read_names(dataset: str) -> list[str]:
+    """The names of all classes."""
+    path = folder_of(dataset) / "prompts.json"
+    with reading(path, stage_of("precompute", dataset)):
+        names = json.loads(path.read_text(encoding="utf-8"))["class_names"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("class_names must be a list of names")
+    return names
+
+
+def read_texts(dataset: str) -> dict[str, torch.Tensor]:
+    """The tensors of text.safetensors."""
+    path = folder_of(dataset) / "text.safetensors"
+    with reading(path, stage_of("precompute", dataset)):
+        tensors = load_file(path)
+        n = len(tensors["class_index"])
+        if len(tensors["tokens"]) != n or len(tensors["features"]) != n:
+            raise ValueError("tokens, class_index and features have different lengths")
+    return tensors
+
+
+def read_test(dataset: str, size: int) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
+    """The packed test images [n, 3, size, size], and the tensors of test.safetensors."""
+    packed, path = folder_of(dataset) / "images.npy", folder_of(dataset) / "test.safetensors"
+    with reading(path, stage_of("precompute", dataset)):
+        test = load_file(path)
+        n = len(test["labels"])
+        if len(test["features"]) != n:
+            raise ValueError("labels and features have different lengths")
+    with reading(packed, stage_of("precompute", dataset)):
+        images = open_packed(packed)
+        if images.shape != (n, 3, size, size) or images.dtype != np.uint8:
+            raise ValueError(f"{images.dtype} {images.shape}, for {n} images of {size} x {size} pixels")
+    return images, test
 
 
 def run(params: Params, dataset: str) -> None:
@@ -51,8 +89,7 @@ def _texts(params: Params, dataset: str, names: list[str], data: Path, clip, tok
     tokens, cut = tokenize(prompts.texts, tokenizer)
     for text in cut:
         print(f"{dataset}: longer than {tokens.shape[1]} tokens, cut: {text!r}", file=sys.stderr)
-    _check_vocabulary(params, tokens)
-    tokens = cut_after_eot(tokens)
+    tokens = cut_texts(clip, tokens)
     index = torch.tensor(prompts.class_index)
     where = device(params)
 
@@ -61,7 +98,7 @@ def _texts(params: Params, dataset: str, names: list[str], data: Path, clip, tok
             return encode_text_plain(clip, batch)
 
     with tqdm(total=len(tokens), desc=f"texts of {dataset}", delay=2, unit="prompt") as bar:
-        features = encode_prompts(tokens, encode, where, progress=bar.update)
+        features = encode_prompts(clip, tokens, encode, where, progress=bar.update)
     tensors = {
         "tokens": tokens.contiguous(),
         "class_index": index,
@@ -75,7 +112,7 @@ def _texts(params: Params, dataset: str, names: list[str], data: Path, clip, tok
 
 def trained_from(params: Params, dataset: str) -> list[int]:
     """The first adapted blocks, above 1, of the trainings on `dataset`."""
-    starts = {params.adapter.start} if dataset in params.datasets else set()
+    starts = {params.adapter.start} if dataset in [*params.datasets, *params.own] else set()
     if dataset == params.transfer.source:
         starts.add(params.transfer.adapter.start)
     return sorted(start for start in starts if start > 1)
@@ -88,27 +125,17 @@ def frozen_states(clip, tokens: torch.Tensor, start: int, where: torch.device) -
     return torch.cat(parts)
 
 
-def _check_vocabulary(params: Params, tokens: torch.Tensor) -> None:
-    if params.backbone.name == "tiny":
-        from heba.embedded.model import known_tokens
-
-        unknown = set(tokens.flatten().tolist()) - known_tokens() - {0}
-        if unknown:
-            raise ValueError(f"the tiny CLIP has no embedding for the tokens {sorted(unknown)}; use other words")
-
-
 def _images(params: Params, test: list, folder: Path, clip, out: Path) -> None:
-    size = clip.visual.image_size
-    size = size[0] if isinstance(size, tuple | list) else size
+    preprocess = preprocess_of(clip)
     packed = out / "images.npy"
     with tqdm(total=len(test), desc="pack test images", delay=2, unit="image") as bar:
-        pack_images([folder / file for file, _, _ in test], size, packed, bar.update)
+        pack_images([folder / file for file, _, _ in test], preprocess, packed, bar.update)
 
     def encode(images: torch.Tensor) -> torch.Tensor:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=use_bf16(params)):
             return clip.encode_image(images)
 
     with tqdm(total=len(test), desc="zero-shot image features", delay=2, unit="image") as bar:
-        features = encode_images(open_packed(packed), encode, device(params), progress=bar.update)
+        features = encode_images(open_packed(packed), preprocess, encode, device(params), progress=bar.update)
     labels = torch.tensor([label for _, label, _ in test])
     save_file({"labels": labels, "features": features}, out / "test.safetensors")

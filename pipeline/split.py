@@ -9,8 +9,8 @@ from pathlib import Path
 
 from heba.splits import read_split, sample_few_shot, write_split
 from pipeline.download import verified_folder
-from pipeline.params import Params
-from pipeline.paths import OUT, new_file, new_folder
+from pipeline.params import Params, stage_of
+from pipeline.paths import OUT, new_file, new_folder, reading
 
 
 def split_path(dataset: str, shots: int, seed: int) -> Path:
@@ -28,6 +28,13 @@ def trainings(params: Params, dataset: str) -> list[tuple[str, int, int]]:
         few = params.few_shot
         found += [("few_shot", seed, shots) for shots in few.shots for seed in few.seeds]
     return found
+
+
+def read_trainings(dataset: str) -> list[tuple[str, int, int]]:
+    """What `trainings` gave for `dataset`."""
+    path = trainings_path(dataset)
+    with reading(path, stage_of("split", dataset)):
+        return [(str(protocol), int(seed), int(shots)) for protocol, seed, shots in json.loads(path.read_text())]
 
 
 def run(params: Params, dataset: str) -> None:

@@ -1,6 +1,7 @@
 """Stages `train`, `train-source` and `train-few`: the adapters of one data set and seed.
 
-out/train/<dataset>/<protocol>-<seed>/   adapter.safetensors, config.json, history.csv (epoch, loss, lr)
+out/train/<dataset>/<protocol>-<seed>/   adapter.safetensors, classifier.safetensors, config.json,
+                                         history.csv (epoch, loss, lr)
 """
 
 import csv
@@ -15,31 +16,49 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from heba.adapters import Variant
+from heba.evaluation import encode_prompts
 from heba.images import decode, for_each_image
-from heba.model import AdaptedCLIP, save_adapter
+from heba.model import ADAPTER_FILE, AdaptedCLIP, class_features, load_adapter_tensors, save_adapter
+from heba.predict import save_classifier
 from heba.splits import base_labels, class_names, read_split, select_classes
+from heba.towers import text_lengths
 from heba.training import Settings, TextBank, steps_per_epoch, train
 from pipeline import tracking
-from pipeline.backbone import device, load_backbone, use_bf16
+from pipeline.backbone import be_deterministic, device, load_backbone, read_record, use_bf16
 from pipeline.download import verified_folder
-from pipeline.params import Params, ParamsError
-from pipeline.paths import main_root, new_folder, train_folder
-from pipeline.precompute import folder_of
+from pipeline.params import Params, ParamsError, stage_of
+from pipeline.paths import main_root, new_folder, reading, temporary_name, train_folder, writable
+from pipeline.precompute import folder_of, read_texts
 from pipeline.split import split_path
 
 
-def text_bank(dataset: str, n_classes: int, start: int, where: torch.device) -> TextBank:
+def text_bank(clip: Any, dataset: str, n_classes: int, start: int, where: torch.device) -> TextBank:
     """The prompts of the first `n_classes` classes, with their precomputed states below `start`."""
-    tensors = load_file(folder_of(dataset) / "text.safetensors")
+    tensors = read_texts(dataset)
     counts = torch.bincount(tensors["class_index"])[:n_classes]
     n = int(counts.sum())
     tokens = tensors["tokens"][:n]
     return TextBank(
         tokens=tokens.to(where),
-        lengths=(tokens.argmax(dim=-1) + 1).tolist(),
+        lengths=text_lengths(clip, tokens),
         offsets=[0, *counts.cumsum(0).tolist()],
         hidden=tensors[f"hidden.{start}"][:n].to(where) if start > 1 else None,
     )
+
+
+def classifier(model: AdaptedCLIP, bank: TextBank, bf16: bool) -> torch.Tensor:
+    """The classifier [n_classes, E] of the training's own classes, from all their prompts."""
+    where = bank.tokens.device
+
+    def encode(tokens: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
+            return model.encode_text(tokens)
+
+    with tqdm(total=len(bank.tokens), desc="classifier", delay=2, unit="prompt") as bar:
+        features = encode_prompts(model.clip, bank.tokens.cpu(), encode, where, progress=bar.update)
+    counts = torch.tensor(bank.offsets).diff()
+    return class_features(features, torch.arange(bank.n_classes).repeat_interleave(counts), bank.n_classes)
 
 
 def checkpoint_path(inputs: dict[str, Any], files: list[Path]) -> Path:
@@ -61,18 +80,22 @@ def run(params: Params, dataset: str, seed: int, source: bool, shots: int | None
     )
     images_folder = verified_folder(params, dataset) / "images"
     sample = split_path(dataset, shots or params.shots, seed)
-    split = read_split(sample)
+    with reading(sample, stage_of("split", dataset)):
+        split = read_split(sample)
     names = class_names(split)
     labels = range(len(names)) if source or shots else base_labels(len(names))
     train_items = select_classes(split, labels)["train"]
     where = device(params)
     if params.cuda_graphs and where.type != "cuda":
         raise ParamsError(f"cuda_graphs: needs a GPU, and this training runs on {where.type}; set it to false")
+    if params.deterministic:
+        be_deterministic()
     clip, _ = load_backbone(params)
     # The initialisation must not depend on what drew random numbers before.
     torch.manual_seed(seed)
-    model = AdaptedCLIP(clip, adapter.start, adapter.end, adapter.scale, adapter.ratio).to(where)
-    bank = text_bank(dataset, len(labels), adapter.start, where)
+    variant = Variant.of(adapter.model_dump())
+    model = AdaptedCLIP(clip, adapter.start, adapter.end, adapter.scale, adapter.ratio, variant=variant).to(where)
+    bank = text_bank(clip, dataset, len(labels), adapter.start, where)
     pixels = for_each_image(
         lambda path: torch.from_numpy(np.array(decode(path)).transpose(2, 0, 1)),
         [images_folder / file for file, _, _ in train_items],
@@ -84,18 +107,21 @@ def run(params: Params, dataset: str, seed: int, source: bool, shots: int | None
         "shots": shots or params.shots,
         "suite": params.suite,
         "protocol": "transfer" if source else "few_shot" if shots else "base_to_novel",
-        "backbone": params.backbone.model_dump(),
+        "backbone": read_record(),
         "adapter": adapter.model_dump(exclude={"scale_novel"}),
         "train": settings.model_dump(),
         "bf16": use_bf16(params),
         "threads": params.threads,
         "cuda_graphs": params.cuda_graphs,
+        "deterministic": params.deterministic,
     }
     checkpoint = checkpoint_path(inputs, [sample, folder_of(dataset) / "text.safetensors"])
+    inputs["inputs_sha256"] = checkpoint.stem
     protocol = "cross_dataset" if source else "few_shot" if shots else "base_to_novel"
     out_folder = train_folder(protocol, dataset, seed, shots or params.shots)
     if len(images) < settings.batch_size:
         print(f"{dataset}: {len(images)} images, less than train.batch_size: one batch of all", file=sys.stderr)
+    temporary_name(checkpoint)  # removes what a killed training has left of one
     if checkpoint.exists():
         print(f"resuming from {checkpoint}", file=sys.stderr)
     tracker = tracking.start_training(inputs)
@@ -104,7 +130,10 @@ def run(params: Params, dataset: str, seed: int, source: bool, shots: int | None
     )
     steps = settings.epochs * steps_per_epoch(len(images), schedule)
     try:
-        with tqdm(total=steps, desc=f"train {dataset} seed {seed}", delay=2, mininterval=2, unit="step") as bar:
+        with (
+            tqdm(total=steps, desc=f"train {dataset} seed {seed}", delay=2, mininterval=2, unit="step") as bar,
+            writable(checkpoint),
+        ):
             history = train(
                 model,
                 images,
@@ -121,6 +150,9 @@ def run(params: Params, dataset: str, seed: int, source: bool, shots: int | None
         with new_folder(out_folder) as out:
             dtype = torch.float16 if params.adapter_dtype == "fp16" else torch.float32
             save_adapter(model, out, config, dtype)
+            # From the adapter as it is on disk, so that a loaded one names images as it was evaluated.
+            load_adapter_tensors(model, {k: v.float() for k, v in load_file(out / ADAPTER_FILE).items()}, "")
+            save_classifier(classifier(model, bank, use_bf16(params)), out)
             with (out / "history.csv").open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, history[0], lineterminator="\n")
                 writer.writeheader()

@@ -67,7 +67,7 @@ def test_openais_weights_in_the_plain_gelu_model_are_refused(tmp_path):
         load_params(write(tmp_path, change))
 
 
-@pytest.mark.parametrize("name", ["RN50", "nonsense", "../x"])
+@pytest.mark.parametrize("name", ["RN50", "coca_ViT-L-14", "convnext_base", "nonsense", "../x"])
 def test_unusable_backbones_are_refused(tmp_path, name):
     def change(raw):
         raw["suite"] = "real"
@@ -75,6 +75,17 @@ def test_unusable_backbones_are_refused(tmp_path, name):
 
     with pytest.raises(ParamsError, match=r"backbone\.name"):
         load_params(write(tmp_path, change))
+
+
+def test_the_depth_of_timms_towers_is_only_bounded_by_the_text_tower(tmp_path):
+    def change(raw, end):
+        raw["suite"] = "real"
+        raw["backbone"] = {"name": "ViT-B-16-SigLIP2", "pretrained": "webli"}
+        raw["adapter"]["end"] = end
+
+    load_params(write(tmp_path, lambda raw: change(raw, 12)))
+    with pytest.raises(ParamsError, match=r"adapter\.end: 13 is beyond the last layer, 12"):
+        load_params(write(tmp_path, lambda raw: change(raw, 13)))
 
 
 junk = st.recursive(

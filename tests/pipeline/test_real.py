@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 
 import open_clip
 import pytest
@@ -11,7 +10,7 @@ import yaml
 from safetensors.torch import save_file
 
 from tests import replicas
-from tests.pipeline.test_stages import ROOT, pipeline, stage
+from tests.pipeline.test_stages import ROOT, copy_repository, pipeline, stage
 from tests.server import serve
 
 CONFIG = {
@@ -24,12 +23,7 @@ CONFIG = {
 
 def repository(folder, datasets, variants):
     """A repository with the paper's preset, cut to a small backbone with random weights and one epoch."""
-    for name in ("heba", "pipeline", "dvc.yaml", ".gitignore", ".dvcignore"):
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, folder / name)
+    copy_repository(folder)
     replicas.build_all(folder / "mirror", [*datasets, *variants])
     (folder / "small.json").write_text(json.dumps(CONFIG))
     state = open_clip.CLIP(**CONFIG).state_dict()
@@ -61,7 +55,12 @@ def test_real_data_sets_go_through_the_stages(tmp_path):
     (repo / "small.safetensors").write_bytes((repo / "small.safetensors").read_bytes()[:-1] + b"x")
     changed = stage(repo, "precompute", "--dataset", "eurosat")
     assert changed.returncode == 1
-    assert "small.safetensors is not the file of out/backbone.json" in changed.stderr
+    assert "small.safetensors is not that of out/backbone.json" in changed.stderr
+    assert stage(repo, "backbone").returncode == 0
+    (repo / "small.json").write_text(json.dumps(CONFIG | {"preprocess_cfg": {"resize_mode": "squash"}}))
+    changed = stage(repo, "precompute", "--dataset", "eurosat")
+    assert changed.returncode == 1
+    assert "small.json is not that of out/backbone.json" in changed.stderr
 
 
 def change(repo, file, edit):

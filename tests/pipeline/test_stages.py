@@ -28,16 +28,22 @@ def stage(folder, *args, **env):
     return pipeline(folder, sys.executable, "-m", "pipeline", *args, **env)
 
 
-@pytest.fixture(scope="module")
-def repo(tmp_path_factory):
-    """A clone with one data set, one variant, one seed and two epochs, reproduced once."""
-    folder = tmp_path_factory.mktemp("clone with space")
-    for name in ("heba", "pipeline", "dvc.yaml", ".gitignore", ".dvcignore"):
+def copy_repository(folder):
+    """The code and the DAG, without params.yaml."""
+    folder.mkdir(exist_ok=True)
+    for name in ("heba", "pipeline", "dvc.yaml", "ablation.csv", ".gitignore", ".dvcignore"):
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, folder / name)
+
+
+@pytest.fixture(scope="module")
+def repo(tmp_path_factory):
+    """A clone with one data set, one variant, one seed and two epochs, reproduced once."""
+    folder = tmp_path_factory.mktemp("clone with space")
+    copy_repository(folder)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params |= {"datasets": ["imagenet", "dtd"], "seeds": [1], "shots": 2}
     params["train"] |= {"epochs": 2, "batch_size": 4}
@@ -81,8 +87,9 @@ def test_every_training_is_a_run_with_its_evaluation(repo):
         )
         assert run.data.tags["dvc.stage"].startswith("train@")
         assert run.data.tags["mlflow.source.git.commit"]
-        artifacts = Path(url2pathname(urlparse(run.info.artifact_uri).path))
-        adapter = artifacts / "adapter" / "adapter.safetensors"
+        model = client.get_logged_model(run.outputs.model_outputs[0].model_id)
+        artifacts = Path(url2pathname(urlparse(model.artifact_location).path))
+        adapter = artifacts / "artifacts" / "base_to_novel-1" / "adapter.safetensors"
         out = repo / "out" / "train" / run.data.params["dataset"] / "base_to_novel-1" / "adapter.safetensors"
         assert adapter.read_bytes() == out.read_bytes()
         assert adapter.stat().st_nlink > 1  # it takes no space of its own
@@ -111,6 +118,15 @@ def test_late_tracking_fills_an_empty_store(repo, tmp_path):
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
     assert len(runs) == 4
     assert all("loss" in r.data.metrics for r in runs)
+
+
+def test_what_a_killed_stage_leaves_changes_nothing_and_goes_with_the_next_run(repo):
+    left = repo / "out" / "train" / "dtd" / ".base_to_novel-1.123.tmp"
+    left.mkdir()
+    (left / "adapter.safetensors").write_bytes(b"half")
+    assert json.loads(pipeline(repo, "dvc", "status", "--json").stdout) == {}
+    assert stage(repo, "train", "--dataset", "dtd", "--seed", "1").returncode == 0
+    assert not left.exists()
 
 
 def test_changing_shots_leaves_download_and_precompute_alone(repo):
@@ -176,5 +192,18 @@ def test_the_novel_scale_takes_effect(repo):
 
 def test_help_teaches():
     shown = stage(ROOT, "--help").stdout
-    for name in ("download", "split", "precompute", "train", "evaluate", "report", "preset", "track", "repro"):
+    for name in (
+        "download",
+        "split",
+        "precompute",
+        "train",
+        "evaluate",
+        "report",
+        "preset",
+        "track",
+        "repro",
+        "ablate",
+        "waves",
+        "doctor",
+    ):
         assert name in shown
