@@ -14,15 +14,18 @@ from typing import Protocol
 from pipeline.paths import new_file
 
 DVC = [sys.executable, "-m", "pipeline.safe_dvc", "--wait-for-lock"]
+# The shell ends at once; what it leaves in the background has process 1 for its parent.
+GUARD = 'exec 3<&0; (cat <&3; kill -s KILL -- "-$1") &'
 GRACE = 15.0  # seconds from an interrupt to a kill: a training closes its MLflow run in between
 
 
 class Child:
     """`dvc repro --single-item STAGES`, in a process group of its own, its output appended to `log`.
 
-    The group does not outlive us, however we end: a shell waits on a pipe that only we hold, and kills the group
+    The group does not outlive us, however we end: a guard waits on a pipe that only we hold, and kills the group
     when the pipe closes. Without it, a worker of Ray or a driver that gets SIGKILL would leave stages behind, and
-    they would write where their retry writes.
+    they would write where their retry writes. The guard is not our child, for Ray kills the children of a worker
+    that ends, but not what those have started.
     """
 
     def __init__(self, root: Path, stages: list[str], log: Path, env: dict[str, str]) -> None:
@@ -37,20 +40,23 @@ class Child:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self.guard = subprocess.Popen(
-            ["sh", "-c", 'cat > /dev/null; kill -s KILL -- "-$1"', "sh", str(self.process.pid)],
+        guard = subprocess.Popen(
+            ["sh", "-c", GUARD, "sh", str(self.process.pid)],
             stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
+        guard.wait()
+        assert guard.stdin is not None
+        self.held = guard.stdin
 
     def poll(self) -> int | None:
         """The exit code, or None while it runs."""
         code = self.process.poll()
-        if code is not None and self.guard.returncode is None:
+        if code is not None and not self.held.closed:
             self._signal(signal.SIGKILL)  # what DVC may have left running
-            self.guard.kill()
-            self.guard.communicate()
+            self.held.close()
             if code:
                 release(self.root, self.stages)
         return code

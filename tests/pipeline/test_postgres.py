@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from pipeline.store import SHA_TAG
 from tests.pipeline import small
 
 EPOCHS = 5
@@ -22,7 +23,7 @@ from pathlib import Path
 from pipeline import tracking
 
 config = {"protocol": "base_to_novel", "dataset": "dtd", "shots": 2, "train": {"lr": 0.1}}
-config["seed"] = int(sys.argv[1])
+config |= {"seed": int(sys.argv[1]), "inputs_sha256": sys.argv[1]}
 run = tracking.start_training(config)
 for epoch in range(int(sys.argv[2])):
     run.epoch({"epoch": epoch, "loss": 1 / (epoch + 1), "lr": 0.1})
@@ -124,6 +125,8 @@ def test_four_writers_on_one_server_leave_four_complete_runs(tmp_path):
             assert run.data.params["train.lr"] == "0.1"
             for key in ("loss", "lr", "seconds"):
                 assert [m.step for m in client.get_metric_history(run.info.run_id, key)] == list(range(EPOCHS))
-            names = {file.path for file in client.list_artifacts(run.info.run_id, "adapter")}
-            assert names == {"adapter/adapter.safetensors", "adapter/history.csv"}
-            assert run.data.tags["heba.adapter_sha256"]
+            (output,) = run.outputs.model_outputs
+            assert client.get_logged_model(output.model_id).status == "READY"
+            names = {file.path for file in client.list_logged_model_artifacts(output.model_id, "artifacts/adapter")}
+            assert names == {f"artifacts/adapter/{name}" for name in ("adapter.safetensors", "history.csv")}
+            assert run.data.tags[SHA_TAG]

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from tests.pipeline import small
@@ -37,8 +38,9 @@ def test_a_node_is_killed_and_its_stages_run_again_with_the_same_result(tmp_path
             return held if {node for *_, node in held} == {"head", "second"} else None
 
         held = small.wait_for(both_nodes_work, 120)
-        (lost,) = [start[0] for start in held if start[-1] == "second"]
+        ((lost, process),) = [start[:2] for start in held if start[-1] == "second"]
         cluster.remove_node(second, allow_graceful=False)
+        small.wait_for(lambda: not psutil.pid_exists(int(process)))  # else it might end by itself
         for path in repo.glob("hold-*"):
             path.unlink()
         stdout, stderr = run.communicate(timeout=300)
