@@ -6,6 +6,7 @@ all nodes, and so does the Python that runs this. Ray runs a task again whose no
 
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -59,6 +60,7 @@ def reproduce(root: Path, stages: list[str], log: Path, env: dict[str, str]) -> 
     with log.open("a", encoding="utf-8") as file:
         file.write(f"{NODE}{ray.util.get_node_ip_address()}\n")
     release(root, stages)  # of the node that died before
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # Ray blocks it, which the child would inherit
     child = Child(root, stages, log, env)
     try:
         while (code := child.poll()) is None:
@@ -89,10 +91,11 @@ def cluster(
         if port.isdecimal():  # Ray would try for minutes
             socket.create_connection((host.rpartition("/")[2], int(port)), timeout=10).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise RayError(
             f"--address {address}: no Ray cluster can be reached ({str(error).splitlines()[0]}); "
-            "start one with `ray start --head` and give the address that it prints"
+            "start one with `ray start --head` and give the address that it prints; if it asks for a token, set "
+            "RAY_AUTH_MODE=token and have the token in ~/.ray/auth_token"
         ) from None
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -127,6 +127,8 @@ def test_four_writers_on_one_server_leave_four_complete_runs(tmp_path):
                 assert [m.step for m in client.get_metric_history(run.info.run_id, key)] == list(range(EPOCHS))
             (output,) = run.outputs.model_outputs
             assert client.get_logged_model(output.model_id).status == "READY"
-            names = {file.path for file in client.list_logged_model_artifacts(output.model_id, "artifacts/adapter")}
+            names = {
+                file.path for file in client.list_logged_model_artifacts(output.model_id, "artifacts/adapter")
+            }
             assert names == {f"artifacts/adapter/{name}" for name in ("adapter.safetensors", "history.csv")}
             assert run.data.tags[SHA_TAG]
