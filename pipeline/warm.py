@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -146,7 +146,8 @@ def _run_stage(connection: socket.socket) -> int:
 
 def _end_with(connection: socket.socket) -> None:
     """Kill this process when its command, which waits at the other side, was killed."""
-    connection.recv(1)
+    with suppress(ConnectionResetError):  # it was killed before it read anything
+        connection.recv(1)
     os.kill(os.getpid(), signal.SIGKILL)
 
 

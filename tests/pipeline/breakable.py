@@ -2,35 +2,17 @@
 
 import hashlib
 import json
-import os
 import shutil
 import sqlite3
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import yaml
 
 from pipeline.warm import SERVER
+from tests.pipeline.repository import ROOT, copy_code, environment, initialise, wait_for
 
-ROOT = Path(__file__).parents[2]
 TRAIN, TRAINED = "train@dtd-1", "out/train/dtd/base_to_novel-1"
-
-
-def environment(**more):
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    base = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_", "GIT_"))}
-    return base | {"PATH": path, "OMP_NUM_THREADS": "1"} | more
-
-
-def wait_for(condition, seconds=120):
-    """Look again until `condition` gives something, and return that."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.002)
-    return found
 
 
 def wait_for_server(server):
@@ -40,26 +22,15 @@ def wait_for_server(server):
 
 def make(folder, **changes):
     """A repository in `folder` for dtd, seed 1, base_to_novel; nothing has run yet."""
-    folder.mkdir(exist_ok=True)
-    for name in ("heba", "pipeline", "dvc.yaml", "ablation.csv", ".gitignore", ".dvcignore"):
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, folder / name)
+    copy_code(folder)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params |= {"datasets": ["dtd"], "seeds": [1], "shots": 2} | changes
     params["train"] |= {"epochs": 25, "batch_size": 4}
     params["few_shot"]["seeds"] = params["few_shot"]["datasets"] = []
     params["transfer"] |= {"source": params["datasets"][0], "targets": [], "variants": [], "seeds": []}
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    for command in (["git", "init", "-q"], ["dvc", "init", "-q"], ["dvc", "config", "core.analytics", "false"]):
-        assert call(folder, *command).returncode == 0
+    initialise(folder)
     return folder
-
-
-def call(folder, *command, **env):
-    return subprocess.run(command, cwd=folder, env=environment(**env), capture_output=True, text=True, check=False)
 
 
 def start(folder, *command, **env):
@@ -73,10 +44,6 @@ def start(folder, *command, **env):
         text=True,
         start_new_session=True,
     )
-
-
-def stage(folder, *args, **env):
-    return call(folder, sys.executable, "-m", "pipeline", *args, **env)
 
 
 def copy(repo, folder, but=()):
@@ -124,15 +91,3 @@ def runs(repo):
         return []
     with sqlite3.connect(f"file:{store}?mode=ro", uri=True) as database:
         return [status for (status,) in database.execute("select status from runs order by start_time")]
-
-
-def working_in(folder):
-    """Processes whose working folder is `folder`."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if entry.joinpath("cwd").readlink() == folder:
-                found.append(entry.name)
-        except OSError:
-            continue
-    return found

@@ -1,14 +1,12 @@
 """A DVC repository of eight stages that take moments, to run them in many ways."""
 
-import os
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import yaml
 
-ROOT = Path(__file__).parents[2]
+from tests.pipeline import repository
+from tests.pipeline.repository import ROOT, initialise
 
 # A stage notes its start, waits, and writes what it read. It may be told to fail, or to wait for a file.
 WORK = """
@@ -44,14 +42,9 @@ stages:
 
 
 def environment(**more):
-    """That of a user in the repository's virtual environment, who runs this checkout."""
-    kept = {
-        k: v
-        for k, v in os.environ.items()
-        if not k.startswith(("DVC_", "MLFLOW_", "GIT_", "OMP_", "CUDA_", "RAY_", "HEBA_STAGE"))
-    }
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return kept | {"PATH": path, "PYTHONPATH": str(ROOT)} | more
+    """That of a user who runs this checkout, in a process of its own and on all that is there."""
+    env = repository.environment(PYTHONPATH=str(ROOT))
+    return {k: v for k, v in env.items() if not k.startswith(("OMP_", "CUDA_", "RAY_", "HEBA_STAGE"))} | more
 
 
 def make(folder, **params):
@@ -61,8 +54,7 @@ def make(folder, **params):
     (folder / "params.yaml").write_text(yaml.safe_dump(raw))
     (folder / "work.py").write_text(WORK)
     (folder / "dvc.yaml").write_text(STAGES)
-    for command in (["git", "init", "-q"], ["dvc", "init", "-q"], ["dvc", "config", "core.analytics", "false"]):
-        subprocess.run(command, cwd=folder, env=environment(), check=True)
+    initialise(folder)
     return folder
 
 
@@ -97,25 +89,3 @@ def repro(folder, *args, **env):
         text=True,
         check=False,
     )
-
-
-def wait_for(condition, seconds=60.0):
-    until = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.1)
-    return found
-
-
-def processes_in(folder):
-    """The commands of the processes that work in `folder`."""
-    import psutil
-
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if Path(process.cwd()) == folder and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(" ".join(process.cmdline()))
-        except (psutil.Error, OSError):
-            continue
-    return found

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from pipeline.cli import app
 from pipeline.params import ParamsError, load_params
 from pipeline.report import ablation, render
 from pipeline.store import client
+from tests.pipeline.repository import ROOT, call, copy_code, initialise, stage
 from tests.pipeline.test_report import RECORDS
-from tests.pipeline.test_stages import ROOT, pipeline, stage
 
 
 @pytest.fixture
@@ -222,10 +221,7 @@ def test_the_dag_knows_the_files():
 
 @pytest.mark.slow
 def test_two_experiments_side_by_side_fill_the_table(tmp_path):
-    for name in ("heba", "pipeline"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("dvc.yaml", "ablation.csv", ".gitignore", ".dvcignore"):
-        shutil.copy(ROOT / name, tmp_path)
+    copy_code(tmp_path)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params |= {"datasets": ["imagenet", "dtd"], "seeds": [1], "shots": 2}
     params["train"] |= {"epochs": 1, "batch_size": 4}
@@ -233,20 +229,12 @@ def test_two_experiments_side_by_side_fill_the_table(tmp_path):
     params["few_shot"] |= {"datasets": ["dtd"]}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     options = ("ablate", "--datasets", "dtd", "--only", "init")
-    for command in (
-        ["git", "init", "-q"],
-        ["git", "config", "user.email", "test@example.org"],
-        ["git", "config", "user.name", "test"],
-        ["dvc", "init", "-q"],
-        ["git", "add", "-A"],
-        ["git", "commit", "-qm", "start"],
-        [sys.executable, "-m", "pipeline", *options, "--run"],
-    ):
-        done = pipeline(tmp_path, *command)
-        assert done.returncode == 0, done.stdout + done.stderr
+    initialise(tmp_path)
+    done = stage(tmp_path, *options, "--run")
+    assert done.returncode == 0, done.stdout + done.stderr
     status = ""
     for _ in range(300):
-        status = pipeline(tmp_path, "dvc", "queue", "status").stdout
+        status = call(tmp_path, "dvc", "queue", "status").stdout
         if "Queued" not in status and "Running" not in status:
             break
         time.sleep(2)

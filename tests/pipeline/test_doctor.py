@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.pipeline import small
+from tests.pipeline.repository import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +22,10 @@ def repo(tmp_path_factory):
     raw["transfer"] |= {"source": "dtd", "targets": [], "variants": [], "seeds": []}
     (folder / "params.yaml").write_text(yaml.safe_dump(raw))
     (folder / ".gitignore").write_text("/data/\n/out/\n")
-    user = ["-c", "user.email=test@example.org", "-c", "user.name=test"]
     for command in (
         [sys.executable, "-m", "pipeline", "download", "--dataset", "dtd"],
         ["git", "add", "-A"],
-        ["git", *user, "commit", "-qm", "start"],
+        ["git", "commit", "-qm", "start"],
     ):
         subprocess.run(command, cwd=folder, env=small.environment(), check=True)
     return folder
@@ -95,7 +95,7 @@ def test_it_runs_without_params_and_without_a_package(repo, tmp_path):
     assert rows["packages"].startswith("ok")
     for name in ("torch", "typer"):
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('no', name='{name}')\n")
-    path = f"{tmp_path}{os.pathsep}{small.ROOT}"
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
     done = subprocess.run(
         [sys.executable, "-m", "pipeline", "doctor"],
         cwd=repo,
@@ -115,7 +115,7 @@ def test_it_runs_without_params_and_without_a_package(repo, tmp_path):
 def test_the_disk_that_the_paper_preset_needs(repo, tmp_path):
     paper = tmp_path / "repo"
     shutil.copytree(repo, paper)
-    raw = yaml.safe_load((small.ROOT / "pipeline" / "presets" / "paper.yaml").read_text())
+    raw = yaml.safe_load((ROOT / "pipeline" / "presets" / "paper.yaml").read_text())
     (paper / "params.yaml").write_text(yaml.safe_dump(raw))
     rows, _ = doctor(paper)
     # Twice the 217 GB of the archives, packed images and adapters, as `python -m pipeline cost` has them.

@@ -14,6 +14,7 @@ import requests
 from pipeline.warm import stage_server
 from tests.pipeline import breakable
 from tests.pipeline.breakable import TRAIN, TRAINED
+from tests.pipeline.repository import ROOT, call, stage, wait_for, working_in
 from tests.pipeline.test_real import repository
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc, and stages run in forks")
@@ -22,7 +23,7 @@ CHECKPOINTS = ".heba/checkpoints"
 
 @pytest.fixture(scope="module")
 def server():
-    with stage_server(breakable.ROOT) as environment:
+    with stage_server(ROOT) as environment:
         breakable.wait_for_server(environment)
         yield environment
 
@@ -31,7 +32,7 @@ def server():
 def whole(tmp_path_factory, server):
     """A repository in which `dvc repro` ran without a break."""
     repo = breakable.make(tmp_path_factory.mktemp("faults") / "täst repo")
-    done = breakable.call(repo, "dvc", "repro", **server)
+    done = call(repo, "dvc", "repro", **server)
     assert done.returncode == 0, done.stdout + done.stderr
     assert breakable.runs(repo) == ["FINISHED"]
     assert not breakable.left_over(repo)
@@ -58,17 +59,17 @@ MOMENTS = {
 def interrupt(repo, server, name, reached, number):
     """Start `dvc repro` and send `number` to all its processes once `reached(repo)`."""
     process = breakable.start(repo, "dvc", "repro", name, **server)
-    breakable.wait_for(lambda: reached(repo) or process.poll() is not None)
+    wait_for(lambda: reached(repo) or process.poll() is not None)
     assert process.poll() is None, process.stdout.read()
     os.killpg(process.pid, number)
     process.communicate(timeout=60)
-    breakable.wait_for(lambda: not breakable.working_in(repo))
+    wait_for(lambda: not working_in(repo))
     assert process.returncode != 0
 
 
 def complete(repo, whole, server):
     """`dvc repro` again ends as if nothing had been."""
-    done = breakable.call(repo, "dvc", "repro", **server)
+    done = call(repo, "dvc", "repro", **server)
     assert done.returncode == 0, done.stdout + done.stderr
     assert breakable.outs(repo) == breakable.outs(whole)
     assert breakable.left_over(repo) == []
@@ -98,7 +99,7 @@ def test_a_kill_while_an_archive_is_unpacked_leaves_no_half_data_set(server, tmp
     repo = repository(tmp_path / "repo", ["eurosat", "dtd"], [])
     download = [sys.executable, "-m", "pipeline", "download", "--dataset", "eurosat"]
     folder, manifest = repo / "data" / "real" / "eurosat", repo / "out" / "download" / "eurosat.json"
-    done = breakable.call(repo, *download, **server)
+    done = call(repo, *download, **server)
     assert done.returncode == 0, done.stderr
     wanted = manifest.read_bytes()
 
@@ -107,15 +108,15 @@ def test_a_kill_while_an_archive_is_unpacked_leaves_no_half_data_set(server, tmp
         shutil.rmtree(folder)
         manifest.unlink()
         process = breakable.start(repo, *download, **server)
-        breakable.wait_for(lambda: any(folder.parent.glob(".eurosat.*.tmp/raw")) or process.poll() is not None)
+        wait_for(lambda: any(folder.parent.glob(".eurosat.*.tmp/raw")) or process.poll() is not None)
         process.kill()
         process.communicate()
-        breakable.wait_for(lambda: not breakable.working_in(repo))
+        wait_for(lambda: not working_in(repo))
         return not manifest.exists() and not folder.exists()
 
     assert any(killed() for _ in range(5))
     assert breakable.left_over(repo)
-    done = breakable.call(repo, *download, **server)
+    done = call(repo, *download, **server)
     assert done.returncode == 0, done.stderr
     assert manifest.read_bytes() == wanted
     assert breakable.left_over(repo) == []
@@ -132,10 +133,10 @@ def test_after_ctrl_c_the_next_run_ends_with_the_same_bytes(whole, server, tmp_p
 def test_ctrl_c_stops_the_parallel_repro(whole, tmp_path):
     repo = breakable.copy(whole, tmp_path / "repo", but=[TRAIN])
     process = breakable.start(repo, sys.executable, "-m", "pipeline", "repro", "--jobs", "2")
-    breakable.wait_for(lambda: MOMENTS["training"][1](repo))
+    wait_for(lambda: MOMENTS["training"][1](repo))
     os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=60)
-    breakable.wait_for(lambda: not breakable.working_in(repo))
+    wait_for(lambda: not working_in(repo))
     assert process.returncode == 130
     complete(repo, whole, {})
 
@@ -147,7 +148,7 @@ def test_a_run_whose_training_is_never_repeated_is_closed_too(whole, server, tmp
     assert breakable.runs(repo) == ["RUNNING"]
     params = (repo / "params.yaml").read_text()
     (repo / "params.yaml").write_text(params.replace("lr: 0.0075", "lr: 0.005", 1))
-    done = breakable.stage(repo, "train", "--dataset", "dtd", "--seed", "1", **server)
+    done = stage(repo, "train", "--dataset", "dtd", "--seed", "1", **server)
     assert done.returncode == 0, done.stderr
     assert breakable.runs(repo) == ["KILLED", "FINISHED"]
 
@@ -198,7 +199,7 @@ def test_a_damaged_out_is_named_with_the_remedy(broken, server, file, command, r
     try:
         for how in ("half", "nonsense", "empty"):
             damage(path, how)
-            done = breakable.stage(broken, command, "--dataset", "dtd", *options, **server)
+            done = stage(broken, command, "--dataset", "dtd", *options, **server)
             assert done.returncode == 1, how
             assert file in done.stderr
             assert remedy in done.stderr
@@ -210,12 +211,12 @@ def test_a_damaged_out_is_named_with_the_remedy(broken, server, file, command, r
 def test_a_damaged_checkpoint_is_named(broken, server):
     train = ["train", "--dataset", "dtd", "--seed", "1"]
     process = breakable.start(broken, sys.executable, "-m", "pipeline", *train, **server)
-    (path,) = breakable.wait_for(lambda: list((broken / CHECKPOINTS).glob("*.safetensors")))
+    (path,) = wait_for(lambda: list((broken / CHECKPOINTS).glob("*.safetensors")))
     process.kill()
     process.communicate()
-    breakable.wait_for(lambda: not breakable.working_in(broken))
+    wait_for(lambda: not working_in(broken))
     damage(path, "half")
-    done = breakable.stage(broken, *train, **server)
+    done = stage(broken, *train, **server)
     assert done.returncode == 1
     assert f"{path}: damaged checkpoint" in done.stderr
     assert "delete it" in done.stderr
@@ -234,7 +235,7 @@ def test_a_truncated_image_is_named(broken, server, part):
     command = (
         ["train", "--dataset", "dtd", "--seed", "1"] if part == "train" else ["precompute", "--dataset", "dtd"]
     )
-    done = breakable.stage(broken, *command, **server)
+    done = stage(broken, *command, **server)
     (images / file).write_bytes(kept)
     assert done.returncode == 1
     assert file in done.stderr
@@ -256,11 +257,11 @@ def test_mend_removes_what_dvc_would_trust(whole, server, tmp_path):
     out.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
     out.chmod(0o444)
     os.utime(out, ns=(before.st_atime_ns, before.st_mtime_ns))
-    done = breakable.stage(repo, "mend")
+    done = stage(repo, "mend")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [str(cached[0]), str(out), "2 damaged files are removed; run `dvc repro`"]
     complete(repo, whole, server)
-    assert "0 damaged files" in breakable.stage(repo, "mend").stdout
+    assert "0 damaged files" in stage(repo, "mend").stdout
 
 
 @contextmanager
@@ -285,7 +286,7 @@ def mlflow_server(folder, port):
             return requests.get(f"http://127.0.0.1:{port}/health", timeout=1).ok
 
     try:
-        breakable.wait_for(answers)
+        wait_for(answers)
         yield
     finally:
         os.killpg(process.pid, signal.SIGKILL)
@@ -308,13 +309,13 @@ def test_a_tracking_server_that_is_down_goes_down_and_comes_back(whole, server, 
         return breakable.runs(folder)
 
     # Down from the start.
-    done = breakable.call(repo, *train, **env)
+    done = call(repo, *train, **env)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("MLflow tracking failed") == 1
     # Down in the middle.
     with mlflow_server(folder, port):
         process = breakable.start(repo, *train, **env)
-        breakable.wait_for(lambda: MOMENTS["training"][1](repo) and status() == ["RUNNING"])
+        wait_for(lambda: MOMENTS["training"][1](repo) and status() == ["RUNNING"])
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert output.count("MLflow tracking failed") == 1
@@ -322,7 +323,7 @@ def test_a_tracking_server_that_is_down_goes_down_and_comes_back(whole, server, 
     assert status() == ["RUNNING"]
     # And back: the next stage closes the run that was cut off, and logs what is missing.
     with mlflow_server(folder, port):
-        done = breakable.stage(repo, "evaluate", "--dataset", "dtd", **env)
+        done = stage(repo, "evaluate", "--dataset", "dtd", **env)
         assert done.returncode == 0, done.stderr
         assert "MLflow tracking failed" not in done.stderr
         assert status() == ["KILLED", "FINISHED"]
@@ -360,7 +361,7 @@ def test_a_full_disk_is_a_clear_error_and_nothing_is_lost(whole, server, tmp_pat
     mounted(repo / full, "-t", "tmpfs", "-o", "size=64k", "tmpfs")
     for file, content in kept.items():
         (repo / full / file).write_bytes(content)
-    done = breakable.call(repo, "dvc", "repro", name, **server)
+    done = call(repo, "dvc", "repro", name, **server)
     assert done.returncode != 0
     assert "can not be written (No space left on device); make room and run the same again" in done.stderr
     assert "Traceback" not in done.stderr
@@ -376,7 +377,7 @@ def test_a_read_only_data_folder_is_enough_for_all_but_the_download(whole, serve
     mounted(data, "--bind", str(data))
     subprocess.run(["mount", "-o", "remount,ro,bind", str(data)], check=True)
     complete(repo, whole, server)
-    done = breakable.stage(repo, "download", "--dataset", "dtd", **server)
+    done = stage(repo, "download", "--dataset", "dtd", **server)
     assert done.returncode == 1
     assert f"{data / 'embedded' / 'dtd'} can not be written (Read-only file system)" in done.stderr
     assert "Traceback" not in done.stderr

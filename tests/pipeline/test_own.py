@@ -13,9 +13,9 @@ from pipeline.cli import app
 from pipeline.params import ParamsError, load_params
 from pipeline.report import render, tables
 from tests.heba.test_own import folder_of_classes, image
+from tests.pipeline.repository import ROOT, call, copy_code, initialise, stage
 from tests.pipeline.test_params import write
 from tests.pipeline.test_report import RECORDS, record
-from tests.pipeline.test_stages import ROOT, copy_repository, pipeline, stage
 
 OWN = {"kind": "folder", "path": "photos"}
 
@@ -117,7 +117,7 @@ def test_only_names_of_params_are_own_data(tmp_path):
 def repo(tmp_path_factory):
     """A repository with own data only: `listed` lies in it and goes all the way, `drawn` as far as its split."""
     folder = tmp_path_factory.mktemp("own data")
-    copy_repository(folder)
+    copy_code(folder)
     outside = folder_of_classes(tmp_path_factory.mktemp("größe"), {"star": 9, "fish": 9, "clock": 9})
     (outside / "texts.json").write_text(json.dumps({"star": ["a drawing"]}))
     folder_of_classes(folder / "my photos", {"a": 6, "b": 6}, 100)
@@ -133,13 +133,12 @@ def repo(tmp_path_factory):
     params["few_shot"] = {"datasets": ["listed"], "seeds": [], "shots": [1]}
     params["train"] |= {"epochs": 1, "batch_size": 4}
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    initialise(folder)
     for command in (
-        ["git", "init", "-q"],
-        ["dvc", "init", "-q"],
         ["dvc", "repro", "evaluate-own@listed", "split-own@drawn"],
         [sys.executable, "-m", "pipeline", "report"],
     ):
-        done = pipeline(folder, *command)
+        done = call(folder, *command)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -178,10 +177,10 @@ def test_own_data_goes_to_the_report_and_is_not_copied(repo):
 def test_an_experiment_in_a_copy_of_the_repository(repo):
     for command in (
         ["git", "add", "-A"],
-        ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "all"],
+        ["git", "commit", "-qm", "all"],
         ["dvc", "exp", "run", "--temp", "-S", "shots=3", "split-own"],
     ):
-        done = pipeline(repo, *command)
+        done = call(repo, *command)
         assert done.returncode == 0, done.stdout + done.stderr
     assert "Running stage 'split-own@listed'" in done.stdout
     assert "Running stage 'download-own" not in done.stdout
@@ -191,12 +190,12 @@ def test_dvc_notices_changed_images_and_goes_back(repo):
     """Back at the old images DVC takes the manifest from its cache, and data/own/ must follow."""
     before = (repo / "data" / "own" / "drawn" / "split.json").read_bytes()
     new = image(outside_of(repo) / "star" / "new.png", 500)
-    done = pipeline(repo, "dvc", "repro", "split-own@drawn")
+    done = call(repo, "dvc", "repro", "split-own@drawn")
     assert done.returncode == 0, done.stderr
     assert "Running stage 'download-own@drawn'" in done.stdout
     assert (repo / "data" / "own" / "drawn" / "split.json").read_bytes() != before
     new.unlink()
-    done = pipeline(repo, "dvc", "repro", "split-own@drawn")
+    done = call(repo, "dvc", "repro", "split-own@drawn")
     assert "'download-own@drawn' is cached - skipping run" in done.stdout
     assert stage(repo, "split", "--dataset", "drawn").returncode == 0
     assert (repo / "data" / "own" / "drawn" / "split.json").read_bytes() == before
@@ -285,11 +284,10 @@ def test_words_that_the_tiny_clip_does_not_know_are_named(run, edit_params):
 
 
 def test_no_own_data_makes_no_stages(tmp_path):
-    copy_repository(tmp_path)
+    copy_code(tmp_path)
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
-    for command in (["git", "init", "-q"], ["dvc", "init", "-q"]):
-        assert pipeline(tmp_path, *command).returncode == 0
-    listed = pipeline(tmp_path, "dvc", "stage", "list", "--name-only")
+    initialise(tmp_path)
+    listed = call(tmp_path, "dvc", "stage", "list", "--name-only")
     assert listed.returncode == 0, listed.stderr
     assert "train@dtd-1" in listed.stdout
     assert "-own" not in listed.stdout

@@ -1,7 +1,5 @@
 """params.yaml: every problem in one message; presets."""
 
-from pathlib import Path
-
 import pytest
 import yaml
 from hypothesis import given
@@ -9,8 +7,7 @@ from hypothesis import strategies as st
 
 from pipeline import presets
 from pipeline.params import ParamsError, load_params
-
-ROOT = Path(__file__).parents[2]
+from tests.pipeline.repository import ROOT
 
 
 def write(tmp_path, change):

@@ -15,6 +15,7 @@ import requests
 
 from pipeline.store import SHA_TAG
 from tests.pipeline import small
+from tests.pipeline.repository import wait_for
 
 EPOCHS = 5
 WRITER = """
@@ -62,7 +63,7 @@ def postgres():
     server = subprocess.Popen([programs / "postgres", *options], cwd=folder, stderr=subprocess.DEVNULL, **user)
     try:
         ready = [programs / "pg_isready", "-h", "127.0.0.1", "-p", str(port), "-q"]
-        small.wait_for(lambda: subprocess.run(ready, check=False).returncode == 0)
+        wait_for(lambda: subprocess.run(ready, check=False).returncode == 0)
         yield f"postgresql+psycopg2://heba@127.0.0.1:{port}/postgres"
     finally:
         server.send_signal(signal.SIGINT)  # its fast shutdown
@@ -89,7 +90,7 @@ def mlflow_server(folder, store):
             return False
 
     try:
-        small.wait_for(answers, 180)
+        wait_for(answers, 180)
         yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()

@@ -12,6 +12,7 @@ import pytest
 
 from pipeline import processes
 from tests.pipeline import small
+from tests.pipeline.repository import ROOT, wait_for, working_in
 
 
 def hold(repo):
@@ -26,7 +27,7 @@ def cluster_of_two():
     from ray.cluster_utils import Cluster
 
     about = {"num_cpus": 1, "object_store_memory": 100_000_000, "include_dashboard": False}
-    env = {"PYTHONPATH": str(small.ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
+    env = {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
     # Not 127.0.0.1, which Ray takes for the machine's own address.
     head = about | {"node_ip_address": "127.0.0.2", "env_vars": env | {"NODE": "head"}}
     cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -52,7 +53,7 @@ def repro(repo, cluster):
         return held if {node for *_, node in held} == {"head", "second"} else None
 
     try:
-        yield run, small.wait_for(both_nodes_work, 120)
+        yield run, wait_for(both_nodes_work, 120)
     finally:
         run.kill()
 
@@ -65,7 +66,7 @@ def test_a_node_is_killed_and_its_stages_run_again_with_the_same_result(tmp_path
     with cluster_of_two() as (cluster, second), repro(repo, cluster) as (run, held):
         ((lost, process),) = [start[:2] for start in held if start[-1] == "second"]
         cluster.remove_node(second, allow_graceful=False)
-        small.wait_for(lambda: not psutil.pid_exists(int(process)))  # else it might end by itself
+        wait_for(lambda: not psutil.pid_exists(int(process)))  # else it might end by itself
         for path in repo.glob("hold-*"):
             path.unlink()
         stdout, stderr = run.communicate(timeout=300)
@@ -76,7 +77,7 @@ def test_a_node_is_killed_and_its_stages_run_again_with_the_same_result(tmp_path
     assert len(others) == len(set(others)) == 7
     assert "on 127.0.0.2" in stdout
     assert "MLFLOW_TRACKING_URI is not set" in stderr
-    assert not small.processes_in(repo)
+    assert not working_in(repo)
 
 
 @pytest.mark.slow
@@ -88,7 +89,7 @@ def test_ctrl_c_ends_the_stages_on_all_nodes(tmp_path):
         stdout, stderr = run.communicate(timeout=processes.GRACE)  # else they were killed
         assert run.returncode == 130, stdout + stderr
         assert stdout.count("interrupted") == 2
-        small.wait_for(lambda: not small.processes_in(repo))
+        wait_for(lambda: not working_in(repo))
         lock = json.loads((repo / ".dvc" / "tmp" / "rwlock").read_text())
         assert not any(lock.values())
 
@@ -98,7 +99,7 @@ def test_what_is_missing_for_ray_is_named(tmp_path):
     hidden = tmp_path / "hidden" / "ray.py"
     hidden.parent.mkdir()
     hidden.write_text("raise ModuleNotFoundError(\"No module named 'ray'\", name='ray')\n")
-    path = f"{hidden.parent}:{small.ROOT}"
+    path = f"{hidden.parent}:{ROOT}"
     missing = small.repro(repo, "--executor", "ray", PYTHONPATH=path)
     assert missing.returncode == 1
     assert missing.stderr.startswith("error: --executor ray: the package ray is missing; pip install")

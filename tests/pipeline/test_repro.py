@@ -11,6 +11,7 @@ import pytest
 
 from pipeline import processes
 from tests.pipeline import small
+from tests.pipeline.repository import wait_for, working_in
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +101,13 @@ def test_no_process_and_no_lock_is_left_when_it_is_stopped(tmp_path, number):
     run = subprocess.Popen(
         [sys.executable, "-m", "pipeline", "repro", "--jobs", "3"], cwd=repo, env=small.environment()
     )
-    small.wait_for(lambda: sum(name.startswith("b") for name, *_ in small.starts(repo)) == 3)
+    wait_for(lambda: sum(name.startswith("b") for name, *_ in small.starts(repo)) == 3)
     second = small.repro(repo)
     assert "another `python -m pipeline repro` runs in this repository" in second.stderr
     run.send_signal(number)
     code = run.wait(timeout=60)
     assert code == (130 if number != signal.SIGKILL else -number)
-    small.wait_for(lambda: not small.processes_in(repo))
+    wait_for(lambda: not working_in(repo))
     if number != signal.SIGKILL:
         lock = json.loads((repo / ".dvc" / "tmp" / "rwlock").read_text())
         assert not any(lock.values())

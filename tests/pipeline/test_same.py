@@ -10,7 +10,8 @@ import yaml
 from pipeline.download import describe_folder
 from pipeline.warm import stage_server
 from tests.pipeline import breakable
-from tests.pipeline.breakable import ROOT, TRAINED
+from tests.pipeline.breakable import TRAINED
+from tests.pipeline.repository import ROOT, call, stage
 from tests.pipeline.test_real import repository
 
 
@@ -28,7 +29,7 @@ def run(repo, server, stages=STAGES, **env):
     for name in stages:
         options = [] if name == "backbone" else ["--dataset", "dtd"]
         options += ["--seed", "1"] if name == "train" else []
-        done = breakable.stage(repo, name, *options, **server, **env)
+        done = stage(repo, name, *options, **server, **env)
         assert done.returncode == 0, done.stderr
     return files(repo)
 
@@ -87,7 +88,7 @@ def test_names_that_are_not_ascii(server, tmp_path):
     repo = repository(tmp_path / "ein Ordner für Bilder", ["eurosat", "dtd"], [])
 
     def run_stage(*args, **env):
-        done = breakable.stage(repo, *args, **env)
+        done = stage(repo, *args, **env)
         assert done.returncode == 0, done.stderr
 
     run_stage("backbone", **server)
@@ -128,7 +129,7 @@ def test_the_whole_embedded_pipeline_twice(tmp_path):
     ):
         repo = breakable.make(tmp_path / name)
         shutil.copy(ROOT / "params.yaml", repo / "params.yaml")
-        done = breakable.call(repo, *command)
+        done = call(repo, *command)
         assert done.returncode == 0, done.stdout + done.stderr
         found.append(breakable.outs(repo))
         shutil.rmtree(repo / "data")

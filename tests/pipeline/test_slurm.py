@@ -4,6 +4,7 @@ import re
 import subprocess
 
 from tests.pipeline import small
+from tests.pipeline.repository import ROOT
 
 # Knows the options of the documented commands; fails where a wave names a job that it has not run.
 SBATCH = """#!/bin/bash
@@ -25,7 +26,7 @@ echo $job
 
 
 def test_the_documented_scripts_run_all_stages_wave_by_wave(tmp_path):
-    text = (small.ROOT / "docs" / "parallel.md").read_text()
+    text = (ROOT / "docs" / "parallel.md").read_text()
     blocks = re.findall(r"```\n(.*?)```", text, re.DOTALL)
     (stage,) = [block for block in blocks if block.startswith("#!/bin/bash")]
     (submit,) = [block for block in blocks if block.startswith("after=")]

@@ -1,10 +1,6 @@
 """Stages as a user runs them, in a small repository of their own, with real DVC and MLflow."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
@@ -12,38 +8,14 @@ from urllib.request import url2pathname
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[2]
-
-
-def pipeline(folder, *args, **env):
-    bin_folder = Path(sys.executable).parent
-    path = f"{bin_folder}{os.pathsep}{os.environ['PATH']}"
-    base = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_", "GIT_"))}
-    return subprocess.run(
-        args, cwd=folder, capture_output=True, text=True, env=base | {"PATH": path} | env, check=False
-    )
-
-
-def stage(folder, *args, **env):
-    return pipeline(folder, sys.executable, "-m", "pipeline", *args, **env)
-
-
-def copy_repository(folder):
-    """The code and the DAG, without params.yaml."""
-    folder.mkdir(exist_ok=True)
-    for name in ("heba", "pipeline", "dvc.yaml", "ablation.csv", ".gitignore", ".dvcignore"):
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, folder / name)
+from tests.pipeline.repository import ROOT, call, copy_code, initialise, stage
 
 
 @pytest.fixture(scope="module")
 def repo(tmp_path_factory):
     """A clone with one data set, one variant, one seed and two epochs, reproduced once."""
     folder = tmp_path_factory.mktemp("clone with space")
-    copy_repository(folder)
+    copy_code(folder)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params |= {"datasets": ["imagenet", "dtd"], "seeds": [1], "shots": 2}
     params["train"] |= {"epochs": 2, "batch_size": 4}
@@ -51,24 +23,16 @@ def repo(tmp_path_factory):
     params["transfer"] |= {"targets": ["dtd"], "variants": ["imagenet_a"]}
     params["transfer"]["train"] |= {"epochs": 1, "batch_size": 4}
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    for command in (
-        ["git", "init", "-q"],
-        ["git", "config", "user.email", "test@example.org"],
-        ["git", "config", "user.name", "test"],
-        ["dvc", "init", "-q"],
-        ["git", "add", "-A"],
-        ["git", "commit", "-qm", "start"],
-        [sys.executable, "-m", "pipeline", "repro", "--jobs", "2"],
-    ):
-        done = pipeline(folder, *command)
-        assert done.returncode == 0, done.stdout + done.stderr
+    initialise(folder)
+    done = stage(folder, "repro", "--jobs", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 
 def test_repro_makes_the_report_and_does_nothing_the_second_time(repo):
     metrics = json.loads((repo / "reports" / "metrics.json").read_text())
     assert set(metrics) == {"base_to_novel", "cross_dataset", "domain_generalization", "few_shot"}
-    again = pipeline(repo, "dvc", "repro")
+    again = call(repo, "dvc", "repro")
     assert "up to date" in again.stdout
     assert "Running stage" not in again.stdout
 
@@ -124,17 +88,17 @@ def test_what_a_killed_stage_leaves_changes_nothing_and_goes_with_the_next_run(r
     left = repo / "out" / "train" / "dtd" / ".base_to_novel-1.123.tmp"
     left.mkdir()
     (left / "adapter.safetensors").write_bytes(b"half")
-    assert json.loads(pipeline(repo, "dvc", "status", "--json").stdout) == {}
+    assert json.loads(call(repo, "dvc", "status", "--json").stdout) == {}
     assert stage(repo, "train", "--dataset", "dtd", "--seed", "1").returncode == 0
     assert not left.exists()
 
 
 def test_changing_shots_leaves_download_and_precompute_alone(repo):
-    done = pipeline(repo, "dvc", "status", "--json")
+    done = call(repo, "dvc", "status", "--json")
     assert json.loads(done.stdout) == {}
     params = (repo / "params.yaml").read_text()
     (repo / "params.yaml").write_text(params.replace("shots: 2", "shots: 4"))
-    changed = json.loads(pipeline(repo, "dvc", "status", "--json").stdout)
+    changed = json.loads(call(repo, "dvc", "status", "--json").stdout)
     (repo / "params.yaml").write_text(params)
     kinds = {name.split("@")[0] for name in changed}
     assert {"split", "train"} <= kinds
@@ -158,7 +122,7 @@ def test_a_failed_stage_stops_what_depends_on_it_and_nothing_else(repo):
     again = stage(repo, "repro", "--jobs", "2")
     assert again.returncode == 0, again.stderr
     assert "precompute-variant@imagenet_a" not in again.stdout
-    assert json.loads(pipeline(repo, "dvc", "status", "--json").stdout) == {}
+    assert json.loads(call(repo, "dvc", "status", "--json").stdout) == {}
 
 
 def test_errors_are_messages(repo, tmp_path):

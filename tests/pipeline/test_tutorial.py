@@ -7,7 +7,7 @@ import sys
 import yaml
 
 from heba.splits import read_split
-from tests.pipeline.test_stages import ROOT, pipeline
+from tests.pipeline.repository import ROOT, call
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -25,7 +25,7 @@ def reduce(params):
 
 def test_every_block_of_the_tutorial_runs(tmp_path):
     clone = tmp_path / "clone"
-    assert pipeline(tmp_path, "git", "clone", "-q", str(ROOT), str(clone)).returncode == 0
+    assert call(tmp_path, "git", "clone", "-q", str(ROOT), str(clone)).returncode == 0
     kinds = [kind for kind, _ in blocks()]
     assert set(kinds) == {"python", "yaml", "sh"}
     params = clone / "params.yaml"
@@ -37,7 +37,7 @@ def test_every_block_of_the_tutorial_runs(tmp_path):
             params.write_text(yaml.safe_dump(changed, sort_keys=False, allow_unicode=True), encoding="utf-8")
             continue
         command = [sys.executable, "-c", text] if kind == "python" else ["bash", "-e", "-c", text]
-        done = pipeline(clone, *command)
+        done = call(clone, *command)
         assert done.returncode == 0, text + done.stdout + done.stderr
         output = done.stdout
     metrics = json.loads((clone / "reports" / "metrics.json").read_text())

@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,8 +18,8 @@ from PIL import Image
 import heba
 from heba.splits import read_split
 from pipeline import use
+from tests.pipeline.repository import ROOT, environment, stage, wait_for
 
-ROOT = Path(__file__).parents[2]
 TRAINED = "out/train/dtd/base_to_novel-1"
 CLASSES = ["striped", "dotted", "chequered", "zigzag", "bubbly"]
 
@@ -35,19 +35,12 @@ def repo(tmp_path_factory):
     params["few_shot"]["seeds"] = params["few_shot"]["datasets"] = []
     params["transfer"] |= {"source": "dtd", "targets": [], "variants": [], "seeds": []}
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    for stage in ("backbone", "download", "split", "precompute", "train --seed 1", "evaluate"):
-        name, *options = stage.split()
+    for command in ("backbone", "download", "split", "precompute", "train --seed 1", "evaluate"):
+        name, *options = command.split()
         dataset = [] if name == "backbone" else ["--dataset", "dtd"]
-        done = call(folder, "pipeline", name, *dataset, *options)
+        done = stage(folder, name, *dataset, *options, PYTHONPATH=str(ROOT))
         assert done.returncode == 0, done.stderr
     return folder
-
-
-def call(folder, module, *args, **env):
-    base = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_"))}
-    command = [sys.executable, "-m", module, *args]
-    environment = base | {"PYTHONPATH": str(ROOT)} | env
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
@@ -154,7 +147,7 @@ def test_info_by_folder_run_and_registered_model(repo, run_heba):
     assert about["heba base, %"] == pytest.approx(record(repo)["groups"]["base"]["heba"]["accuracy"], abs=0.005)
     client = MlflowClient(f"sqlite:///{repo / 'mlflow.db'}")
     (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
-    registered = call(repo, "pipeline", "register", TRAINED, "--name", "textures")
+    registered = stage(repo, "register", TRAINED, "--name", "textures", PYTHONPATH=str(ROOT))
     assert registered.stdout.strip() == "models:/textures/1", registered.stderr
     for name in (run.info.run_id, f"runs:/{run.info.run_id}", "models:/textures/1"):
         same = json.loads(run_heba(repo, "info", name, "--json").stdout)
@@ -164,12 +157,12 @@ def test_info_by_folder_run_and_registered_model(repo, run_heba):
 
 def test_an_official_checkpoint_and_back(repo, test_images, tmp_path, run_heba):
     """Our adapter as an official checkpoint, and that as ours: it names images as before."""
-    done = call(repo, "pipeline", "convert", TRAINED, str(tmp_path / "official"))
+    done = stage(repo, "convert", TRAINED, str(tmp_path / "official"), PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
     checkpoint = tmp_path / "official" / "adapter_learner" / "model.pth.tar-2"
     assert done.stdout.strip() == str(checkpoint)
     arguments = ["convert", str(checkpoint), str(tmp_path / "ours"), "--dataset", "dtd"]
-    done = call(repo, "pipeline", *arguments)
+    done = stage(repo, *arguments, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
     images = [path for path, _ in test_images[:8]]
     before, after = (list(heba.load(f).predict(images)) for f in (repo / TRAINED, tmp_path / "ours"))
@@ -178,7 +171,7 @@ def test_an_official_checkpoint_and_back(repo, test_images, tmp_path, run_heba):
         assert old.probabilities == pytest.approx(new.probabilities, abs=1e-6)
     about = json.loads(run_heba(repo, "info", str(tmp_path / "ours"), "--json").stdout)
     assert about["classes"] == CLASSES
-    again = call(repo, "pipeline", *arguments)
+    again = stage(repo, *arguments, PYTHONPATH=str(ROOT))
     assert "exists already" in again.stderr
 
 
@@ -233,24 +226,18 @@ def test_mlflow_serves_the_adapter(repo, test_images):
     process = subprocess.Popen(
         [sys.executable, "-m", "mlflow", "models", "serve", "-m", model, *options],
         cwd=repo.parent,
-        env=os.environ
-        | {
-            "MLFLOW_TRACKING_URI": f"sqlite:///{repo / 'mlflow.db'}",
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        },
+        env=environment(MLFLOW_TRACKING_URI=f"sqlite:///{repo / 'mlflow.db'}"),
         start_new_session=True,
     )
     try:
-        address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
-        while True:
-            try:
-                if requests.get(f"{address}/ping", timeout=5).ok:
-                    break
-            except requests.ConnectionError:
-                pass
+        address = f"http://127.0.0.1:{port}"
+
+        def answers():
             assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.3)
+            with suppress(requests.ConnectionError):
+                return requests.get(f"{address}/ping", timeout=5).ok
+
+        wait_for(answers)
         path, coded = test_images[0][0], base64.b64encode(test_images[0][0].read_bytes()).decode()
         body = {"dataframe_split": {"columns": ["image"], "data": [[coded], [str(path)]]}, "params": {"top": 2}}
         answer = requests.post(f"{address}/invocations", json=body, timeout=60)

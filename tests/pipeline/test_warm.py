@@ -7,21 +7,19 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.warm import SERVER, stage_server
+from tests.pipeline.repository import ROOT, wait_for, working_in
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the server of stages is for Linux only")
 
 
 @pytest.fixture(scope="module")
 def server():
     with stage_server(ROOT) as environment:
-        deadline = time.monotonic() + 120
-        while not Path(environment[SERVER]).exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_for(Path(environment[SERVER]).exists)
         yield os.environ | environment
 
 
@@ -48,8 +46,10 @@ def test_output_errors_and_exit_code_are_those_of_the_command_by_itself(server, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_signal_to_the_command_ends_its_fork(server, tmp_path, number):
-    """A download that waits for a lock which this test holds: no stage runs on when its command has gone."""
+@pytest.mark.parametrize("seconds", [0, 0.5])
+def test_a_signal_to_the_command_ends_its_fork(server, tmp_path, number, seconds):
+    """A download that waits for a lock which this test holds: no stage runs on when its command has gone, be it
+    as soon as the fork is there."""
     from filelock import FileLock
 
     folder = tmp_path / "data" / "embedded"
@@ -63,30 +63,11 @@ def test_a_signal_to_the_command_ends_its_fork(server, tmp_path, number):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        forks = _in_folder(tmp_path, but=process.pid)
+        forks = wait_for(lambda: [pid for pid in working_in(tmp_path) if pid != process.pid], 30)
+        time.sleep(seconds)
         process.send_signal(number)
         assert process.wait(timeout=30) != 0
-        deadline = time.monotonic() + 30
-        while any(Path("/proc", str(pid)).exists() for pid in forks):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-
-
-def _in_folder(folder, but):
-    """Processes that work in `folder`, as soon as there is one besides `but`."""
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        found = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                if entry.joinpath("cwd").readlink() == folder and int(entry.name) != but:
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-        if found:
-            return found
-        time.sleep(0.05)
-    raise AssertionError("the command runs in no fork")
+        wait_for(lambda: not any(map(psutil.pid_exists, forks)), 30)
 
 
 def test_without_a_server_the_command_runs_by_itself(tmp_path):
