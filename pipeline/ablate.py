@@ -21,7 +21,7 @@ from pipeline.params import Params, ParamsError
 from pipeline.paths import new_file
 from pipeline.report.ablation import BASELINE, COLUMNS
 from pipeline.repro import DVC
-from pipeline.store import client, store_uri
+from pipeline.store import client, shown_uri
 
 PROTOCOL = "base_to_novel"
 
@@ -176,7 +176,7 @@ def collect(params: Params, rows: list[Setting], datasets: list[str]) -> pd.Data
                     lines.append((row.label, params.suite, dataset, seed, params.shots, *values))
     if not lines:
         raise ValueError(
-            f"{store_uri()} has no evaluated training of these settings; queue them with "
+            f"{shown_uri()} has no evaluated training of these settings; queue them with "
             "`python -m pipeline ablate`, start them with `dvc queue start`"
         )
     return pd.DataFrame(lines, columns=list(COLUMNS))

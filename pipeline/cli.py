@@ -300,9 +300,11 @@ def track(
 ) -> None:
     """Log to MLflow every training and evaluation that its store lacks (after an outage, or after
     `dvc repro` took results from its cache)."""
+    params = _params()
     from pipeline import store, tracking
 
-    print(f"{tracking.track(out)} evaluations are in {store.store_uri()}")
+    with store.answering():
+        print(f"{tracking.track(out, params.own)} evaluations are in {store.shown_uri()}")
 
 
 @app.command()

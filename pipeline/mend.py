@@ -1,43 +1,62 @@
-"""`python -m pipeline mend`: remove objects of DVC's cache, and outs, whose content is not that of their hash.
+"""`python -m pipeline mend`: remove what is damaged and what DVC would trust.
 
-DVC trusts a write-protected object of its cache, and a file whose time has not changed. After damage by a disk, or
-to an out that is linked to the cache, `dvc repro` and `dvc checkout` would bring the damage back.
+DVC trusts a write-protected object of its cache, and a file whose size and time have not changed. After damage by
+a disk, or to an out that is linked to the cache, `dvc repro` and `dvc checkout` would bring the damage back. What
+differs from dvc.lock in another way, such as an out that was just made, DVC sees by itself, and it stays.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-import yaml
 from tqdm import tqdm
 
+from pipeline.locks import alone, locked_stages, running_stages
 from pipeline.paths import OUT
 
 
 def run(root: Path) -> list[Path]:
-    """Remove what is damaged in the repository at `root` and return it; `dvc repro` makes it again."""
+    """Remove what is damaged in the repository at `root` and return it; `dvc repro` makes it again.
+
+    ValueError when a stage runs, whose outs are not in dvc.lock yet, or when DVC can not read the repository.
+    """
+    from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
-    with Repo(str(root)) as repo:
-        cache = Path(repo.cache.local.path)
-    expected = {path: path.parent.name + path.name.split(".")[0] for path in sorted(cache.glob("??/*"))}
-    damaged = _differing(expected, "check DVC's cache")
-    links = {_inode(path) for path in damaged}
-    for path in damaged:
-        path.unlink()
-    outs = _differing(_outs(root, cache), "check outs")
-    outs += [path for path in (root / OUT).rglob("*") if _linked(path, links) and path not in outs]
-    for path in outs:
-        path.unlink()
-    return damaged + outs
+    try:
+        with Repo(str(root)) as repo, alone(root), repo.lock:
+            if running := running_stages(root):
+                raise ValueError(f"{'; '.join(running)}: runs here; wait for its end")
+            cache = Path(repo.cache.local.path)
+            expected = {path: path.parent.name + path.name.split(".")[0] for path in sorted(cache.glob("??/*"))}
+            damaged = _differing(expected, "check DVC's cache")
+            links = {_inode(path) for path in damaged}
+            for path in damaged:
+                path.unlink()
+            outs = [path for path in (root / OUT).rglob("*") if _linked(path, links)]
+            expected = {path: md5 for path, md5 in _outs(root, cache).items() if path not in outs}
+            outs += [path for path in _differing(expected, "check outs") if _trusted(repo, path, expected[path])]
+            for path in outs:
+                path.unlink()
+            return damaged + outs
+    except DvcException as error:
+        raise ValueError(f"DVC: {error}") from None
+
+
+def _trusted(repo: Any, path: Path, md5: str) -> bool:
+    """Whether DVC takes `path` for what has the hash `md5`, for it has not changed since DVC looked."""
+    from dvc.fs import localfs
+
+    _, known = repo.state.get(str(path), localfs)
+    return known is not None and known.value == md5
 
 
 def _outs(root: Path, cache: Path) -> dict[Path, str]:
     """The files of the cached outs, with their hashes as dvc.lock has them."""
-    lock = root / "dvc.lock"
-    stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"] if lock.exists() else {}
     found = {}
+    stages = locked_stages(root)
     for out in (out for stage in stages.values() for out in stage.get("outs", [])):
         path, md5 = root / out["path"], out["md5"]
         if not path.is_relative_to(root / OUT):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import heba
-from pipeline.store import ADAPTER_FILE, SHA_TAG, adapter_sha256, client, has_store, store_uri
+from pipeline.store import ADAPTER_FILE, SHA_TAG, adapter_sha256, client, has_store, shown_uri, store_uri
 
 SERVED = Path(__file__).with_name("served.py")
 # What heba imports to name images; MLflow adds itself.
@@ -127,7 +127,7 @@ def commit_of(sha256: str) -> str | None:
     try:
         run = _find_run(client(), sha256)
     except Exception as error:  # a store that is down
-        logging.getLogger("heba").warning("%s: %s", store_uri(), (str(error).splitlines() or [""])[0][:300])
+        logging.getLogger("heba").warning("%s: %s", shown_uri(), (str(error).splitlines() or [""])[0][:300])
         return None
     return run.data.tags.get("mlflow.source.git.commit") if run else None
 
@@ -136,7 +136,7 @@ def fetch_adapter(name: str) -> Path:
     """The adapter's folder of an MLflow run (its id, or runs:/id) or model (models:/...), fetched where the store
     is not on this machine. ValueError when there is none."""
     if not has_store():
-        raise ValueError(f"{name}: no such folder, and {store_uri()} does not exist, to have it as a run or model")
+        raise ValueError(f"{name}: no such folder, and {shown_uri()} does not exist, to have it as a run or model")
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -147,12 +147,12 @@ def fetch_adapter(name: str) -> Path:
         if not name.startswith("models:/"):
             model = model_of(store, name.removeprefix("runs:/"))
             if model is None:
-                raise ValueError(f"{name}: this run in {store_uri()} has logged no model")
+                raise ValueError(f"{name}: this run in {shown_uri()} has logged no model")
             uri = model.model_uri
         folder = Path(mlflow.artifacts.download_artifacts(uri))
     except MlflowException as error:
         raise ValueError(
-            f"{name}: neither a folder nor a run or model in {store_uri()} ({str(error).splitlines()[0]})"
+            f"{name}: neither a folder nor a run or model in {shown_uri()} ({str(error).splitlines()[0]})"
         ) from None
     found = sorted(folder.glob(f"artifacts/*/{ADAPTER_FILE}"))
     if not found:
@@ -169,7 +169,7 @@ def register(adapter: str, name: str) -> str:
     if Path(adapter).exists():
         run = _find_run(store, adapter_sha256(Path(adapter)))
         if run is None:
-            raise ValueError(f"{adapter}: not in {store_uri()}; log it with `python -m pipeline track`")
+            raise ValueError(f"{adapter}: not in {shown_uri()}; log it with `python -m pipeline track`")
         run_id = run.info.run_id
     mlflow.set_tracking_uri(store_uri())
     try:

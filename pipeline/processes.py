@@ -1,7 +1,6 @@
 """One process of DVC that reproduces some stages, with all that it starts: how it begins, and how it ends."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -11,12 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from pipeline.paths import new_file
+from pipeline.locks import release
 
 DVC = [sys.executable, "-m", "pipeline.safe_dvc", "--wait-for-lock"]
 # The shell ends at once; what it leaves in the background has process 1 for its parent.
 GUARD = 'exec 3<&0; (cat <&3; kill -s KILL -- "-$1") &'
 GRACE = 15.0  # seconds from an interrupt to a kill: a training closes its MLflow run in between
+
+
+def environment() -> dict[str, str]:
+    """Ours, where the `python` of a stage's command is this one, be the virtual environment active or not."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    return os.environ | {"PATH": path}
 
 
 class Child:
@@ -34,7 +39,7 @@ class Child:
             self.process = subprocess.Popen(
                 [*DVC, "repro", "--single-item", *stages],
                 cwd=root,
-                env=os.environ | env | {"PYTHONUNBUFFERED": "1"},
+                env=environment() | env | {"PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -97,29 +102,3 @@ def stop(jobs: Sequence[Job]) -> None:
     finally:
         for job in jobs:
             job.kill()
-
-
-def release(root: Path, stages: list[str]) -> None:
-    """Take out of DVC's rwlock what a process of these very stages left there when it was killed.
-
-    DVC does so itself where the process ran on the same machine: it looks whether the process lives. On another
-    machine it would look at an unrelated process of the same number.
-    """
-    from dvc.config import Config
-    from dvc.lock import make_lock
-    from dvc.rwlock import RWLOCK_FILE, RWLOCK_LOCK
-
-    path = root / ".dvc" / "tmp" / RWLOCK_FILE
-    ending = " ".join(["repro", "--single-item", *stages])
-    if not path.is_file() or ending not in path.read_text(encoding="utf-8"):
-        return
-    hardlink = Config(str(root / ".dvc"))["core"].get("hardlink_lock", False)
-    with make_lock(str(path.with_name(RWLOCK_LOCK)), tmp_dir=str(path.parent), hardlink_lock=hardlink, wait=True):
-        lock = json.loads(path.read_text(encoding="utf-8"))
-        lock["write"] = {p: by for p, by in lock.get("write", {}).items() if not by["cmd"].endswith(ending)}
-        read = {
-            p: [by for by in all_ if not by["cmd"].endswith(ending)] for p, all_ in lock.get("read", {}).items()
-        }
-        lock["read"] = {p: left for p, left in read.items() if left}
-        with new_file(path) as file:
-            file.write_text(json.dumps(lock), encoding="utf-8")

@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline.locks import release
 from pipeline.params import Params, ParamsError
-from pipeline.processes import Child, Job, release, stop
+from pipeline.processes import Child, Job, stop
 from pipeline.repro import NODE, Slot, Start
 
 RETRIES = 3  # of a stage whose node or worker died
@@ -103,6 +104,8 @@ def cluster(
         gpus = 0.0 if params.device == "cpu" else sum(node.get("GPU", 0.0) for node in nodes)
         if params.device == "cuda" and not gpus:
             raise ParamsError("device: cuda, but no node of the Ray cluster has a GPU; set it to auto or cpu")
+        if gpus and gpu_share > max(node.get("GPU", 0.0) for node in nodes):
+            raise ParamsError(f"--gpu-share {gpu_share:g}: no node of the Ray cluster has as many GPUs")
         if jobs is None:
             room = gpus / gpu_share if gpus else total / params.threads if params.threads else len(nodes)
             jobs = min(MOST_JOBS, int(room))

@@ -16,13 +16,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-from filelock import FileLock, Timeout
-
 from pipeline import machine
+from pipeline.locks import alone, ordered_lock, remedy
 from pipeline.params import Params, ParamsError
-from pipeline.paths import new_file
-from pipeline.processes import DVC, Child, Job, stop
+from pipeline.processes import DVC, Child, Job, environment, stop
 from pipeline.progress import Progress
 from pipeline.warm import stage_server
 
@@ -110,10 +107,7 @@ def make_plan(root: Path) -> Plan:
     try:
         return _make_plan(root)
     except DvcException as error:
-        remedy = (
-            "`git checkout dvc.lock` brings the last one back" if "dvc.lock" in str(error) else "see `dvc status`"
-        )
-        raise StageError(f"DVC: {error}; {remedy}") from None
+        raise StageError(f"DVC: {error}; {remedy(str(error))}") from None
 
 
 def _make_plan(root: Path) -> Plan:
@@ -200,10 +194,10 @@ class Batch:
             text = self.log.read_text(encoding="utf-8", errors="replace")
             named = [stage for stage in re.findall(r"failed to reproduce '([^']+)'", text) if stage in self.stages]
             left = [stage for stage in self.stages if progress.state[stage] in ("waits", "runs")]
-            bad = named[-1] if named else self.stage or left[0]
-        if self.stage:
-            progress.ends(self.stage, "failed" if self.stage == bad else "done")
-        elif bad:
+            bad = named[-1] if named else self.stage or next(iter(left), self.stages[-1])
+        if self.stage and self.stage != bad:
+            progress.ends(self.stage, "done")
+        if bad:
             progress.ends(bad, "failed")
         if code:
             print(text, file=sys.stderr)
@@ -221,19 +215,19 @@ def run(root: Path, slots: list[Slot], engine: Engine, longest: int = LONGEST_BA
         StageError: with the stages that failed and those that were not reached, or what DVC can not read.
         KeyboardInterrupt: at ctrl-C or SIGTERM, when all that was started has ended.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with _alone(root):
+    # SIGINT too: in the background of a script it is ignored, and those whom we start would inherit that.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    with alone(root):
         plan = make_plan(root)
-        locked = _locked_stages(root)
-        try:
-            with engine(plan) as start:
-                failed, left = _run(root, plan, slots, start, longest)
-        finally:
-            _order_lock(root, locked, plan.order)
-        if failed:
-            rest = f"; not reached: {', '.join(sorted(left))}" if left else ""
-            raise StageError(f"failed: {', '.join(sorted(failed))}{rest}. The output of each stands above.")
-        last = subprocess.run([*DVC, "repro"], cwd=root, capture_output=True, text=True, check=False)
+        with ordered_lock(root, plan.order), engine(plan) as start:
+            failed, left = _run(root, plan, slots, start, longest)
+            if failed:
+                rest = f"; not reached: {', '.join(sorted(left))}" if left else ""
+                raise StageError(f"failed: {', '.join(sorted(failed))}{rest}. The output of each stands above.")
+        last = subprocess.run(
+            [*DVC, "repro"], cwd=root, env=environment(), capture_output=True, text=True, check=False
+        )
         if last.returncode:
             raise StageError(f"the `dvc repro` that follows failed:\n{last.stdout}{last.stderr}")
         print("dvc repro is up to date")
@@ -278,36 +272,3 @@ def _run(root: Path, plan: Plan, slots: list[Slot], start: Start, longest: int) 
         for stage in sorted(waiting):
             progress.ends(stage, "not reached")
     return failed, waiting
-
-
-@contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """Refuse a second run in the same repository: two would run the same stages."""
-    path = root / ".heba" / "repro.lock"
-    path.parent.mkdir(exist_ok=True)
-    try:
-        with FileLock(path, timeout=0):
-            yield
-    except Timeout:
-        raise StageError("another `python -m pipeline repro` runs in this repository; wait for its end") from None
-
-
-def _locked_stages(root: Path) -> list[str]:
-    path = root / "dvc.lock"
-    return list(yaml.safe_load(path.read_text(encoding="utf-8")).get("stages", {})) if path.is_file() else []
-
-
-def _order_lock(root: Path, before: list[str], order: list[str]) -> None:
-    """Bring what is new in dvc.lock into the order in which `dvc repro` would have written it."""
-    from dvc.utils.serialize import dumps_yaml, parse_yaml_for_update
-
-    new = [stage for stage in _locked_stages(root) if stage not in before]
-    right = [stage for stage in order if stage in new]
-    if new == right:
-        return
-    path = root / "dvc.lock"
-    data = parse_yaml_for_update(path.read_text(encoding="utf-8"), str(path))
-    for stage in right:
-        data["stages"].move_to_end(stage)
-    with new_file(path) as file:
-        file.write_text(dumps_yaml(data), encoding="utf-8")

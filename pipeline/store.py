@@ -3,6 +3,9 @@
 import hashlib
 import logging
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,32 @@ def store_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{main_root() / 'mlflow.db'}"
 
 
+def without_password(text: str) -> str:
+    """`text`, with user and password taken out of the addresses in it."""
+    return re.sub(r"//[^/@\s]*@", "//", text)
+
+
+def shown_uri() -> str:
+    """The store's address for people."""
+    return without_password(store_uri())
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    """ValueError, with the store's address and what to do, when the store fails in the block."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError) as error:
+        said = (without_password(str(error)).splitlines() or [type(error).__name__])[0][:300]
+        raise ValueError(
+            f"MLflow's store {shown_uri()}: {said}; `python -m pipeline doctor` examines it, "
+            "MLFLOW_TRACKING_URI names it"
+        ) from None
+
+
 def has_store() -> bool:
     """Whether there is a store already; `client` makes one."""
     return bool(os.environ.get("MLFLOW_TRACKING_URI")) or (main_root() / "mlflow.db").exists()
@@ -30,8 +59,8 @@ def store_lock() -> FileLock:
 
 
 def client() -> Any:
-    """A client of the store. Several processes that create the SQLite store at the same time fail in MLflow's
-    migration, so the first use is under a lock."""
+    """A client of the store; ValueError when it does not answer. Several processes that create the SQLite store at
+    the same time fail in MLflow's migration, so the first use is under a lock."""
     # A server that is down must not hold up a training for minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -41,7 +70,7 @@ def client() -> Any:
     from mlflow.tracking import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    with store_lock():
+    with store_lock(), answering():
         store = MlflowClient(tracking_uri=store_uri())
         store.search_experiments(max_results=1)
     return store

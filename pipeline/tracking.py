@@ -7,24 +7,28 @@ Lineage is by content: a run carries the sha256 of its adapter as a tag, and eva
 import json
 import logging
 import os
+import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
+
+from filelock import FileLock
 
 from pipeline import runs
 from pipeline.models import log_model, share_adapter
 from pipeline.paths import TRANSFER_STAGES, main_root, train_folder
-from pipeline.store import SHA_TAG, adapter_sha256, client, experiment_id
+from pipeline.store import SHA_TAG, adapter_sha256, client, experiment_id, without_password
 
 INPUTS_TAG = "heba.inputs_sha256"
 
 
 def warn(error: BaseException) -> None:
-    message = (str(error).splitlines() or [""])[0][:300]
+    message = (without_password(str(error)).splitlines() or [""])[0][:300]
     logging.getLogger("heba").warning(
         "MLflow tracking failed (%s: %s); results are complete, log them later with `python -m pipeline track`",
         type(error).__name__,
@@ -62,6 +66,30 @@ def tags(config: dict[str, Any]) -> dict[str, str]:
     return {k: v for k, v in found.items() if v}
 
 
+@contextmanager
+def ctrl_c_later() -> Iterator[None]:
+    """Hold ctrl-C back until the block ends; a second one is obeyed.
+
+    MLflow leaves its transaction open when one is interrupted. SQLite's file is then locked for as long as the
+    process lives, and the run can not be closed.
+    """
+    held = 0
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        nonlocal held
+        held += 1
+        if held > 1:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if held == 1:
+            signal.raise_signal(signal.SIGINT)
+
+
 class TrainingRun:
     """One training's MLflow run; after the first failure of the store it does nothing more."""
 
@@ -72,7 +100,8 @@ class TrainingRun:
 
     def _attempt(self, action: Callable[[], object]) -> None:
         try:
-            action()
+            with ctrl_c_later():
+                action()
         except Exception as error:  # whatever the store does, the training goes on
             warn(error)
             self.fail()
@@ -105,7 +134,7 @@ class TrainingRun:
     def fail(self) -> None:
         """Close the run as failed, if the store lets."""
         if self.run:
-            with suppress(Exception):
+            with suppress(Exception), ctrl_c_later():
                 self.run.end("FAILED")
 
 
@@ -150,18 +179,25 @@ def find_or_create_run(store: Any, folder: Path) -> str:
     """
     import pandas as pd
 
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    experiment = experiment_id(store, config["protocol"])
-    same = f"tags.`{SHA_TAG}` = '{adapter_sha256(folder)}' AND tags.`{INPUTS_TAG}` = '{config['inputs_sha256']}'"
-    found = store.search_runs([experiment], same, max_results=1)
-    if found:
-        return found[0].info.run_id
-    run = begin_run(store, config)
-    history = pd.read_csv(folder / "history.csv").to_dict("records")
-    log_epochs(store, run.id, [{str(k): v for k, v in record.items()} for record in history])
-    log_outs(store, run.id, folder)
-    run.end()
-    return run.id
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        protocol, inputs = config["protocol"], config["inputs_sha256"]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise ValueError(f"{path} is damaged; train again, or restore it with `dvc checkout`") from None
+    experiment = experiment_id(store, protocol)
+    same = f"tags.`{SHA_TAG}` = '{adapter_sha256(folder)}' AND tags.`{INPUTS_TAG}` = '{inputs}'"
+    # Two evaluations of one training may run side by side, and each would make it.
+    with FileLock(main_root() / ".heba" / "track.lock"):
+        found = store.search_runs([experiment], same, max_results=1)
+        if found:
+            return found[0].info.run_id
+        run = begin_run(store, config)
+        history = pd.read_csv(folder / "history.csv").to_dict("records")
+        log_epochs(store, run.id, [{str(k): v for k, v in record.items()} for record in history])
+        log_outs(store, run.id, folder)
+        run.end()
+        return run.id
 
 
 def evaluation_metrics(record: dict[str, Any]) -> dict[str, float]:
@@ -221,17 +257,17 @@ def draw_confusion(values: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def track(out: Path) -> int:
+def track(out: Path, own: Collection[str]) -> int:
     """Log every training and evaluation under `out` that the store lacks; returns how many evaluations
-    were looked at. Unlike the stages, this raises when the store can not be reached."""
+    were looked at. `own`: names of own data. Unlike the stages, this raises when the store can not be reached."""
+    from pipeline.report.tables import load_records
+
     store = client()
     runs.close_abandoned(store)
-    folders = sorted(out.glob("train*/**/config.json"))
-    for path in folders:
+    for path in sorted(out.glob("train*/**/config.json")):
         find_or_create_run(store, path.parent)
-    records = sorted(out.glob("evaluate*/*/*.json"))
-    for path in records:
-        record = json.loads(path.read_text(encoding="utf-8"))
+    records = load_records(sorted(out.glob("evaluate*/*/*.json")), own)
+    for record in records:
         folder = train_folder(record["protocol"], record["dataset"], record["seed"], record["shots"])
         run_id = find_or_create_run(store, folder)
         logged = store.get_run(run_id).data.metrics

@@ -1,0 +1,120 @@
+"""MLflow runs under ctrl-C, side by side, and when the store is down."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pipeline import tracking
+from pipeline.store import client
+from tests.pipeline.repository import ROOT, environment, stage
+
+CONFIG = {"protocol": "base_to_novel", "dataset": "dtd", "shots": 2, "seed": 1, "train": {"lr": 0.1}}
+CONFIG |= {"inputs_sha256": "of its inputs"}
+RECORD = {"epoch": 0, "loss": 1.0, "lr": 0.1}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    return tmp_path
+
+
+def test_ctrl_c_at_any_moment_of_logging_leaves_a_run_that_can_be_closed(folder, monkeypatch):
+    run = tracking.start_training(CONFIG)
+    begin = time.monotonic()
+    run.epoch(RECORD)
+    seconds = time.monotonic() - begin
+    before = signal.signal(signal.SIGALRM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    interrupted = 0
+    try:
+        for part in range(1, 11):
+            run = tracking.start_training(CONFIG)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, seconds * part / 10)
+                run.epoch(RECORD)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                interrupted += 1
+            run_id = run.run.id
+            run.fail()
+            assert client().get_run(run_id).info.status == "FAILED"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted
+
+
+def trained(folder):
+    """An adapter's folder as a training leaves it."""
+    out = folder / "out" / "train" / "dtd" / "base_to_novel-1"
+    out.mkdir(parents=True)
+    (out / "config.json").write_text(json.dumps(CONFIG))
+    (out / "adapter.safetensors").write_bytes(b"weights")
+    (out / "history.csv").write_text("epoch,loss,lr\n0,1.0,0.1\n")
+    return out
+
+
+def test_evaluations_side_by_side_make_one_run_of_a_training(folder):
+    out = trained(folder)
+    client()
+    code = (
+        "import sys, pathlib\n"
+        "from pipeline import tracking, store\n"
+        "found = store.client()\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "print(tracking.find_or_create_run(found, pathlib.Path(sys.argv[1])))\n"
+    )
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(out)],
+            cwd=folder,
+            env=environment(PYTHONPATH=str(ROOT)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    assert [process.stdout.readline() for process in both] == ["ready\n", "ready\n"]
+    ids = set()
+    for process in both:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in both:
+        ids.add(process.communicate(timeout=120)[0])
+        assert process.returncode == 0
+    assert len(ids) == 1
+
+
+def test_track_names_what_is_wrong(folder, tmp_path_factory):
+    down = stage(folder, "track", MLFLOW_TRACKING_URI="http://me:secret@127.0.0.1:9", PYTHONPATH=str(ROOT))
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    lost = stage(elsewhere, "track", PYTHONPATH=str(ROOT))
+    config = trained(folder) / "config.json"
+    config.write_text("{")
+    damaged = stage(folder, "track", PYTHONPATH=str(ROOT))
+    config.write_text(json.dumps(CONFIG))
+    record = folder / "out" / "evaluate" / "dtd" / "base_to_novel-1.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("{}")
+    empty = stage(folder, "track", PYTHONPATH=str(ROOT))
+    for done, named in (
+        (down, "MLflow's store http://127.0.0.1:9"),
+        (lost, "params.yaml is not here"),
+        (damaged, "config.json is damaged"),
+        (empty, f"{record.relative_to(folder)}: key 'protocol' is missing"),
+    ):
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: ") or "\nerror: " in done.stderr
+        assert named in done.stderr
+        assert "Traceback" not in done.stderr
+        assert "secret" not in done.stdout + done.stderr
+    assert list(elsewhere.iterdir()) == []
