@@ -125,24 +125,26 @@ def _fetch(params: Params, dataset: str, folder: Path) -> dict[str, Any]:
         print(text, file=sys.stderr)
 
     def unpack(files: list[Local]) -> None:
-        shutil.rmtree(folder)  # what another source has left
-        folder.mkdir()
-        prepare(entry, files, split, folder)
+        with writable(folder):
+            shutil.rmtree(folder)  # what another source has left
+            folder.mkdir()
+            prepare(entry, files, split, folder)
 
     say(f"{dataset}: terms: {entry.terms}")
     check_disk(dataset, entry, archives, mirror, say)
     what = "class descriptions"
     try:
-        # The small files first: should they not be had, nothing big was fetched in vain.
-        (file,) = obtain([[entry.descriptions]], archives, dataset, mirror, say)
-        descriptions = parse_descriptions(file.path.read_text(encoding="utf-8"), str(file.path))
-        split = None
-        if entry.split:
-            what = "split file"
-            (file,) = obtain([[entry.split]], archives, dataset, mirror, say)
-            split = read_split(file.path)
-        what = "images"
-        files = obtain(entry.sources, archives, dataset, mirror, say, unpack)
+        with writable(archives / dataset):
+            # The small files first: should they not be had, nothing big was fetched in vain.
+            (file,) = obtain([[entry.descriptions]], archives, dataset, mirror, say)
+            descriptions = parse_descriptions(file.path.read_text(encoding="utf-8"), str(file.path))
+            split = None
+            if entry.split:
+                what = "split file"
+                (file,) = obtain([[entry.split]], archives, dataset, mirror, say)
+                split = read_split(file.path)
+            what = "images"
+            files = obtain(entry.sources, archives, dataset, mirror, say, unpack)
     except FetchError as error:
         account = entry.account if what == "images" else None
         remedy = _how_to_get(dataset, what, error.missing, archives / dataset, account)

@@ -1,8 +1,10 @@
 """What comes from outside, changed at random: it is taken, or refused with a ValueError that names it."""
 
 import copy
+import io
 import json
 import struct
+import zipfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from heba.architecture import read_config as read_architecture
 from heba.data.benchmarks import parse_descriptions
 from heba.data.catalog import CATALOG, load_catalog
+from heba.data.unpack import ArchiveError, unpack
 from heba.model import AdaptedCLIP, load_adapter, save_adapter
 from heba.predict import read_config
 from heba.prompts import read_descriptions
@@ -24,6 +27,7 @@ from heba.training import make_optimizer, save_checkpoint, train
 from pipeline.params import load_params
 from tests.heba.test_model import make_clip
 from tests.heba.test_training import setup
+from tests.replicas import tar_of
 
 ROOT = Path(__file__).parents[1]
 fuzz = settings(
@@ -237,3 +241,29 @@ def test_checkpoints(checkpoint, data):
     content = data.draw(scrambled(kept) | headers)
     path.unlink(missing_ok=True)
     refused_or_read(lambda path: train(*setup(epochs=1), checkpoint=path), path, content)
+
+
+def archives():
+    """Small archives of every kind that a data set comes in, and of those that zip may be compressed with."""
+    files = {f"images/{i}.txt": bytes(range(256)) * 4 + bytes([i]) for i in range(4)}
+    found = [tar_of(files, mode) for mode in ("w", "w:gz", "w:bz2", "w:xz")]
+    for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", compression) as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+        found.append(buffer.getvalue())
+    return found
+
+
+@settings(fuzz, max_examples=300)
+@given(content=st.sampled_from(archives()).flatmap(scrambled))
+def test_archives(tmp_path_factory, content):
+    folder = tmp_path_factory.mktemp("archive")
+    archive = folder / "archive"
+    archive.write_bytes(content)
+    try:
+        unpack(archive, folder / "in")
+    except ArchiveError as error:
+        assert str(archive) in str(error)
+    assert {path.name for path in folder.iterdir()} <= {"archive", "in"}

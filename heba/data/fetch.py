@@ -17,6 +17,7 @@ import requests
 from tqdm import tqdm
 
 from heba.data.catalog import File
+from heba.data.unpack import DISK_ERRORS
 
 ATTEMPTS = 4  # in a row without any progress
 LONGEST_PAUSE = 60  # seconds, whatever a server asks for
@@ -199,7 +200,7 @@ def obtain(
     Files that the user put into `archives` or `archives`/<dataset> come first and need no network, then
     `mirror`/<dataset>, a URL or a folder, then the URLs. When `use` raises ValueError, the next alternative is
     taken; what was fetched without a checksum to tell that it is right is deleted then, and fetched anew the next
-    time. Raises FetchError with everything that was tried.
+    time. Raises FetchError with everything that was tried, and OSError when the disk does not take what comes.
     """
     tried: list[str] = []
     checked: dict[tuple[Path, File], tuple[str, str | None]] = {}
@@ -228,6 +229,8 @@ def obtain(
             try:
                 local = download(file, url, archives / dataset, say)
             except (OSError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                    raise  # another place would not help
                 note(f"{url}: {error}")
                 continue
             fetched.add(local.path)

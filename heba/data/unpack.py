@@ -1,5 +1,7 @@
 """Archives to folders, refusing whatever would write outside of them."""
 
+import errno
+import lzma
 import stat
 import tarfile
 import zipfile
@@ -8,6 +10,9 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from tqdm import tqdm
+
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}  # not the file's
 
 
 class ArchiveError(ValueError):
@@ -25,8 +30,15 @@ def unpack(archive: Path, folder: Path, inner: str | None = None) -> None:
         else:
             with archive.open("rb") as stream:
                 unpack_tar(stream, folder, archive.name)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        # zipfile has a RuntimeError for a password and for a compression that it does not know.
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as error:
+        raise ArchiveError(f"{archive}: not a whole archive: {error}") from None
+    except (RuntimeError, TypeError) as error:
+        # zipfile's for a password and for a compression that it does not know; gzip's for a header cut short.
+        raise ArchiveError(f"{archive}: not a whole archive: {error}") from None
+    except OSError as error:
+        # Damage makes zipfile seek to before the file's begin, names too long, or a bz2 that has an OSError for it.
+        if error.errno in DISK_ERRORS:
+            raise
         raise ArchiveError(f"{archive}: not a whole archive: {error}") from None
     if inner:
         found = sorted(folder.rglob(inner))

@@ -10,12 +10,14 @@ from contextlib import contextmanager, suppress
 
 import pytest
 import requests
+import yaml
 
 from pipeline.warm import stage_server
 from tests.pipeline import breakable
 from tests.pipeline.breakable import TRAIN, TRAINED
 from tests.pipeline.repository import ROOT, call, stage, wait_for, working_in
 from tests.pipeline.test_real import repository
+from tests.server import serve
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc, and stages run in forks")
 CHECKPOINTS = ".heba/checkpoints"
@@ -368,6 +370,28 @@ def test_a_full_disk_is_a_clear_error_and_nothing_is_lost(whole, server, tmp_pat
     assert not breakable.left_over(repo)
     subprocess.run(["mount", "-o", "remount,size=64m", str(repo / full)], check=True)
     complete(repo, whole, server)
+
+
+def test_a_full_disk_while_downloading_is_a_clear_error(server, tmp_path, mounted):
+    repo = repository(tmp_path / "repo", ["eurosat", "dtd"], [])
+    archives = repo / "data" / "archives" / "eurosat"
+    archives.mkdir(parents=True)
+    mounted(archives, "-t", "tmpfs", "-o", "size=4k", "tmpfs")
+    download = ["download", "--dataset", "eurosat"]
+    with serve() as web:
+        for path in (repo / "mirror" / "eurosat").iterdir():
+            web.files[f"eurosat/{path.name}"] = path.read_bytes()
+        params = yaml.safe_load((repo / "params.yaml").read_text())
+        params["data"]["mirror"] = web.url
+        (repo / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+        done = stage(repo, *download, **server)
+        assert done.returncode == 1
+        assert f"{archives} can not be written (No space left on device); make room" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert len(list(archives.glob("*.part"))) == 1
+        subprocess.run(["mount", "-o", "remount,size=64m", str(archives)], check=True)
+        done = stage(repo, *download, **server)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
