@@ -5,7 +5,6 @@ The checks are plain functions. They change nothing and look only as closely as 
 
 import json
 import os
-import re
 import shutil
 import sqlite3
 import subprocess
@@ -18,8 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlparse
 
-from pipeline import machine
-from pipeline.params import Params, load_params
+from pipeline import locks, machine
+from pipeline.params import Params, load_params, stage_of
 from pipeline.paths import OUT, data_folder, main_root, train_folder
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +55,10 @@ def packages(params: Params | None) -> Row:
             wrong.append(f"{wanted.name} is missing")
     if wrong:
         return Row("packages", "fail", "; ".join(wrong), INSTALL)
+    first = shutil.which("python")
+    if first is None or Path(first).parent.resolve() != Path(sys.executable).parent.resolve():
+        found = f"`python` is {first or 'nowhere'}, and not {sys.executable}, which runs this"
+        return Row("packages", "warn", found, "activate the environment: `dvc repro` runs stages with `python`")
     versions = [f"{name.removesuffix('_torch')} {metadata.version(name)}" for name in SHOWN]
     return Row("packages", "ok", ", ".join([f"Python {python}", *versions]))
 
@@ -109,7 +112,7 @@ def disk(params: Params | None) -> Row:
     """Room for what params.yaml still lacks, where data, outs and DVC's cache lie."""
     assert params is not None, "params.yaml can not be read"
     data = main_root() / params.data.root
-    needs = _embedded_needs(data) if params.suite == "embedded" else _real_needs(params, data)
+    needs = _embedded_needs(params, data) if params.suite == "embedded" else _real_needs(params, data)
     found, short = [], []
     by_disk: dict[int, tuple[Path, float]] = {}
     for folder, needed in needs:
@@ -130,14 +133,26 @@ def disk(params: Params | None) -> Row:
     return Row("disk", "ok", "; ".join(found))
 
 
-def _embedded_needs(data: Path) -> list[tuple[Path, float]]:
-    return [(data, 0.0 if (OUT / "evaluate").exists() else EMBEDDED_BYTES)]
+def _embedded_needs(params: Params, data: Path) -> list[tuple[Path, float]]:
+    left = [name for name in params.datasets if not (OUT / "evaluate" / name).exists()]
+    return [(data, EMBEDDED_BYTES * len(left) / max(1, len(params.datasets)))]
+
+
+def _cache() -> Path:
+    """DVC's cache, to which the outs are links."""
+    from dvc.repo import Repo
+
+    with Repo(str(main_root())) as repo:
+        return Path(repo.cache.local.path)
 
 
 def _real_needs(params: Params, data: Path) -> list[tuple[Path, float]]:
     """Bytes by folder: what is not here of archives with their images, of packed images, and of adapters."""
+    from heba.architecture import read_config
     from pipeline.cost import adapter_parameters
     from pipeline.download import bytes_needed, catalog_entry, mirror_of
+
+    side = read_config(params.backbone.name, main_root())["vision_cfg"].get("image_size", 224)
 
     fetched = packed = 0
     for name in _datasets(params):
@@ -145,7 +160,7 @@ def _real_needs(params: Params, data: Path) -> list[tuple[Path, float]]:
         if not data_folder(params.data.root, params.suite, name).exists():
             fetched += bytes_needed(name, entry, data / "archives", mirror_of(params))
         if not (OUT / "precompute" / name).exists():
-            packed += entry.counts.test * 3 * 224 * 224
+            packed += entry.counts.test * 3 * side**2
     few, transfer = params.few_shot, params.transfer
     trainings = [
         *(
@@ -167,35 +182,42 @@ def _real_needs(params: Params, data: Path) -> list[tuple[Path, float]]:
     size = 2 if params.adapter_dtype == "fp16" else 4
     sizes = {id(a): size * adapter_parameters(params.backbone.name, a) for a in (params.adapter, transfer.adapter)}
     adapters = sum(sizes[id(adapter)] for adapter, folder in trainings if not folder.exists())
-    return [(data, fetched), (main_root() / ".dvc", packed + adapters)]
+    return [(data, fetched), (_cache(), packed + adapters)]
 
 
 def _datasets(params: Params) -> list[str]:
+    """Those of the suite, without own data."""
     return list(dict.fromkeys([*params.datasets, *params.transfer.variants]))
 
 
 def data(params: Params | None) -> Row:
-    """Every data set that was downloaded is there and whole."""
-    from pipeline.download import DataError, manifest_path, verified_folder
+    """Every data set that was downloaded is there and whole, and so are the folders of own data."""
+    from pipeline.download import manifest_path, read_manifest, verified_folder
+    from pipeline.own import images_folder
 
     assert params is not None, "params.yaml can not be read"
+    lost = [name for name in params.own if not images_folder(params, name).is_dir()]
+    if lost:
+        found = "; ".join(f"own.{name}.path: there is no folder {images_folder(params, name)}" for name in lost)
+        return Row("data", "fail", found, "set it to the folder of the images in params.yaml")
     whole, absent, broken, problems = [], [], [], []
-    for name in _datasets(params):
+    for name in [*_datasets(params), *params.own]:
         if not manifest_path(name).is_file():
             absent.append(name)
             continue
         try:
-            manifest = json.loads(manifest_path(name).read_text(encoding="utf-8"))
-            if manifest["suite"] != params.suite:
+            manifest = read_manifest(name)
+            if manifest.get("suite") != ("own" if name in params.own else params.suite):
                 absent.append(name)
                 continue
-            verified_folder(params, name, images=manifest["images"] <= MOST_IMAGES)
+            if name not in params.own:  # whose images lie where they are; the stages look at them
+                verified_folder(params, name, images=manifest["images"] <= MOST_IMAGES)
             whole.append(name)
-        except (DataError, ValueError, KeyError) as error:
+        except ValueError as error:
             broken.append(name)
             problems.append(str(error).partition(";")[0])
     if broken:
-        stages = [f"download{'-variant' * (name in params.transfer.variants)}@{name}" for name in broken]
+        stages = [stage_of("download", name) for name in broken]
         remedy = f"dvc repro --force --single-item {' '.join(stages)}"
         return Row("data", "fail", "; ".join(problems), remedy)
     if absent:
@@ -206,11 +228,11 @@ def data(params: Params | None) -> Row:
 
 def store(params: Params | None) -> Row:
     """MLflow's store answers."""
-    from pipeline.store import store_uri
+    from pipeline.store import shown_uri, store_uri, without_password
 
     uri = store_uri()
     parts = urlparse(uri)
-    name = re.sub("//[^/@]*@", "//", uri)  # without a password
+    name = shown_uri()
     remedy = "start it (docs/parallel.md), or unset MLFLOW_TRACKING_URI; trainings run without, `track` logs later"
     try:
         if parts.scheme in ("http", "https"):
@@ -219,7 +241,8 @@ def store(params: Params | None) -> Row:
             answer = requests.get(f"{uri.rstrip('/')}/health", timeout=PATIENCE / 2)
             answer.raise_for_status()
         elif parts.scheme == "sqlite":
-            path = Path(unquote(parts.path[1:]))
+            path = Path(unquote(parts.path[1:])).absolute()
+            remedy = "move it away; `python -m pipeline track` makes a new one and logs what is in out/"
             if not path.exists():
                 if os.access(path.parent, os.W_OK):
                     return Row("MLflow", "ok", f"{name}, made by the first training")
@@ -231,7 +254,7 @@ def store(params: Params | None) -> Row:
     except ModuleNotFoundError as error:
         return Row("MLflow", "fail", f"{name}: the package {error.name} is missing", "pip install '.[postgres]'")
     except Exception as error:  # whatever a driver raises, the store can not be used
-        return Row("MLflow", "fail", f"{name}: {_first_line(error)}", remedy)
+        return Row("MLflow", "fail", f"{name}: {_first_line(without_password(str(error)))}", remedy)
     return Row("MLflow", "ok", name)
 
 
@@ -257,7 +280,10 @@ def git(params: Params | None) -> Row:
     except FileNotFoundError:
         return Row("git", "fail", "git is not installed", "install git")
     except subprocess.CalledProcessError as error:
-        return Row("git", "fail", _first_line(error.stderr), "git init && git add -A && git commit -m start")
+        said = _first_line(error.stderr)
+        if "dubious ownership" in said:
+            return Row("git", "fail", said, f"git config --global --add safe.directory {main_root()}")
+        return Row("git", "fail", said, "git init && git add -A && git commit -m start")
     if changed:
         found = f"commit {commit}, and {len(changed)} changed: {_some(changed)}"
         return Row("git", "warn", found, "git commit, so that the commit in MLflow names what ran")
@@ -276,9 +302,9 @@ def dvc(params: Params | None) -> Row:
         return Row("DVC", "warn", f"dvc status takes more than {PATIENCE:.0f} s", "dvc status")
     if done.returncode:
         said = _first_line(done.stderr.replace("ERROR: ", ""))
-        if "lock" in said.lower() and "dvc.lock" not in said:
+        if "acquire lock" in said or "is busy" in said:
             return Row("DVC", "warn", "another DVC process runs here", "wait for its end")
-        return Row("DVC", "fail", said, "`git checkout dvc.lock`" if "dvc.lock" in said else "see `dvc status`")
+        return Row("DVC", "fail", said, locks.remedy(said))
     changed = json.loads(done.stdout)
     if changed:
         found = f"{len(changed)} stages changed: {_some(list(changed))}"

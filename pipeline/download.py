@@ -43,6 +43,8 @@ def read_manifest(dataset: str) -> dict[str, Any]:
         missing = {"images", "bytes", "split_sha256", "descriptions_sha256"}.difference(manifest)
         if not isinstance(manifest, dict) or missing:
             raise ValueError(f"{', '.join(sorted(missing))} missing")
+        if not all(isinstance(manifest[key], int) for key in ("images", "bytes")):
+            raise ValueError("images and bytes must be numbers")
     return manifest
 
 

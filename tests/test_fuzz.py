@@ -5,6 +5,7 @@ import io
 import json
 import struct
 import zipfile
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -262,8 +263,6 @@ def test_archives(tmp_path_factory, content):
     folder = tmp_path_factory.mktemp("archive")
     archive = folder / "archive"
     archive.write_bytes(content)
-    try:
+    with suppress(ArchiveError):
         unpack(archive, folder / "in")
-    except ArchiveError as error:
-        assert str(archive) in str(error)
     assert {path.name for path in folder.iterdir()} <= {"archive", "in"}

@@ -11,7 +11,6 @@ from typing import IO
 
 from tqdm import tqdm
 
-
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}  # not the file's
 
 
@@ -36,7 +35,7 @@ def unpack(archive: Path, folder: Path, inner: str | None = None) -> None:
         # zipfile's for a password and for a compression that it does not know; gzip's for a header cut short.
         raise ArchiveError(f"{archive}: not a whole archive: {error}") from None
     except OSError as error:
-        # Damage makes zipfile seek to before the file's begin, names too long, or a bz2 that has an OSError for it.
+        # Damage makes zipfile seek to before the file's begin or read too long a name; bz2 has an OSError for it.
         if error.errno in DISK_ERRORS:
             raise
         raise ArchiveError(f"{archive}: not a whole archive: {error}") from None

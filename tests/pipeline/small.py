@@ -80,12 +80,10 @@ def starts(folder):
     return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def stage(folder, *args, **env):
+    command = [sys.executable, "-m", "pipeline", *args]
+    return subprocess.run(command, cwd=folder, env=environment(**env), capture_output=True, text=True, check=False)
+
+
 def repro(folder, *args, **env):
-    return subprocess.run(
-        [sys.executable, "-m", "pipeline", "repro", *args],
-        cwd=folder,
-        env=environment(**env),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return stage(folder, "repro", *args, **env)

@@ -33,10 +33,7 @@ def repo(tmp_path_factory):
 
 def doctor(folder, **env):
     """The rows by name, each its line, and the exit code."""
-    command = [sys.executable, "-m", "pipeline", "doctor"]
-    done = subprocess.run(
-        command, cwd=folder, env=small.environment(**env), capture_output=True, text=True, check=False
-    )
+    done = small.stage(folder, "doctor", **env)
     assert "Traceback" not in done.stderr
     return {line[6:].split(":")[0]: line for line in done.stdout.splitlines()}, done.returncode
 
@@ -69,7 +66,7 @@ def test_broken_things_have_a_row_and_a_remedy(repo, tmp_path):
     assert rows["git"].startswith("warn")
     assert "work.py" in rows["git"]
     assert rows["DVC"].startswith("fail")
-    assert rows["DVC"].endswith("->  `git checkout dvc.lock`")
+    assert rows["DVC"].endswith("->  `git checkout dvc.lock` brings the last one back")
 
     shutil.rmtree(broken / "data")
     shutil.rmtree(broken / ".git")
@@ -85,6 +82,45 @@ def test_broken_things_have_a_row_and_a_remedy(repo, tmp_path):
     assert rows["DVC"].startswith("fail")
 
 
+def test_what_looks_whole_and_is_not(repo, tmp_path):
+    broken = tmp_path / "repo"
+    shutil.copytree(repo, broken)
+    (broken / ".dvc" / "tmp" / "rwlock").write_text('{"write": {')
+    raw = yaml.safe_load((broken / "params.yaml").read_text())
+    raw["own"] = {"mine": {"kind": "folder", "path": "photos/nowhere"}}
+    (broken / "params.yaml").write_text(yaml.safe_dump(raw))
+    rows, code = doctor(broken, PATH=os.defpath)
+    assert code == 1
+    assert "own.mine.path: there is no folder" in rows["data"]
+    assert rows["DVC"].startswith("fail")
+    assert rows["DVC"].endswith("remove .dvc/tmp/rwlock")
+    assert rows["packages"].startswith("warn")
+    assert "activate the environment" in rows["packages"]
+    (broken / "photos" / "nowhere").mkdir(parents=True)
+    (broken / "out" / "download" / "dtd.json").write_text("[]")
+    rows, _ = doctor(broken)
+    assert "out/download/dtd.json is damaged" in rows["data"]
+    assert rows["data"].endswith("->  dvc repro --force --single-item download@dtd")
+    repro = small.repro(broken)
+    assert repro.returncode == 1
+    assert "remove .dvc/tmp/rwlock" in repro.stderr
+
+
+def test_a_store_named_as_the_readme_does(repo):
+    uri = "sqlite:///mlflow.db"
+    assert doctor(repo, MLFLOW_TRACKING_URI=uri)[0]["MLflow"].startswith("ok")
+    tracked = small.stage(repo, "track", MLFLOW_TRACKING_URI=uri)
+    assert tracked.returncode == 0, tracked.stderr
+    try:
+        assert doctor(repo, MLFLOW_TRACKING_URI=uri)[0]["MLflow"] == f"ok    MLflow: {uri}"
+        (repo / "mlflow.db").write_bytes(b"no database" * 100)
+        row = doctor(repo, MLFLOW_TRACKING_URI=uri)[0]["MLflow"]
+        assert row.startswith("fail")
+        assert "move it away" in row
+    finally:
+        (repo / "mlflow.db").unlink()
+
+
 def test_it_runs_without_params_and_without_a_package(repo, tmp_path):
     bare = tmp_path / "repo"
     bare.mkdir()
@@ -96,14 +132,7 @@ def test_it_runs_without_params_and_without_a_package(repo, tmp_path):
     for name in ("torch", "typer"):
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('no', name='{name}')\n")
     path = f"{tmp_path}{os.pathsep}{ROOT}"
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline", "doctor"],
-        cwd=repo,
-        env=small.environment(PYTHONPATH=path),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = small.stage(repo, "doctor", PYTHONPATH=path)
     assert done.returncode == 1
     assert done.stderr == "error: the package typer is missing; pip install -c constraints.txt -e .\n"
     (tmp_path / "typer.py").unlink()

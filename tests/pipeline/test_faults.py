@@ -263,7 +263,21 @@ def test_mend_removes_what_dvc_would_trust(whole, server, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [str(cached[0]), str(out), "2 damaged files are removed; run `dvc repro`"]
     complete(repo, whole, server)
+    # What differs in a way that DVC sees stays: it may have been made just now.
+    sample = repo / "out" / "split" / "dtd" / "2-1.json"
+    content = sample.read_bytes()
+    sample.unlink()
+    sample.write_bytes(content + b" ")
     assert "0 damaged files" in stage(repo, "mend").stdout
+    assert sample.exists()
+    # A copy that DVC has hashed, and that has changed in place since.
+    sample.write_bytes(content)
+    assert call(repo, "dvc", "status", "split@dtd").returncode == 0
+    before = sample.stat()
+    sample.write_bytes(content[:-2] + b" " + content[-1:])
+    os.utime(sample, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert stage(repo, "mend").stdout.splitlines()[0] == str(sample)
+    complete(repo, whole, server)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from pipeline import processes
 from tests.pipeline import small
@@ -72,7 +73,7 @@ def test_gpus_and_threads_are_divided_among_the_jobs(tmp_path, sequential):
     assert small.outs(repo) == sequential  # these stages do not look at their threads
 
 
-def test_a_failed_stage_stops_what_needs_it_and_the_exit_code_says_so(tmp_path):
+def test_a_failed_stage_stops_what_needs_it_and_the_exit_code_says_so(tmp_path, sequential):
     repo = small.make(tmp_path / "repo")
     (repo / "fail-b2").touch()
     done = small.repro(repo, "--jobs", "2")
@@ -84,6 +85,19 @@ def test_a_failed_stage_stops_what_needs_it_and_the_exit_code_says_so(tmp_path):
     (repo / "fail-b2").unlink()
     assert small.repro(repo, "--jobs", "2").returncode == 0
     assert sorted(name for name, *_ in small.starts(repo)) == ["a", "b1", "b2", "b2", "b3", "c1", "c2", "c3", "d"]
+    assert small.outs(repo) == sequential  # the order of dvc.lock too, though c1 and c3 came before b2
+
+
+def test_a_stage_that_can_not_begin_has_failed(tmp_path):
+    repo = small.make(tmp_path / "repo")
+    stages = yaml.safe_load((repo / "dvc.yaml").read_text())
+    stages["stages"]["aa"] = {"cmd": "true", "deps": ["a.txt", "nothing.txt"]}
+    (repo / "dvc.yaml").write_text(yaml.safe_dump(stages))
+    done = small.repro(repo, "--jobs", "1")
+    assert done.returncode == 1
+    assert "error: failed: aa." in done.stderr
+    assert "9 of 9] " in done.stdout
+    assert "aa: failed" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -98,14 +112,16 @@ def test_no_process_and_no_lock_is_left_when_it_is_stopped(tmp_path, number):
     repo = small.make(tmp_path / "repo")
     for name in ("b1", "b2", "b3"):
         (repo / f"hold-{name}").touch()
+    # In the background of a script ctrl-C is ignored, and what starts there inherits that.
+    background = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"] if number == signal.SIGTERM else []
     run = subprocess.Popen(
-        [sys.executable, "-m", "pipeline", "repro", "--jobs", "3"], cwd=repo, env=small.environment()
+        [*background, sys.executable, "-m", "pipeline", "repro", "--jobs", "3"], cwd=repo, env=small.environment()
     )
     wait_for(lambda: sum(name.startswith("b") for name, *_ in small.starts(repo)) == 3)
     second = small.repro(repo)
     assert "another `python -m pipeline repro` runs in this repository" in second.stderr
     run.send_signal(number)
-    code = run.wait(timeout=60)
+    code = run.wait(timeout=processes.GRACE)
     assert code == (130 if number != signal.SIGKILL else -number)
     wait_for(lambda: not working_in(repo))
     if number != signal.SIGKILL:
@@ -115,6 +131,25 @@ def test_no_process_and_no_lock_is_left_when_it_is_stopped(tmp_path, number):
         path.unlink()
     again = small.repro(repo, "--jobs", "2")
     assert again.returncode == 0, again.stdout + again.stderr
+
+
+def test_mend_refuses_to_judge_outs_that_are_being_made(tmp_path):
+    repo = small.make(tmp_path / "repo")
+    (repo / "hold-b1").touch()
+    run = subprocess.Popen(["dvc", "repro", "-q", "b@1"], cwd=repo, env=small.environment())
+    wait_for(lambda: len(small.starts(repo)) == 2)
+    refused = small.stage(repo, "mend")
+    (repo / "hold-b1").unlink()
+    assert run.wait(timeout=60) == 0
+    assert refused.returncode == 1
+    assert "repro -q b@1: runs here; wait for its end" in refused.stderr
+    (repo / "dvc.lock").write_text("")
+    damaged = small.stage(repo, "mend")
+    nowhere = small.stage(tmp_path, "mend")
+    for done, message in ((damaged, "dvc.lock is damaged; `git checkout dvc.lock`"), (nowhere, "DVC repository")):
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_on_a_terminal_there_is_one_table(tmp_path):
