@@ -16,6 +16,8 @@ def read_split(path: Path) -> Split:
     """Read and check a split file; ValueError names the file and the first bad entry."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable split file: {error}") from None
     if not isinstance(raw, dict):

@@ -26,7 +26,7 @@ from heba.towers import text_lengths
 from heba.training import Settings, TextBank, steps_per_epoch, train
 from pipeline import tracking
 from pipeline.backbone import be_deterministic, device, load_backbone, read_record, use_bf16
-from pipeline.download import verified_folder
+from pipeline.download import manifest_path, verified_folder
 from pipeline.params import Params, ParamsError, stage_of
 from pipeline.paths import main_root, new_folder, reading, temporary_name, train_folder, writable
 from pipeline.precompute import folder_of, read_texts
@@ -72,12 +72,26 @@ def checkpoint_path(inputs: dict[str, Any], files: list[Path]) -> Path:
     return main_root() / ".heba" / "checkpoints" / f"{digest.hexdigest()[:32]}.safetensors"
 
 
+def _refuse_others(params: Params, dataset: str, seed: int, source: bool, shots: int | None) -> None:
+    """ParamsError for a training that params.yaml does not have: no stage would evaluate it as what it is."""
+    few = params.few_shot
+    seeds = params.transfer.seeds if source else few.seeds if shots else params.seeds
+    if source and dataset != params.transfer.source:
+        raise ParamsError(f"--source: transfer.source of params.yaml is {params.transfer.source}, not {dataset}")
+    if shots and (dataset not in few.datasets or shots not in few.shots):
+        raise ParamsError(f"--shots {shots}: few_shot of params.yaml has no training on {dataset} with so many")
+    if seed not in seeds:
+        section = "transfer.seeds" if source else "few_shot.seeds" if shots else "seeds"
+        raise ParamsError(f"--seed {seed}: not in {section} of params.yaml, which are {seeds}")
+
+
 def run(params: Params, dataset: str, seed: int, source: bool, shots: int | None = None) -> None:
     """Train on the base classes of `dataset`; with `source` on all classes for the transfer protocols, with
     `shots` on all classes for few_shot."""
     adapter, settings = (
         (params.transfer.adapter, params.transfer.train) if source else (params.adapter, params.train)
     )
+    _refuse_others(params, dataset, seed, source, shots)
     images_folder = verified_folder(params, dataset) / "images"
     sample = split_path(dataset, shots or params.shots, seed)
     with reading(sample, stage_of("split", dataset)):
@@ -115,7 +129,7 @@ def run(params: Params, dataset: str, seed: int, source: bool, shots: int | None
         "cuda_graphs": params.cuda_graphs,
         "deterministic": params.deterministic,
     }
-    checkpoint = checkpoint_path(inputs, [sample, folder_of(dataset) / "text.safetensors"])
+    checkpoint = checkpoint_path(inputs, [manifest_path(dataset), sample, folder_of(dataset) / "text.safetensors"])
     inputs["inputs_sha256"] = checkpoint.stem
     protocol = "cross_dataset" if source else "few_shot" if shots else "base_to_novel"
     out_folder = train_folder(protocol, dataset, seed, shots or params.shots)

@@ -201,6 +201,24 @@ def test_dvc_notices_changed_images_and_goes_back(repo):
     assert (repo / "data" / "own" / "drawn" / "split.json").read_bytes() == before
 
 
+def test_other_training_images_under_the_same_names_are_trained_on(repo):
+    # Of two classes one is base, and there is nothing to learn: the adapter is the same, what it was made of is not.
+    trained = repo / "out" / "train" / "listed" / "base_to_novel-1" / "config.json"
+    before = trained.read_bytes()
+    sample = read_split(repo / "out" / "split" / "listed" / "2-1.json")["train"]
+    kept = {repo / "my photos" / file: (repo / "my photos" / file).read_bytes() for file, _, _ in sample}
+    for number, path in enumerate(kept):
+        image(path, 900 + number)
+    done = call(repo, "dvc", "repro", "train-own@listed-1")
+    assert done.returncode == 0, done.stderr
+    assert "Running stage 'train-own@listed-1'" in done.stdout
+    assert trained.read_bytes() != before
+    for path, content in kept.items():
+        path.write_bytes(content)
+    assert call(repo, "dvc", "repro", "train-own@listed-1").returncode == 0
+    assert trained.read_bytes() == before
+
+
 def test_check_data(repo, run):
     code, text = run("check-data", "drawn")
     assert code == 0

@@ -126,6 +126,14 @@ def test_a_failed_stage_stops_what_depends_on_it_and_nothing_else(repo):
 
 
 def test_errors_are_messages(repo, tmp_path):
+    for options, message in (
+        (["--dataset", "dtd", "--seed", "5"], "--seed 5: not in seeds of params.yaml"),
+        (["--dataset", "dtd", "--seed", "1", "--source"], "--source: transfer.source of params.yaml is imagenet"),
+        (["--dataset", "dtd", "--seed", "1", "--shots", "7"], "--shots 7: few_shot of params.yaml has no"),
+    ):
+        refused = stage(repo, "train", *options)
+        assert refused.returncode == 1
+        assert message in refused.stderr
     wrong = stage(repo, "train", "--dataset", "mnist", "--seed", "1")
     assert wrong.returncode == 1
     assert wrong.stderr.startswith("error: --dataset mnist")
