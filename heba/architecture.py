@@ -61,6 +61,14 @@ def _refusal(config: dict[str, Any]) -> str | None:
     return None
 
 
+def width(config: dict[str, Any]) -> int:
+    """Channels of the narrower tower, as far as `config` tells: timm's towers have a width of their own."""
+    widths = [config["text_cfg"].get("width", 512)]  # open_clip's defaults
+    if not config["vision_cfg"].get("timm_model_name"):
+        widths.append(config["vision_cfg"].get("width", 768))
+    return min(widths)
+
+
 def depth(config: dict[str, Any]) -> int:
     """Blocks of the shallower tower, as far as `config` tells: timm's towers have a depth of their own."""
     layers = [config["text_cfg"].get("layers", 12)]  # open_clip's default

@@ -360,6 +360,15 @@ def run_app(command: typer.Typer) -> None:
     except (ValueError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
+            raise
+        print(
+            f"error: {error}\nLower train.batch_size or train.neg_ratio, set precision: bf16, or run fewer jobs "
+            "on a GPU.",
+            file=sys.stderr,
+        )
+        sys.exit(1)
 
 
 def main() -> None:

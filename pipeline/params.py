@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from heba.architecture import depth, read_config
+from heba.architecture import depth, read_config, width
 from pipeline.paths import main_root
 
 PARAMS_FILE = Path("params.yaml")
@@ -229,16 +229,28 @@ def _impossible(raw: dict[str, Any]) -> list[str]:
             problems.append(
                 f"backbone.pretrained: the tiny backbone has the weights 'embedded', not {pretrained!r}"
             )
-        deepest, reason = backbone_depth(name)
-        if reason:
-            problems.append(f"backbone.name: {reason}")
+        deepest = narrowest = None
+        try:
+            config = read_config(name, main_root())
+            deepest, narrowest = depth(config), width(config)
+        except ValueError as error:
+            problems.append(f"backbone.name: {error}")
         for section in ((), ("transfer",)):
-            start, end = get(*section, "adapter", "start"), get(*section, "adapter", "end")
+            start, end, ratio, expansion = (
+                get(*section, "adapter", part) for part in ("start", "end", "ratio", "expansion")
+            )
             key = ".".join((*section, "adapter"))
             if deepest and isinstance(end, int) and end > deepest:
                 problems.append(f"{key}.end: {end} is beyond the last layer, {deepest}, of {name}")
             if isinstance(start, int) and isinstance(end, int) and start > end:
                 problems.append(f"{key}.start: {start} is above {key}.end {end}")
+            if (
+                narrowest
+                and isinstance(ratio, int)
+                and isinstance(expansion, int)
+                and ratio > narrowest * expansion
+            ):
+                problems.append(f"{key}.ratio: {ratio} leaves nothing of the width {narrowest} of {name}")
     if isinstance(name, str) and pretrained == "openai" and not name.endswith(("-quickgelu", ".json")):
         problems.append(f"backbone.name: OpenAI's weights were trained with QuickGELU: use {name}-quickgelu")
     return problems
@@ -259,12 +271,3 @@ def _impossible_own(own: dict[Any, Any]) -> list[str]:
                 "put the images elsewhere"
             )
     return problems
-
-
-def backbone_depth(name: str) -> tuple[int | None, str | None]:
-    """Number of blocks of the shallower tower, as far as the config tells, or None and the reason why there is no
-    such backbone."""
-    try:
-        return depth(read_config(name, main_root())), None
-    except ValueError as error:
-        return None, str(error)

@@ -8,11 +8,14 @@ import csv
 import hashlib
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -72,7 +75,22 @@ def checkpoint_path(inputs: dict[str, Any], files: list[Path]) -> Path:
     return main_root() / ".heba" / "checkpoints" / f"{digest.hexdigest()[:32]}.safetensors"
 
 
-def _refuse_others(params: Params, dataset: str, seed: int, source: bool, shots: int | None) -> None:
+def refuse_too_large(files: list[Path]) -> None:
+    """ParamsError where the training images do not fit into the memory that is free: they are held as they are,
+    for the crops of all epochs."""
+    needed = 0
+    for file in files:
+        with suppress(OSError), Image.open(file) as image:  # reads its head only; a damaged one is named later
+            needed += 3 * image.width * image.height
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise ParamsError(
+            f"{len(files)} training images take {needed / 1e9:.1f} GB of memory, of which {free / 1e9:.1f} GB are "
+            "free: scale them down, to a shorter side of some 500 pixels, or take fewer shots"
+        )
+
+
+def refuse_others(params: Params, dataset: str, seed: int, source: bool, shots: int | None) -> None:
     """ParamsError for a training that params.yaml does not have: no stage would evaluate it as what it is."""
     few = params.few_shot
     seeds = params.transfer.seeds if source else few.seeds if shots else params.seeds
@@ -91,7 +109,7 @@ def run(params: Params, dataset: str, seed: int, source: bool, shots: int | None
     adapter, settings = (
         (params.transfer.adapter, params.transfer.train) if source else (params.adapter, params.train)
     )
-    _refuse_others(params, dataset, seed, source, shots)
+    refuse_others(params, dataset, seed, source, shots)
     images_folder = verified_folder(params, dataset) / "images"
     sample = split_path(dataset, shots or params.shots, seed)
     with reading(sample, stage_of("split", dataset)):
@@ -110,6 +128,7 @@ def run(params: Params, dataset: str, seed: int, source: bool, shots: int | None
     variant = Variant.of(adapter.model_dump())
     model = AdaptedCLIP(clip, adapter.start, adapter.end, adapter.scale, adapter.ratio, variant=variant).to(where)
     bank = text_bank(clip, dataset, len(labels), adapter.start, where)
+    refuse_too_large([images_folder / file for file, _, _ in train_items])
     pixels = for_each_image(
         lambda path: torch.from_numpy(np.array(decode(path)).transpose(2, 0, 1)),
         [images_folder / file for file, _, _ in train_items],

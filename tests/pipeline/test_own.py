@@ -202,7 +202,7 @@ def test_dvc_notices_changed_images_and_goes_back(repo):
 
 
 def test_other_training_images_under_the_same_names_are_trained_on(repo):
-    # Of two classes one is base, and there is nothing to learn: the adapter is the same, what it was made of is not.
+    # Of two classes one is base, and there is nothing to learn: the adapter stays, what it was made of does not.
     trained = repo / "out" / "train" / "listed" / "base_to_novel-1" / "config.json"
     before = trained.read_bytes()
     sample = read_split(repo / "out" / "split" / "listed" / "2-1.json")["train"]

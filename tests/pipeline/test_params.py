@@ -32,6 +32,7 @@ def test_all_problems_are_listed_at_once(tmp_path):
         raw["shots"] = 0
         raw["typo"] = 1
         raw["adapter"]["end"] = 5
+        raw["adapter"]["ratio"] = 1000
         raw["datasets"].append("mnist")
         raw["train"]["lr"] = "1e-3"
         raw["seeds"] = [1, 1]
@@ -51,6 +52,7 @@ def test_all_problems_are_listed_at_once(tmp_path):
         "seeds: 1 is listed twice",
         "precision: missing",
         "transfer.adapter.scale_novel: must be null",
+        "adapter.ratio: 1000 leaves nothing of the width 128 of tiny",
     ):
         assert part in text
 

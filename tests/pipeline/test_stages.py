@@ -7,7 +7,9 @@ from urllib.request import url2pathname
 
 import pytest
 import yaml
+from PIL import Image
 
+from pipeline.params import ParamsError
 from tests.pipeline.repository import ROOT, call, copy_code, initialise, stage
 
 
@@ -179,3 +181,13 @@ def test_help_teaches():
         "doctor",
     ):
         assert name in shown
+
+
+def test_training_images_that_do_not_fit_into_memory_are_refused_before_they_are_read(tmp_path):
+    from pipeline.train import refuse_too_large
+
+    path = tmp_path / "a.png"
+    Image.new("1", (9000, 9000)).save(path)
+    refuse_too_large([path])
+    with pytest.raises(ParamsError, match=r"10000 training images take 2430\.0 GB of memory"):
+        refuse_too_large([path] * 10_000)
