@@ -14,7 +14,7 @@ from torch import Tensor
 
 from heba import backbone
 from heba.evaluation import BATCH_SIZE, encode_prompts
-from heba.images import Preprocess, decode, for_each_image, normalise, resize_and_crop
+from heba.images import UNREADABLE, Preprocess, decode, for_each_image, normalise, resize_and_crop, to_rgb
 from heba.model import ADAPTER_FILE, CONFIG_FILE, REMEDY, class_features, load_adapter
 from heba.prompts import build_prompts, tokenize
 from heba.towers import encode_text_plain
@@ -99,9 +99,9 @@ class Classifier:
     def _pixels(self, image: Path | str | Image.Image) -> Tensor | str:
         """The image as the model takes it up to uint8, or why it can not be read."""
         try:
-            opened = image.convert("RGB") if isinstance(image, Image.Image) else decode(Path(image))
+            opened = to_rgb(image) if isinstance(image, Image.Image) else decode(Path(image))
             return torch.from_numpy(resize_and_crop(opened, self.preprocess).copy())
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             return str(error)
 
     @torch.no_grad()

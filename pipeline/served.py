@@ -16,6 +16,7 @@ from mlflow.pyfunc import PythonModel
 from PIL import Image
 
 import heba
+from heba.images import UNREADABLE
 
 
 class ServedAdapter(PythonModel):
@@ -51,7 +52,7 @@ def read_image(text: str, row: int) -> Path | Image.Image:
         return Path(text)
     try:
         return Image.open(io.BytesIO(base64.b64decode(text, validate=True)))
-    except (binascii.Error, OSError, ValueError):
+    except (binascii.Error, *UNREADABLE):
         raise ValueError(
             f"image {row}: {text[:60]!r} is neither a file of this machine nor an image in base64"
         ) from None

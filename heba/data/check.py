@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from heba.images import decode, for_each_image
+from heba.images import DeepImage, decode, for_each_image
 from heba.prompts import normalise_class_name
 from heba.splits import PARTS, Split, class_names
 
@@ -74,13 +74,14 @@ def check(
     table["all"] = table.sum(axis=1)
     table["descriptions"] = [len(texts.get(normalise_class_name(name), [])) for name in names]
 
-    broken, leaks, twice = _files(split, images, progress)
+    broken, deep, leaks, twice = _files(split, images, progress)
     few = table[(table["train"] > 0) & (table["train"] < shots)]
     unknown = sorted(set(texts) - {normalise_class_name(name) for name in names})
     leak = Finding("the same bytes in more than one of train, val and test", leaks)
     errors = [
         Finding("fewer than two classes", [] if len(names) > 1 else names or ["none at all"]),
         Finding("images that are missing or can not be decoded", broken),
+        Finding("images of 16 or more bits a channel; convert them to 8 bit", deep),
         Finding("classes without test images", list(table.index[table["test"] == 0])),
         # The test sets of domain generalisation have none at all.
         Finding("classes without train images", list(table.index[table["train"] == 0]) if split["train"] else []),
@@ -102,26 +103,29 @@ def check(
 
 def _files(
     split: Split, images: Path, progress: Callable[[int], object]
-) -> tuple[list[str], list[str], list[str]]:
-    """Images that can not be read, and groups of the same bytes: across parts, and within one."""
+) -> tuple[list[str], list[str], list[str], list[str]]:
+    """Images that can not be read, those of more than 8 bits, and groups of the same bytes: across parts, and
+    within one."""
     uses: dict[str, list[tuple[str, str]]] = {}
     for part in PARTS:
         for file, _, name in split[part]:
             uses.setdefault(file, []).append((part, name))
 
     def look(path: Path) -> str:
-        """The hash of an image's bytes; empty when it can not be decoded."""
+        """The hash of an image's bytes, or "deep" or "broken"."""
         try:
             decode(path)
             return hashlib.sha256(path.read_bytes()).hexdigest()
+        except DeepImage:
+            return "deep"
         except (ValueError, OSError):
-            return ""
+            return "broken"
 
     by_hash: dict[str, list[str]] = {}
     for file, digest in zip(uses, for_each_image(look, [images / file for file in uses]), strict=True):
         by_hash.setdefault(digest, []).append(file)
         progress(1)
-    broken = by_hash.pop("", [])
+    broken, deep = by_hash.pop("broken", []), by_hash.pop("deep", [])
     leaks: list[str] = []
     twice: list[str] = []
     for files in by_hash.values():
@@ -129,4 +133,4 @@ def _files(
         if len(where) > 1:
             group = " = ".join(f"{file} ({part}, {name})" for part, name, file in where)
             (leaks if len({part for part, _, _ in where}) > 1 else twice).append(group)
-    return broken, leaks, twice
+    return broken, deep, leaks, twice

@@ -271,6 +271,13 @@ def test_every_problem_is_reported_at_once(tmp_path):
     assert leak in found(allowed.notes)["the same bytes in more than one of train, val and test"]
 
 
+def test_images_of_16_bits_are_an_error(tmp_path):
+    root = folder_of_classes(tmp_path, {"cat": 4, "dog": 4})
+    Image.new("I;16", (8, 8), 900).save(root / "dog" / "2.png")
+    errors = found(report(root).errors)
+    assert errors == {"images of 16 or more bits a channel; convert them to 8 bit": ["dog/2.png"]}
+
+
 def test_classes_that_can_not_be_trained_or_tested(tmp_path):
     folder_of_classes(tmp_path, {"a": 2, "b": 2})
     split = {"train": [("a/0.png", 0, "a")], "val": [], "test": [("b/0.png", 1, "b")]}

@@ -13,6 +13,7 @@ from PIL import Image
 
 from heba.evaluation import classification_report, harmonic_mean
 from heba.images import (
+    DeepImage,
     Preprocess,
     crop_batch,
     decode,
@@ -21,6 +22,7 @@ from heba.images import (
     pack_images,
     resize_and_crop,
     sample_crop,
+    to_rgb,
 )
 from heba.prompts import build_prompts, read_descriptions, tokenize
 
@@ -106,6 +108,28 @@ def test_a_truncated_image_is_named(tmp_path):
     Image.new("1", (20_000, 10_000)).save(path)  # more than PIL decodes
     with pytest.raises(ValueError, match=r"x\.png: not a readable image"):
         decode(path)
+
+
+@pytest.mark.parametrize("kind", ["16.png", "32.tif", "float.tif", "16.pgm"])
+def test_more_than_eight_bits_are_refused_and_not_white(tmp_path, kind):
+    """Pillow's RGB of them is white wherever a value is above 255."""
+    dtype = {"32": np.int32, "float": np.float32}.get(kind.split(".")[0], np.uint16)
+    path = tmp_path / kind
+    Image.fromarray(np.arange(0, 6400, 100).reshape(8, 8).astype(dtype)).save(path)
+    message = rf"{kind}: an image of 16 or more bits a channel .* convert it to 8 bit"
+    with pytest.raises(DeepImage, match=message):
+        decode(path)
+    with pytest.raises(DeepImage, match=message):
+        pack_images([path], Preprocess(4), tmp_path / "images.npy", lambda n: None)
+    with Image.open(path) as image, pytest.raises(DeepImage, match="convert it to 8 bit"):
+        to_rgb(image)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_other_modes_of_eight_bits_are_taken(tmp_path, mode):
+    path = tmp_path / "x.tif"
+    Image.new(mode, (8, 8), 0).save(path)
+    assert decode(path).mode == "RGB"
 
 
 @given(st.floats(0, 100), st.floats(0, 100))

@@ -106,6 +106,15 @@ def test_predict_takes_files_and_folders_and_goes_on_after_a_bad_one(repo, test_
     assert lines[2]["classes"][0]["class"] in table.stdout.split(str(path))[1]
 
 
+def test_an_image_of_16_bits_is_named(repo, tmp_path, run_heba):
+    deep = Image.new("I;16", (8, 8), 900)
+    deep.save(tmp_path / "deep.png")
+    done = run_heba(repo, "predict", str(tmp_path / "deep.png"), "--adapter", TRAINED)
+    assert done.returncode == 1
+    assert "deep.png: an image of 16 or more bits a channel" in done.stderr
+    assert "convert it to 8 bit" in next(heba.load(repo / TRAINED).predict([deep])).error
+
+
 def test_new_classes_at_the_novel_scale(repo, test_images, run_heba):
     """The novel scale is that of the adapter's evaluation, unless one is given."""
     image = str(test_images[0][0])
