@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +102,7 @@ def resize_and_crop(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
 
 
-def for_each_image(work: Callable[[Any], Any], paths: Sequence[Any]) -> Iterator[Any]:
+def for_each_image(work: Callable[[Any], Any], paths: Iterable[Any]) -> Iterator[Any]:
     """Yield `work(path)` in the order of `paths`, worked on by as many threads as torch has (Pillow decodes and
     resizes without Python's lock). Few are worked on ahead of what is taken, so memory stays small."""
     threads = torch.get_num_threads()

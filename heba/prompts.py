@@ -1,12 +1,16 @@
 """Class descriptions to prompts to tokens (paper section 3; descriptions after CuPL)."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:  # torch takes seconds to import, and only `tokenize` meets its tensors
+    from torch import Tensor
 
+TEMPLATE = "a photo of a {}."
+TEMPLATE_PATTERN = r"^[^{}]*\{\}[^{}]*$"  # one {} for the class name, and no other brace
 DESCRIPTION_TEMPLATE = "a photo of a {}, {}"
 
 
@@ -45,14 +49,14 @@ def read_descriptions(path: Path) -> dict[str, list[str]]:
 
 
 def build_prompts(class_names: list[str], descriptions: dict[str, list[str]], template: str) -> Prompts:
-    """ "a photo of a {class}, {description}" for every description of every class; `template`, with one {},
-    for a class without any.
+    """ "a photo of a {class}, {description}" for every description of every class; `template`, which fits
+    TEMPLATE_PATTERN, for a class without any.
 
-    Raises ValueError when not one class has a description although descriptions were given: the file then
-    belongs to another data set (the official code goes on without a word).
+    Raises ValueError for another template, and when not one class has a description although descriptions were
+    given: the file then belongs to another data set (the official code goes on without a word).
     """
-    if template.count("{}") != 1:
-        raise ValueError(f"a template needs exactly one {{}} for the class name, got {template!r}")
+    if not re.search(TEMPLATE_PATTERN, template):
+        raise ValueError(f"a template needs one {{}} for the class name, and no other brace, got {template!r}")
     by_name = {normalise_class_name(name): texts for name, texts in descriptions.items()}
     texts: list[str] = []
     class_index: list[int] = []
@@ -73,7 +77,7 @@ def build_prompts(class_names: list[str], descriptions: dict[str, list[str]], te
     return Prompts(texts, class_index, fallback)
 
 
-def tokenize(texts: list[str], tokenizer: Any) -> tuple[Tensor, list[str]]:
+def tokenize(texts: list[str], tokenizer: Any) -> "tuple[Tensor, list[str]]":
     """Tokens [n, context_length] of `texts`, and those texts that had to be cut to fit.
 
     `tokenizer` is one of open_clip's: its own, which puts EOT last, or its wrapper of one of Hugging Face.

@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from heba.data.own import OwnData, read_own
+from heba.prompts import read_descriptions
 from heba.splits import read_split, write_split
 from pipeline.params import Params, ParamsError
 from pipeline.paths import data_folder, main_root
@@ -23,8 +24,6 @@ def images_folder(params: Params, name: str) -> Path:
 
 def read(params: Params, name: str) -> tuple[OwnData, dict[str, list[str]]]:
     """The split and the descriptions of an own data set; ParamsError names it and what is wrong."""
-    from heba.prompts import read_descriptions  # imports torch, which most data sets do without
-
     entry, root = params.own[name], images_folder(params, name)
     try:
         data = read_own(root, entry.kind, entry.file, entry.descriptions)
@@ -58,9 +57,8 @@ def most_shots(params: Params, name: str) -> int:
 
 def check(params: Params, name: str, shots: int = 0) -> Any:
     """The heba.data.check.Report, see there, of an own data set or of a benchmark that was downloaded."""
-    from heba.data.check import Finding
+    from heba.data.check import Finding  # imports torch, which most data sets do without
     from heba.data.check import check as look
-    from heba.prompts import read_descriptions
 
     left_out: list[str] = []
     if name in params.own:

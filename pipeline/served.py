@@ -29,10 +29,7 @@ class ServedAdapter(PythonModel):
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
         images = [read_image(text, row) for row, text in enumerate(model_input["image"])]
-        top = int((params or {}).get("top", 5))
-        if top < 1:
-            raise ValueError(f"params: top must be at least 1, not {top}")
-        found = list(self.classifier.predict(images, top))
+        found = list(self.classifier.predict(images, int((params or {}).get("top", heba.TOP))))
         errors = [f"image {row}: {p.error}" for row, p in enumerate(found) if p.error]
         if errors:
             raise ValueError("; ".join(errors))

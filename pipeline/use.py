@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+import heba
+from heba.prompts import TEMPLATE, read_descriptions
 from pipeline.cli import run_app
 from pipeline.params import PARAMS_FILE, load_params
 from pipeline.paths import OUT
@@ -34,10 +36,9 @@ Descriptions = Annotated[
 Template = Annotated[
     str, typer.Option(help="Prompt of those of --classes that have no description, with {} for the class.")
 ]
-Top = Annotated[int, typer.Option(min=1, help="How many classes to print for an image.")]
+Top = Annotated[int, typer.Option(help="How many classes to print for an image.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one line an image.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
-TEMPLATE = "a photo of a {}."
 
 
 @app.command()
@@ -50,23 +51,18 @@ def predict(
     scale: Annotated[
         float | None,
         typer.Option(
-            min=0,
             help="Of the adapters, for --classes. Default: scale_novel of the adapter's evaluation under out/, "
             "where it has one, else the scale of the training.",
         ),
     ] = None,
-    top: Top = 3,
+    top: Top = heba.TOP,
     as_json: AsJson = False,
     device: Device = None,
 ) -> None:
     """Name images with a trained adapter."""
     files = find_images(images)
     names = split_names(classes)
-    if names is None and (descriptions or scale is not None or template != TEMPLATE):
-        raise ValueError("--descriptions, --template and --scale are for --classes; the training has its own")
     folder = adapter_folder(adapter)
-    import heba
-
     if names is not None and scale is None:
         scale = (evaluation_of(folder) or {}).get("scale_novel")
     show(heba.load(folder, names, read(descriptions), template, scale, device), files, top, as_json)
@@ -84,7 +80,7 @@ def zero_shot(
     pretrained: Annotated[
         str | None, typer.Option(help="A tag of open_clip or a file of weights. Default: that of params.yaml.")
     ] = None,
-    top: Top = 3,
+    top: Top = heba.TOP,
     as_json: AsJson = False,
     device: Device = None,
 ) -> None:
@@ -96,8 +92,6 @@ def zero_shot(
         if not PARAMS_FILE.exists():
             raise ValueError(f"there is no {PARAMS_FILE} here: give --backbone and --pretrained")
         backbone, pretrained = load_params().backbone.name, load_params().backbone.pretrained
-    import heba
-
     names = split_names(classes) or []
     classifier = heba.zero_shot(backbone, pretrained or "embedded", names, read(descriptions), template, device)
     show(classifier, files, top, as_json)
@@ -189,11 +183,7 @@ def split_names(classes: str | None) -> list[str] | None:
 
 
 def read(descriptions: Path | None) -> dict[str, list[str]] | None:
-    if descriptions is None:
-        return None
-    from heba.prompts import read_descriptions
-
-    return read_descriptions(descriptions)
+    return None if descriptions is None else read_descriptions(descriptions)
 
 
 def show(classifier: Any, files: list[Path], top: int, as_json: bool) -> None:

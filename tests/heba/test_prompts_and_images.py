@@ -39,6 +39,12 @@ def test_descriptions_that_fit_no_class_are_an_error_not_silence():
         build_prompts(["a", "b"], {"x": ["y"]}, "a {}.")
 
 
+@pytest.mark.parametrize("template", ["a photo", "a {} of {x}", "a {x}", "a {} {}", "a {}}", "a {0}", "a {:>9}"])
+def test_a_template_has_one_place_for_the_class_and_no_other_brace(template):
+    with pytest.raises(ValueError, match=r"a template needs one \{\}"):
+        build_prompts(["a", "b"], {}, template)
+
+
 def test_a_bad_descriptions_file_is_named(tmp_path):
     path = tmp_path / "d.json"
     path.write_text(json.dumps({"cat": "not a list"}))

@@ -86,6 +86,46 @@ def test_predictions_are_those_of_the_evaluation(repo, test_images):
     assert opened.probabilities == pytest.approx(found[0].probabilities, abs=1e-5)
 
 
+def test_one_image_or_any_iterable_of_them(repo, test_images):
+    classifier = heba.load(repo / TRAINED)
+    paths = [path for path, _ in test_images[:3]]
+    first, *_ = expected = list(classifier.predict(paths))
+    for one in (str(paths[0]), paths[0]):
+        (found,) = classifier.predict(one)
+        assert (found.image, found.classes, found.error) == (str(paths[0]), first.classes, None)
+    (found,) = classifier.predict(Image.open(paths[0]))
+    assert (found.image, found.classes) == ("image 1", first.classes)
+    assert [p.image for p in classifier.predict(path for path in paths)] == [p.image for p in expected]
+
+
+def test_bad_arguments_of_the_library_are_refused(repo, test_images):
+    classifier = heba.load(repo / TRAINED)
+    for top in (0, -1, 2.5):
+        with pytest.raises(ValueError, match="top must be a whole number from 1 on"):
+            classifier.predict([test_images[0][0]], top=top)  # at once, not at the first prediction
+    with pytest.raises(TypeError, match="file names or Pillow's images are needed, not int"):
+        list(classifier.predict([1]))
+    for load in (
+        lambda classes: heba.load(repo / TRAINED, classes=classes),
+        lambda classes: heba.zero_shot("tiny", "embedded", classes),
+    ):
+        with pytest.raises(ValueError, match="a list of names is needed, not the text 'striped,dotted'"):
+            load("striped,dotted")
+        with pytest.raises(ValueError, match="two or more different names are needed, got 'striped', 1"):
+            load(["striped", 1])
+    for ignored in ({"template": "a {}."}, {"scale": 0.1}, {"descriptions": {"striped": ["x"]}}):
+        with pytest.raises(ValueError, match="go with classes"):
+            heba.load(repo / TRAINED, **ignored)
+    with pytest.raises(ValueError, match="scale must be a number from 0 on, not -1"):
+        heba.load(repo / TRAINED, classes=["striped", "dotted"], scale=-1)
+
+
+def test_the_library_and_the_command_name_as_many_classes(repo, test_images, run_heba):
+    path = str(test_images[0][0])
+    printed = json.loads(run_heba(repo, "predict", path, "--adapter", TRAINED, "--json").stdout)["classes"]
+    assert len(printed) == len(next(heba.load(repo / TRAINED).predict(path)).classes) == heba.TOP
+
+
 def test_predict_takes_files_and_folders_and_goes_on_after_a_bad_one(repo, test_images, tmp_path, run_heba):
     folder = tmp_path / "my photos"
     (folder / "deeper").mkdir(parents=True)
@@ -192,7 +232,15 @@ def test_an_official_checkpoint_and_back(repo, test_images, tmp_path, run_heba):
         (["predict", "out", "--adapter", TRAINED], "no images in this folder"),
         (["predict", "IMAGE", "--adapter", TRAINED, "--classes", "striped"], "two or more different names"),
         (["predict", "IMAGE", "--adapter", TRAINED, "--classes", "striped,blotchy"], "does not know blotchy"),
-        (["predict", "IMAGE", "--adapter", TRAINED, "--scale", "0.1"], "are for --classes"),
+        (["predict", "IMAGE", "--adapter", TRAINED, "--scale", "0.1"], "go with classes"),
+        (["predict", "IMAGE", "--adapter", TRAINED, "--template", "{}"], "go with classes"),
+        (
+            ["predict", "IMAGE", "--adapter", TRAINED, "--classes", "striped,dotted", "--template", "a {} of {x}"],
+            "one {} for the class name, and no other brace, got 'a {} of {x}'",
+        ),
+        (["predict", "IMAGE", "--adapter", TRAINED, "--classes", "a,b", "--scale", "-1"], "scale must be"),
+        (["predict", "IMAGE", "--adapter", TRAINED, "--classes", "a,b", "--scale", "nan"], "scale must be"),
+        (["predict", "IMAGE", "--adapter", TRAINED, "--top", "0"], "top must be a whole number from 1 on, not 0"),
         (["predict", "IMAGE", "--adapter", TRAINED, "--device", "tpu"], "take cpu or cuda"),
         (["zero-shot", "IMAGE", "--classes", "a,b", "--backbone", "ViT-B-32"], "go together"),
     ],
