@@ -8,12 +8,11 @@ from typing import Annotated, Any
 import typer
 
 import heba
+from heba.data.own import IMAGE_SUFFIXES, is_hidden
 from heba.prompts import TEMPLATE, read_descriptions
 from pipeline.cli import run_app
-from pipeline.params import PARAMS_FILE, load_params
-from pipeline.paths import OUT
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+from pipeline.params import PARAMS_FILE, load_params, stage_of
+from pipeline.paths import OUT, reading
 
 app = typer.Typer(
     help="Name images with adapted CLIP. Train an adapter with `dvc repro`, then: heba predict photo.jpg "
@@ -50,10 +49,7 @@ def predict(
     template: Template = TEMPLATE,
     scale: Annotated[
         float | None,
-        typer.Option(
-            help="Of the adapters, for --classes. Default: scale_novel of the adapter's evaluation under out/, "
-            "where it has one, else the scale of the training.",
-        ),
+        typer.Option(help="s of the adapters, for --classes. Default: that of the training."),
     ] = None,
     top: Top = heba.TOP,
     as_json: AsJson = False,
@@ -62,10 +58,8 @@ def predict(
     """Name images with a trained adapter."""
     files = find_images(images)
     names = split_names(classes)
-    folder = adapter_folder(adapter)
-    if names is not None and scale is None:
-        scale = (evaluation_of(folder) or {}).get("scale_novel")
-    show(heba.load(folder, names, read(descriptions), template, scale, device), files, top, as_json)
+    classifier = heba.load(adapter_folder(adapter), names, read(descriptions), template, scale, device)
+    show(classifier, files, top, as_json)
 
 
 @app.command()
@@ -103,31 +97,28 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Tell what an adapter is: backbone, classes, shots, seed, accuracy, commit."""
-    import pandas as pd
-
-    folder = adapter_folder(adapter)
-    found = about(folder)
+    found = about(adapter_folder(adapter))
     if as_json:
         print(json.dumps(found, ensure_ascii=False, indent=1))
         return
-    rows = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in found.items()}
-    print(pd.Series(rows, dtype=object).dropna().to_string())
+    width = max(map(len, found)) + 1
+    for key, value in found.items():
+        if value is not None:
+            print(f"{key + ':':<{width}} {', '.join(value) if isinstance(value, list) else value}")
 
 
 def about(folder: Path) -> dict[str, Any]:
     """What is known of the adapter in `folder`, from its config, its evaluation under out/ and MLflow."""
+    from heba.model import CONFIG_FILE, REMEDY
     from heba.predict import read_config
     from pipeline.models import commit_of
     from pipeline.store import adapter_sha256
 
     config = read_config(folder)
+    lacking = {"dataset", "suite", "protocol", "start", "end", "ratio"} - set(config)
+    if lacking:
+        raise ValueError(f"{folder / CONFIG_FILE}: damaged (no {', '.join(sorted(lacking))}); {REMEDY}")
     sha = adapter_sha256(folder)
-    record = evaluation_of(folder) or {}
-    accuracy = {
-        f"{method} {group}, %": round(values[method]["accuracy"], 2)
-        for group, values in record.get("groups", {}).items()
-        for method in ("heba", "zero_shot")
-    }
     return {
         "adapter": str(folder),
         "sha256": sha,
@@ -138,7 +129,7 @@ def about(folder: Path) -> dict[str, Any]:
         "shots": config.get("shots"),
         "seed": config.get("seed"),
         "blocks": f"{config['start']} to {config['end']}, scale {config['scale']}, ratio {config['ratio']}",
-        **accuracy,
+        **accuracy_of(sha),
         "git commit": commit_of(sha),
     }
 
@@ -152,26 +143,34 @@ def adapter_folder(adapter: str) -> Path:
     return fetch_adapter(adapter)
 
 
-def evaluation_of(folder: Path) -> dict[str, Any] | None:
-    """The evaluation for base_to_novel or few_shot under out/ of the adapter in `folder`, by its hash."""
-    from pipeline.store import adapter_sha256
-
-    sha = adapter_sha256(folder)
+def accuracy_of(sha256: str) -> dict[str, float]:
+    """Accuracies, in %, of the evaluation for base_to_novel or few_shot under out/ of the adapter with this hash;
+    an evaluation that is damaged is named and left out."""
     for path in sorted(OUT.glob("evaluate/*/*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["adapter_sha256"] == sha:
-            return record
-    return None
+        try:
+            with reading(path, stage_of("evaluate", path.parent.name)):
+                record = json.loads(path.read_text(encoding="utf-8"))
+                if record["adapter_sha256"] == sha256:
+                    return {
+                        f"{method} {group}, %": round(values[method]["accuracy"], 2)
+                        for group, values in dict(record["groups"]).items()
+                        for method in ("heba", "zero_shot")
+                    }
+        except ValueError as error:
+            print(f"note: {error}", file=sys.stderr)
+    return {}
 
 
 def find_images(paths: list[Path]) -> list[Path]:
-    """The files among `paths`, and the images in the folders among them, by name."""
+    """The files among `paths`, and the images that are not hidden in the folders among them, by name."""
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            found = [p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
+            found = sorted(p for p in found if not any(map(is_hidden, p.relative_to(path).parts)))
             if not found:
-                raise ValueError(f"{path}: no images in this folder; known are {', '.join(sorted(SUFFIXES))}")
+                known = ", ".join(sorted(IMAGE_SUFFIXES))
+                raise ValueError(f"{path}: no images in this folder; known are {known}")
             files += found
         else:
             files.append(path)

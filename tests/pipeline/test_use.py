@@ -133,6 +133,9 @@ def test_predict_takes_files_and_folders_and_goes_on_after_a_bad_one(repo, test_
     (folder / "deeper" / "ä.PNG").write_bytes(path.read_bytes())
     (folder / "broken.png").write_bytes(path.read_bytes()[:60])
     (folder / "notes.txt").write_text("no image")
+    for hidden in ("._broken.png", ".thumbnails/x.png", "__MACOSX/y.png"):
+        (folder / hidden).parent.mkdir(exist_ok=True)
+        (folder / hidden).write_bytes(b"no image")
     done = run_heba(repo, "predict", str(folder), str(path), "--adapter", TRAINED, "--json", "--top", "2")
     assert done.returncode == 1
     assert "1 of 3 images could not be read" in done.stderr
@@ -156,8 +159,9 @@ def test_an_image_of_16_bits_is_named(repo, tmp_path, run_heba):
 
 
 def test_new_classes_at_the_novel_scale(repo, test_images, run_heba):
-    """The novel scale is that of the adapter's evaluation, unless one is given."""
-    image = str(test_images[0][0])
+    """At the scale of the training, also where an evaluation at another novel scale lies, unless one is given."""
+    # An image of none of the names: the scale decides.
+    image = next(str(path) for path, _ in test_images if path.match("bubbly/0036.png"))
     names = ["chequered", "striped", "cracked"]
     arguments = ["predict", image, "--adapter", TRAINED, "--classes", ", ".join(names), "--json"]
 
@@ -171,8 +175,10 @@ def test_new_classes_at_the_novel_scale(repo, test_images, run_heba):
         return dict(zip(found.classes, found.probabilities, strict=True))
 
     assert record(repo)["scale_novel"] == 0.02
-    assert printed() == pytest.approx(loaded(0.02), abs=2e-6)
-    assert printed("--scale", "0.1") == pytest.approx(loaded(None), abs=2e-6)
+    assert loaded(0.02) != pytest.approx(loaded(0.1), abs=0.01)
+    assert printed() == pytest.approx(loaded(0.1), abs=2e-6)
+    assert loaded(None) == loaded(0.1)
+    assert printed("--scale", "0.02") == pytest.approx(loaded(0.02), abs=2e-6)
     plain = next(heba.zero_shot("tiny", "embedded", names).predict([image], top=3))
     assert loaded(0.0) == pytest.approx(dict(zip(plain.classes, plain.probabilities, strict=True)), abs=1e-5)
 
@@ -201,7 +207,30 @@ def test_info_by_folder_run_and_registered_model(repo, run_heba):
     for name in (run.info.run_id, f"runs:/{run.info.run_id}", "models:/textures/1"):
         same = json.loads(run_heba(repo, "info", name, "--json").stdout)
         assert same["sha256"] == about["sha256"]
-    assert "classes" in run_heba(repo, "info", TRAINED).stdout
+    shown = run_heba(repo, "info", TRAINED).stdout.splitlines()
+    rows = dict(line.split(":", 1) for line in shown)
+    assert rows["classes"].strip() == "striped, dotted, chequered, zigzag, bubbly"
+    assert rows["sha256"].strip() == about["sha256"]
+    assert rows["backbone sha256"].strip() == about["backbone sha256"]
+    assert float(rows["heba base, %"]) == about["heba base, %"]
+    assert len({len(line) - len(line.split(":", 1)[1].lstrip()) for line in shown}) == 1  # aligned
+    assert "git commit" not in rows  # no git here
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"adapter_sha256": "SHA", "groups": {"all": {}}}', "no JSON"])
+def test_a_damaged_evaluation_is_named_and_left_out(repo, run_heba, text):
+    path = repo / "out" / "evaluate" / "caltech101" / "base_to_novel-1.json"  # before dtd's
+    path.parent.mkdir(exist_ok=True)
+    sha = json.loads(run_heba(repo, "info", TRAINED, "--json").stdout)["sha256"]
+    path.write_text(text.replace("SHA", sha))
+    try:
+        done = run_heba(repo, "info", TRAINED, "--json")
+    finally:
+        path.unlink()
+    assert done.returncode == 0, done.stderr
+    assert f"note: {path.relative_to(repo)} is damaged" in done.stderr
+    assert "dvc repro evaluate@caltech101" in done.stderr
+    assert json.loads(done.stdout)["heba base, %"] == round(record(repo)["groups"]["base"]["heba"]["accuracy"], 2)
 
 
 def test_an_official_checkpoint_and_back(repo, test_images, tmp_path, run_heba):
@@ -250,6 +279,16 @@ def test_errors_are_messages(repo, test_images, arguments, message, run_heba):
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_config_that_lacks_what_info_shows(repo, tmp_path, run_heba):
+    config = json.loads((repo / TRAINED / "config.json").read_text())
+    del config["end"], config["suite"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter.safetensors").write_bytes((repo / TRAINED / "adapter.safetensors").read_bytes())
+    done = run_heba(repo, "info", str(tmp_path))
+    assert done.returncode == 1
+    assert "config.json: damaged (no end, suite)" in done.stderr
 
 
 def test_damaged_files_are_named(repo, tmp_path):
