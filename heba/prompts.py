@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,9 +30,15 @@ class Prompts:
     fallback: list[str]
 
 
+def spoken_class_name(name: str) -> str:
+    """A class name as prompts have it, with spaces for underscores."""
+    # macOS may name a folder with accents apart from their letters (NFD); what people type has them in one (NFC).
+    return unicodedata.normalize("NFC", name.replace("_", " "))
+
+
 def normalise_class_name(name: str) -> str:
-    """Lower case, with spaces for underscores: the key under which descriptions are filed."""
-    return name.replace("_", " ").lower()
+    """A class name as prompts have it, in lower case: the key under which descriptions are filed."""
+    return spoken_class_name(name).lower()
 
 
 def read_descriptions(path: Path) -> dict[str, list[str]]:
@@ -62,7 +69,7 @@ def build_prompts(class_names: list[str], descriptions: dict[str, list[str]], te
     class_index: list[int] = []
     fallback: list[str] = []
     for i, name in enumerate(class_names):
-        spoken = name.replace("_", " ")
+        spoken = spoken_class_name(name)
         own = [DESCRIPTION_TEMPLATE.format(spoken, d) for d in by_name.get(normalise_class_name(name), [])]
         if not own:
             fallback.append(name)

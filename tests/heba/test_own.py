@@ -271,6 +271,31 @@ def test_every_problem_is_reported_at_once(tmp_path):
     assert leak in found(allowed.notes)["the same bytes in more than one of train, val and test"]
 
 
+def test_one_image_in_two_classes_is_an_error(tmp_path):
+    root = folder_of_classes(tmp_path, {"cat": 8, "dog": 8})
+    split = read_own(root, "folder").split
+    cat, dog = (next(path for path, _, name in split["train"] if name == wanted) for wanted in ("cat", "dog"))
+    (root / dog).write_bytes((root / cat).read_bytes())
+    text, items = (
+        "the same image, byte for byte, in different classes",
+        [f"{cat} (train, cat) = {dog} (train, dog)"],
+    )
+    assert found(report(root, split).errors) == {text: items}
+    assert text in found(report(root, split, allow_leaks=True).errors)
+    fixed = report(root, split, allow_conflicts=True)
+    assert fixed.errors == []
+    assert found(fixed.notes)[text] == items
+    # One file that a list names twice.
+    split["test"].append((cat, 1, "dog"))
+    assert f"{cat} (test, dog)" in found(report(root, split).errors)[text][0]
+
+
+def test_class_names_that_a_prompt_does_not_tell_apart_are_noted(tmp_path):
+    root = folder_of_classes(tmp_path, {"Big_star": 3, "big star": 3, "dog": 3, "Dog": 3, "cat": 3})
+    notes = found(report(root).notes)
+    assert notes["classes whose names are the same in a prompt"] == ["'Big_star' = 'big star'", "'Dog' = 'dog'"]
+
+
 def test_images_of_16_bits_are_an_error(tmp_path):
     root = folder_of_classes(tmp_path, {"cat": 4, "dog": 4})
     Image.new("I;16", (8, 8), 900).save(root / "dog" / "2.png")

@@ -1,6 +1,7 @@
 """Prompts, metrics and image handling at their boundaries."""
 
 import json
+import unicodedata
 
 import numpy as np
 import open_clip
@@ -32,6 +33,16 @@ def test_descriptions_are_found_whatever_the_spelling_of_the_class():
     assert prompts.texts == ["a photo of a Sea Lion, wet.", "a photo of a Sea Lion, grey.", "a photo of a cat."]
     assert prompts.class_index == [0, 0, 1]
     assert prompts.fallback == ["cat"]
+
+
+def test_a_name_with_its_accents_apart_is_the_same_name():
+    """As macOS may have it in a folder's name."""
+    apart, whole = (unicodedata.normalize(form, "Käse") for form in ("NFD", "NFC"))
+    assert apart != whole
+    for name, key in ((apart, whole), (whole, apart)):
+        prompts = build_prompts([name, "cat"], {key: ["yellow."]}, "a photo of a {}.")
+        assert prompts.texts[0] == f"a photo of a {whole}, yellow."
+    assert build_prompts([apart, "cat"], {}, "a {}.").texts[0] == f"a {whole}."
 
 
 def test_descriptions_that_fit_no_class_are_an_error_not_silence():
