@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from heba import TOP, backbone
+from heba import TOP, architecture, backbone
 from heba.evaluation import BATCH_SIZE, encode_prompts
 from heba.images import UNREADABLE, Preprocess, decode, for_each_image, normalise, resize_and_crop, to_rgb
 from heba.model import ADAPTER_FILE, CONFIG_FILE, REMEDY, class_features, load_adapter
@@ -140,7 +140,7 @@ def load(
     template: str = TEMPLATE,
     scale: float | None = None,
     device: str | None = None,
-    root: Path = Path(),
+    root: Path | str = Path(),
 ) -> Classifier:
     """The classifier that a training wrote into `folder`.
 
@@ -149,7 +149,8 @@ def load(
         descriptions, template: for the prompts of `classes`, as in `heba.prompts.build_prompts`.
         scale: s for `classes`, the novel scale; None: that of the training.
         device: cpu or cuda; None: cuda where there is one.
-        root: the folder that a weights file named by the training is relative to.
+        root: the folder that files of the backbone (weights, JSON config) are relative to, as the training names
+            them.
     Raises:
         ValueError: no adapter there, a damaged one, or one that was trained on other weights than those found;
             fewer than two classes, or what goes with `classes` alone.
@@ -163,7 +164,15 @@ def load(
     config = read_config(folder)
     where = _device(device)
     name, pretrained = config["backbone"]["name"], config["backbone"]["pretrained"]
-    weights = backbone.weights_file(name, pretrained, root)
+    root = Path(root)
+    try:
+        architecture.read_config(name, root)
+        weights = backbone.weights_file(name, pretrained, root)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder} was trained on {name}, {pretrained}: {error}; `root` (--root) names the folder that files "
+            "are relative to, the repository of the training"
+        ) from None
     if backbone.sha256(weights) != config["backbone"]["sha256"]:
         raise ValueError(f"{weights}: not the weights of {name} that {folder} was trained on; get those again")
     clip, tokenizer, preprocess = backbone.load(name, pretrained, root)
@@ -197,13 +206,13 @@ def zero_shot(
     descriptions: Mapping[str, list[str]] | None = None,
     template: str = TEMPLATE,
     device: str | None = None,
-    root: Path = Path(),
+    root: Path | str = Path(),
 ) -> Classifier:
     """CLIP alone, with the backbone `name` and `pretrained` of `heba.backbone.load`, over `classes`; the other
     arguments are those of `load`."""
     names, prompts = _prompts(classes, descriptions, template)
     where = _device(device)
-    clip, tokenizer, preprocess = backbone.load(name, pretrained, root)
+    clip, tokenizer, preprocess = backbone.load(name, pretrained, Path(root))
     clip.to(where)
     classifier = _classifier(
         clip, prompts, len(names), tokenizer, lambda tokens: encode_text_plain(clip, tokens), where

@@ -1,5 +1,7 @@
 """What MLflow runs to serve an adapter. MLflow copies this file into each model, so it knows nothing but heba.
 
+A backbone from files of one's own is looked for from the folder in which the server is started.
+
 Input: a column `image`, each a path on the server or the bytes of an image file in base64.
 Output, a row per image: `label`, its `probability`, and the `top` likeliest `labels` with their `probabilities`.
 """

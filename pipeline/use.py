@@ -37,6 +37,9 @@ Template = Annotated[
 ]
 Top = Annotated[int, typer.Option(help="How many classes to print for an image.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one line an image.")]
+Root = Annotated[
+    Path, typer.Option(help="Folder that a backbone's own files (weights, JSON config) are relative to.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
 
 
@@ -54,11 +57,12 @@ def predict(
     top: Top = heba.TOP,
     as_json: AsJson = False,
     device: Device = None,
+    root: Root = Path(),
 ) -> None:
     """Name images with a trained adapter."""
     files = find_images(images)
     names = split_names(classes)
-    classifier = heba.load(adapter_folder(adapter), names, read(descriptions), template, scale, device)
+    classifier = heba.load(adapter_folder(adapter), names, read(descriptions), template, scale, device, root)
     show(classifier, files, top, as_json)
 
 
@@ -77,6 +81,7 @@ def zero_shot(
     top: Top = heba.TOP,
     as_json: AsJson = False,
     device: Device = None,
+    root: Root = Path(),
 ) -> None:
     """Name images with CLIP alone."""
     files = find_images(images)
@@ -87,7 +92,9 @@ def zero_shot(
             raise ValueError(f"there is no {PARAMS_FILE} here: give --backbone and --pretrained")
         backbone, pretrained = load_params().backbone.name, load_params().backbone.pretrained
     names = split_names(classes) or []
-    classifier = heba.zero_shot(backbone, pretrained or "embedded", names, read(descriptions), template, device)
+    classifier = heba.zero_shot(
+        backbone, pretrained or "embedded", names, read(descriptions), template, device, root
+    )
     show(classifier, files, top, as_json)
 
 

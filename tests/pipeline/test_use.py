@@ -12,12 +12,18 @@ from pathlib import Path
 
 import pytest
 import requests
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 import heba
+from heba import backbone
+from heba.model import AdaptedCLIP, save_adapter
+from heba.predict import save_classifier
 from heba.splits import read_split
 from pipeline import use
+from tests.heba.test_backbones import SMALL, TEXT
 from tests.pipeline.repository import ROOT, environment, stage, wait_for
 
 TRAINED = "out/train/dtd/base_to_novel-1"
@@ -289,6 +295,38 @@ def test_a_config_that_lacks_what_info_shows(repo, tmp_path, run_heba):
     done = run_heba(repo, "info", str(tmp_path))
     assert done.returncode == 1
     assert "config.json: damaged (no end, suite)" in done.stderr
+
+
+def test_an_adapter_on_a_local_backbone_from_elsewhere(test_images, tmp_path, run_heba):
+    """Its files are relative to the repository of the training."""
+    root, adapter = tmp_path / "repository", tmp_path / "adapter"
+    (root / "models").mkdir(parents=True)
+    config = SMALL | {"text_cfg": TEXT | {"vocab_size": 49408}}
+    (root / "models" / "small.json").write_text(json.dumps(config))
+    clip = backbone.build(config)
+    save_file(clip.state_dict(), root / "models" / "w.safetensors")
+    named = {"name": "models/small.json", "pretrained": "models/w.safetensors"}
+    named["sha256"] = backbone.sha256(root / "models" / "w.safetensors")
+    save_adapter(
+        AdaptedCLIP(clip, 1, 2, 0.1), adapter, {"class_names": ["a", "b"], "bf16": False, "backbone": named}
+    )
+    save_classifier(torch.nn.functional.normalize(torch.ones(2, 32), dim=-1), adapter)
+    image = str(test_images[0][0])
+    for more in ([], ["--classes", "cat,dog"]):
+        lost = run_heba(tmp_path, "predict", image, "--adapter", str(adapter), *more)
+        assert lost.returncode == 1
+        assert "models/small.json" in lost.stderr
+        assert "`root` (--root) names the folder" in lost.stderr
+        found = run_heba(tmp_path, "predict", image, "--adapter", str(adapter), "--root", "repository", *more)
+        assert found.returncode == 0, found.stderr
+    assert len(next(heba.load(adapter, root=str(root)).predict(image)).classes) == 2
+    (root / "models" / "w.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"'models/w\.safetensors' is neither a file under .*--root"):
+        heba.load(adapter, root=root)
+    options = ["--classes", "cat,dog", "--backbone", "models/small.json", "--pretrained", "models/w.safetensors"]
+    save_file(clip.state_dict(), root / "models" / "w.safetensors")
+    assert run_heba(tmp_path, "zero-shot", image, *options).returncode == 1
+    assert run_heba(tmp_path, "zero-shot", image, *options, "--root", str(root)).returncode == 0
 
 
 def test_damaged_files_are_named(repo, tmp_path):
