@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from heba.data.check import check
-from heba.data.own import given_split, make_split, read_own
+from heba.data.own import IMAGE_SUFFIXES, given_split, make_split, read_own
 from heba.splits import PARTS, class_names, read_split, write_split
+from pipeline.use import find_images
 
 
 def image(path, value=0):
@@ -117,6 +118,17 @@ def test_folders_that_are_no_data_set(tmp_path, make, message):
     with pytest.raises(ValueError, match=message) as error:
         read_own(tmp_path, "folder")
     assert str(tmp_path) in str(error.value) or "fewer than 2" in message
+
+
+def test_what_counts_as_an_image_is_the_same_for_own_data_and_for_prediction(tmp_path):
+    for i, suffix in enumerate(sorted(IMAGE_SUFFIXES)):
+        image(tmp_path / "a" / f"{i}{suffix}", i)
+        image(tmp_path / "b" / f"{i}{suffix.upper()}", 100 + i)
+    image(tmp_path / "b" / "._0.png")
+    data = read_own(tmp_path, "folder")
+    assert len(paths(data.split)) == 2 * len(IMAGE_SUFFIXES)
+    assert data.left_out == []
+    assert sorted(paths(data.split)) == [p.relative_to(tmp_path).as_posix() for p in find_images([tmp_path])]
 
 
 def test_an_empty_class_and_a_missing_folder(tmp_path):
