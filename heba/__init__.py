@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["load", "zero_shot"]
+TOP = 5  # classes of a prediction where no other number is asked for
 
 
 def __getattr__(name: str) -> Any:

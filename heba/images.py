@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,8 @@ from torch.nn.functional import interpolate
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# What Pillow raises at files that are no images, or damaged, or too large.
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,26 @@ def preprocess_of(clip: Any) -> Preprocess:
     return Preprocess(height, **values)
 
 
+class DeepImage(ValueError):
+    """An image of 16 or more bits a channel, which Pillow would make white in RGB without a word."""
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image as RGB; DeepImage when its values do not fit into 8 bits (what they range over is not known)."""
+    if image.mode.startswith(("I", "F")):
+        raise DeepImage(f"an image of 16 or more bits a channel (Pillow's mode {image.mode}); convert it to 8 bit")
+    return image.convert("RGB")
+
+
 def decode(path: Path) -> Image.Image:
-    """Decode an image file completely, as RGB. ValueError names a file that is missing or damaged."""
+    """Decode an image file completely, as RGB. ValueError names a file that is missing or damaged; DeepImage, one
+    that has more than 8 bits."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return to_rgb(image)
+    except DeepImage as error:
+        raise DeepImage(f"{path}: {error}") from None
+    except UNREADABLE as error:
         raise ValueError(
             f"{path}: not a readable image ({error}); restore the file or download it again"
         ) from None
@@ -86,7 +102,7 @@ def resize_and_crop(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
 
 
-def for_each_image(work: Callable[[Any], Any], paths: Sequence[Any]) -> Iterator[Any]:
+def for_each_image(work: Callable[[Any], Any], paths: Iterable[Any]) -> Iterator[Any]:
     """Yield `work(path)` in the order of `paths`, worked on by as many threads as torch has (Pillow decodes and
     resizes without Python's lock). Few are worked on ahead of what is taken, so memory stays small."""
     threads = torch.get_num_threads()

@@ -1,7 +1,9 @@
 """Naming images: with a trained adapter, or with CLIP alone."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from heba import backbone
+from heba import TOP, architecture, backbone
 from heba.evaluation import BATCH_SIZE, encode_prompts
-from heba.images import Preprocess, decode, for_each_image, normalise, resize_and_crop
+from heba.images import UNREADABLE, Preprocess, decode, for_each_image, normalise, resize_and_crop, to_rgb
 from heba.model import ADAPTER_FILE, CONFIG_FILE, REMEDY, class_features, load_adapter
-from heba.prompts import build_prompts, tokenize
+from heba.prompts import TEMPLATE, Prompts, build_prompts, tokenize
 from heba.towers import encode_text_plain
 
+ImageLike = str | os.PathLike | Image.Image
 CLASSIFIER_FILE = "classifier.safetensors"
-TEMPLATE = "a photo of a {}."
 # What naming images needs of a training's config, and its types.
 CONFIG: dict[str, tuple[type, ...]] = {
     "class_names": (list,),
@@ -72,21 +74,29 @@ class Classifier:
 
     def predict(
         self,
-        images: Sequence[Path | str | Image.Image],
-        top: int = 5,
+        images: ImageLike | Iterable[ImageLike],
+        top: int = TOP,
         progress: Callable[[int], object] = lambda n: None,
     ) -> Iterator[Prediction]:
-        """Yield a prediction for each of `images`, files or Pillow's images, with the `top` likeliest classes.
+        """A prediction for each of `images`, files or Pillow's images, or for the one, with the `top` likeliest
+        classes.
 
-        A file that can not be read is a prediction with an `error`.
+        A file that can not be read is a prediction with an `error`. Raises ValueError for a `top` below 1, and
+        TypeError for what is neither a file's name nor an image.
         """
+        if not isinstance(top, int) or top < 1:
+            raise ValueError(f"top must be a whole number from 1 on, not {top!r}")
+        return self._predict([images] if isinstance(images, ImageLike) else images, top, progress)
+
+    def _predict(
+        self, images: Iterable[ImageLike], top: int, progress: Callable[[int], object]
+    ) -> Iterator[Prediction]:
         size = BATCH_SIZE.get(self.device.type, 256)
         pixels: list[Tensor] = []
         waiting: list[Prediction] = []
-        for i, (image, found) in enumerate(zip(images, for_each_image(self._pixels, images), strict=True)):
-            name = f"image {i + 1}" if isinstance(image, Image.Image) else str(image)
+        for i, (file, found) in enumerate(for_each_image(self._pixels, images)):
             error = found if isinstance(found, str) else None
-            waiting.append(Prediction(name, [], [], error))
+            waiting.append(Prediction(file or f"image {i + 1}", [], [], error))
             if error is None:
                 pixels.append(found)
             if len(waiting) == size:
@@ -96,13 +106,16 @@ class Classifier:
         yield from self._name(waiting, pixels, top)
         progress(len(waiting))
 
-    def _pixels(self, image: Path | str | Image.Image) -> Tensor | str:
-        """The image as the model takes it up to uint8, or why it can not be read."""
+    def _pixels(self, image: ImageLike) -> tuple[str, Tensor | str]:
+        """The name of a file, and the image as the model takes it up to uint8, or why it can not be read."""
+        if not isinstance(image, ImageLike):
+            raise TypeError(f"images: file names or Pillow's images are needed, not {type(image).__name__}")
+        file = "" if isinstance(image, Image.Image) else str(image)
         try:
-            opened = image.convert("RGB") if isinstance(image, Image.Image) else decode(Path(image))
-            return torch.from_numpy(resize_and_crop(opened, self.preprocess).copy())
-        except (OSError, ValueError) as error:
-            return str(error)
+            opened = to_rgb(image) if isinstance(image, Image.Image) else decode(Path(image))
+            return file, torch.from_numpy(resize_and_crop(opened, self.preprocess).copy())
+        except UNREADABLE as error:
+            return file, str(error)
 
     @torch.no_grad()
     def _name(self, waiting: list[Prediction], pixels: list[Tensor], top: int) -> Iterator[Prediction]:
@@ -127,7 +140,7 @@ def load(
     template: str = TEMPLATE,
     scale: float | None = None,
     device: str | None = None,
-    root: Path = Path(),
+    root: Path | str = Path(),
 ) -> Classifier:
     """The classifier that a training wrote into `folder`.
 
@@ -136,32 +149,48 @@ def load(
         descriptions, template: for the prompts of `classes`, as in `heba.prompts.build_prompts`.
         scale: s for `classes`, the novel scale; None: that of the training.
         device: cpu or cuda; None: cuda where there is one.
-        root: the folder that a weights file named by the training is relative to.
+        root: the folder that files of the backbone (weights, JSON config) are relative to, as the training names
+            them.
     Raises:
-        ValueError: no adapter there, a damaged one, or one that was trained on other weights than those found.
+        ValueError: no adapter there, a damaged one, or one that was trained on other weights than those found;
+            fewer than two classes, or what goes with `classes` alone.
     """
+    new = None if classes is None else _prompts(classes, descriptions, template)
+    if new is None and (descriptions is not None or scale is not None or template != TEMPLATE):
+        raise ValueError("descriptions, template and scale go with classes; those of the training have their own")
+    if scale is not None and not 0 <= scale < math.inf:
+        raise ValueError(f"scale must be a number from 0 on, not {scale}")
     folder = Path(folder)
     config = read_config(folder)
     where = _device(device)
     name, pretrained = config["backbone"]["name"], config["backbone"]["pretrained"]
-    weights = backbone.weights_file(name, pretrained, root)
+    root = Path(root)
+    try:
+        architecture.read_config(name, root)
+        weights = backbone.weights_file(name, pretrained, root)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder} was trained on {name}, {pretrained}: {error}; `root` (--root) names the folder that files "
+            "are relative to, the repository of the training"
+        ) from None
     if backbone.sha256(weights) != config["backbone"]["sha256"]:
         raise ValueError(f"{weights}: not the weights of {name} that {folder} was trained on; get those again")
     clip, tokenizer, preprocess = backbone.load(name, pretrained, root)
     model, _ = load_adapter(clip.to(where), folder)
     model.to(where).eval()
     bf16 = bool(config["bf16"]) and where.type == "cuda"
-    if classes is None:
-        scale, names = config["scale"], config["class_names"]
+    scale = config["scale"] if scale is None else scale
+
+    def encode_text(tokens: Tensor) -> Tensor:
+        with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
+            return model.encode_text(tokens, scale)
+
+    if new is None:
+        names = config["class_names"]
         classifier = _read_classifier(folder / CLASSIFIER_FILE, len(names))
     else:
-        scale, names = config["scale"] if scale is None else scale, list(classes)
-
-        def encode_text(tokens: Tensor) -> Tensor:
-            with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
-                return model.encode_text(tokens, scale)
-
-        classifier = _classifier(clip, names, dict(descriptions or {}), template, tokenizer, encode_text, where)
+        names, prompts = new
+        classifier = _classifier(clip, prompts, len(names), tokenizer, encode_text, where)
 
     def encode_image(images: Tensor) -> Tensor:
         with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
@@ -177,23 +206,19 @@ def zero_shot(
     descriptions: Mapping[str, list[str]] | None = None,
     template: str = TEMPLATE,
     device: str | None = None,
-    root: Path = Path(),
+    root: Path | str = Path(),
 ) -> Classifier:
-    """CLIP alone, with the backbone `name` and `pretrained` of `heba.backbone.load`, over `classes`."""
+    """CLIP alone, with the backbone `name` and `pretrained` of `heba.backbone.load`, over `classes`; the other
+    arguments are those of `load`."""
+    names, prompts = _prompts(classes, descriptions, template)
     where = _device(device)
-    clip, tokenizer, preprocess = backbone.load(name, pretrained, root)
+    clip, tokenizer, preprocess = backbone.load(name, pretrained, Path(root))
     clip.to(where)
     classifier = _classifier(
-        clip,
-        list(classes),
-        dict(descriptions or {}),
-        template,
-        tokenizer,
-        lambda tokens: encode_text_plain(clip, tokens),
-        where,
+        clip, prompts, len(names), tokenizer, lambda tokens: encode_text_plain(clip, tokens), where
     )
     temperature = clip.logit_scale.exp().item()
-    return Classifier(list(classes), classifier, clip.encode_image, preprocess, temperature, where, {})
+    return Classifier(names, classifier, clip.encode_image, preprocess, temperature, where, {})
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -235,22 +260,29 @@ def _read_classifier(path: Path, n_classes: int) -> Tensor:
     return classifier
 
 
+def _prompts(
+    classes: Sequence[str], descriptions: Mapping[str, list[str]] | None, template: str
+) -> tuple[list[str], Prompts]:
+    """The names of new classes, and their prompts."""
+    if isinstance(classes, str):
+        raise ValueError(f"classes: a list of names is needed, not the text {classes!r}")
+    names = list(classes)
+    if not all(isinstance(name, str) and name.strip() for name in names) or len(set(names)) < max(2, len(names)):
+        raise ValueError(f"classes: two or more different names are needed, got {', '.join(map(repr, names))}")
+    return names, build_prompts(names, dict(descriptions or {}), template)
+
+
 def _classifier(
     clip: Any,
-    names: list[str],
-    descriptions: dict[str, list[str]],
-    template: str,
+    prompts: Prompts,
+    n_classes: int,
     tokenizer: Callable[[list[str]], Tensor],
     encode: Callable[[Tensor], Tensor],
     where: torch.device,
 ) -> Tensor:
-    if len(names) < 2 or len(set(names)) < len(names) or not all(name.strip() for name in names):
-        raise ValueError(f"classes: two or more different names are needed, got {', '.join(map(repr, names))}")
-    prompts = build_prompts(names, descriptions, template)
     tokens, _ = tokenize(prompts.texts, tokenizer)
-    return class_features(
-        encode_prompts(clip, tokens, encode, where), torch.tensor(prompts.class_index), len(names)
-    )
+    features = encode_prompts(clip, tokens, encode, where)
+    return class_features(features, torch.tensor(prompts.class_index), n_classes)
 
 
 def _device(name: str | None) -> torch.device:

@@ -1,12 +1,17 @@
 """Class descriptions to prompts to tokens (paper section 3; descriptions after CuPL)."""
 
 import json
+import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:  # torch takes seconds to import, and only `tokenize` meets its tensors
+    from torch import Tensor
 
+TEMPLATE = "a photo of a {}."
+TEMPLATE_PATTERN = r"^[^{}]*\{\}[^{}]*$"  # one {} for the class name, and no other brace
 DESCRIPTION_TEMPLATE = "a photo of a {}, {}"
 
 
@@ -25,9 +30,15 @@ class Prompts:
     fallback: list[str]
 
 
+def spoken_class_name(name: str) -> str:
+    """A class name as prompts have it, with spaces for underscores."""
+    # macOS may name a folder with accents apart from their letters (NFD); what people type has them in one (NFC).
+    return unicodedata.normalize("NFC", name.replace("_", " "))
+
+
 def normalise_class_name(name: str) -> str:
-    """Lower case, with spaces for underscores: the key under which descriptions are filed."""
-    return name.replace("_", " ").lower()
+    """A class name as prompts have it, in lower case: the key under which descriptions are filed."""
+    return spoken_class_name(name).lower()
 
 
 def read_descriptions(path: Path) -> dict[str, list[str]]:
@@ -45,20 +56,20 @@ def read_descriptions(path: Path) -> dict[str, list[str]]:
 
 
 def build_prompts(class_names: list[str], descriptions: dict[str, list[str]], template: str) -> Prompts:
-    """ "a photo of a {class}, {description}" for every description of every class; `template`, with one {},
-    for a class without any.
+    """ "a photo of a {class}, {description}" for every description of every class; `template`, which fits
+    TEMPLATE_PATTERN, for a class without any.
 
-    Raises ValueError when not one class has a description although descriptions were given: the file then
-    belongs to another data set (the official code goes on without a word).
+    Raises ValueError for another template, and when not one class has a description although descriptions were
+    given: the file then belongs to another data set (the official code goes on without a word).
     """
-    if template.count("{}") != 1:
-        raise ValueError(f"a template needs exactly one {{}} for the class name, got {template!r}")
+    if not re.search(TEMPLATE_PATTERN, template):
+        raise ValueError(f"a template needs one {{}} for the class name, and no other brace, got {template!r}")
     by_name = {normalise_class_name(name): texts for name, texts in descriptions.items()}
     texts: list[str] = []
     class_index: list[int] = []
     fallback: list[str] = []
     for i, name in enumerate(class_names):
-        spoken = name.replace("_", " ")
+        spoken = spoken_class_name(name)
         own = [DESCRIPTION_TEMPLATE.format(spoken, d) for d in by_name.get(normalise_class_name(name), [])]
         if not own:
             fallback.append(name)
@@ -73,7 +84,7 @@ def build_prompts(class_names: list[str], descriptions: dict[str, list[str]], te
     return Prompts(texts, class_index, fallback)
 
 
-def tokenize(texts: list[str], tokenizer: Any) -> tuple[Tensor, list[str]]:
+def tokenize(texts: list[str], tokenizer: Any) -> "tuple[Tensor, list[str]]":
     """Tokens [n, context_length] of `texts`, and those texts that had to be cut to fit.
 
     `tokenizer` is one of open_clip's: its own, which puts EOT last, or its wrapper of one of Hugging Face.

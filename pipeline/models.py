@@ -48,7 +48,7 @@ def signature() -> Any:
     return ModelSignature(
         inputs=Schema([ColSpec(DataType.string, "image")]),
         outputs=Schema([ColSpec(kind, name) for name, kind in outputs.items()]),
-        params=ParamSchema([ParamSpec("top", DataType.integer, 5)]),
+        params=ParamSchema([ParamSpec("top", DataType.integer, heba.TOP)]),
     )
 
 

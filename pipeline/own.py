@@ -9,7 +9,8 @@ from typing import Any
 from tqdm import tqdm
 
 from heba.data.own import OwnData, read_own
-from heba.splits import read_split, write_split
+from heba.prompts import read_descriptions
+from heba.splits import base_labels, class_names, read_split, write_split
 from pipeline.params import Params, ParamsError
 from pipeline.paths import data_folder, main_root
 
@@ -23,8 +24,6 @@ def images_folder(params: Params, name: str) -> Path:
 
 def read(params: Params, name: str) -> tuple[OwnData, dict[str, list[str]]]:
     """The split and the descriptions of an own data set; ParamsError names it and what is wrong."""
-    from heba.prompts import read_descriptions  # imports torch, which most data sets do without
-
     entry, root = params.own[name], images_folder(params, name)
     try:
         data = read_own(root, entry.kind, entry.file, entry.descriptions)
@@ -58,9 +57,8 @@ def most_shots(params: Params, name: str) -> int:
 
 def check(params: Params, name: str, shots: int = 0) -> Any:
     """The heba.data.check.Report, see there, of an own data set or of a benchmark that was downloaded."""
-    from heba.data.check import Finding
+    from heba.data.check import Finding  # imports torch, which most data sets do without
     from heba.data.check import check as look
-    from heba.prompts import read_descriptions
 
     left_out: list[str] = []
     if name in params.own:
@@ -74,23 +72,42 @@ def check(params: Params, name: str, shots: int = 0) -> Any:
             raise ParamsError(f"{folder} is not there yet; run `dvc repro {stage}@{name}` first")
         split, images = read_split(folder / "split.json"), folder / "images"
         descriptions = read_descriptions(folder / "descriptions.json")
-        allow_leaks = True  # the protocol fixes a benchmark's split
+        allow_leaks = True
     total = sum(map(len, split.values()))
+    # The protocol fixes a benchmark's split: whatever is in it stays.
+    allow_conflicts = name not in params.own
     with tqdm(total=total, desc=f"check {name}", delay=2, unit="image") as bar:
-        report = look(split, images, descriptions, shots, allow_leaks, bar.update)
+        report = look(split, images, descriptions, shots, allow_leaks, allow_conflicts, bar.update)
     if left_out:
         report.notes.append(Finding("no images by their suffix, left out", left_out))
+    if params.seeds and name in params.own and len(report.table) in (2, 3):
+        report.notes.append(Finding(*_single_class_halves(class_names(split))))
     return report
 
 
+def _single_class_halves(names: list[str]) -> tuple[str, list[str]]:
+    """A note on base_to_novel of two or three classes, and its halves."""
+    base = [names[label] for label in base_labels(len(names))]
+    novel = names[len(base) :]
+    alone = "the novel half has only one, so that its accuracy is"
+    if len(base) == 1:
+        alone = "each half has only one, so that the accuracies are"
+    text = (
+        f"base_to_novel of {len(names)} classes trains on {len(base)} of them, and {alone} always 100 %; for an "
+        "adapter of all classes name the data set in few_shot.datasets"
+    )
+    return text, [f"base: {', '.join(base)}", f"novel: {', '.join(novel)}"]
+
+
 def refuse_problems(params: Params, name: str) -> None:
-    """ParamsError with the errors of `check`; its notes go to stderr. Reads the params of the data set only."""
+    """ParamsError with the errors of `check`, which depend on the params of the data set only; its notes go to
+    stderr."""
     report = check(params, name)
     for finding in report.notes:
         print(f"{name}: {finding.shown(SHOWN)}", file=sys.stderr)
     if report.errors:
         found = "\n".join(finding.shown(SHOWN) for finding in report.errors)
-        leak = any("same bytes" in finding.text for finding in report.errors)
+        leak = any("the same bytes" in finding.text for finding in report.errors)
         remedy = f", or set own.{name}.allow_leaks to true for the same bytes" if leak else ""
         raise ParamsError(
             f"own.{name}: {found}\nMend these{remedy}. `python -m pipeline check-data {name}` lists all."

@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from heba.architecture import depth, read_config, width
+from heba.prompts import TEMPLATE, TEMPLATE_PATTERN
 from pipeline.paths import main_root
 
 PARAMS_FILE = Path("params.yaml")
@@ -95,7 +96,7 @@ class Own(_Strict):
     kind: Literal["folder", "csv", "coop"]
     path: Annotated[str, Field(min_length=1)]
     file: str | None = None
-    template: Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")] = "a photo of a {}."
+    template: Annotated[str, Field(pattern=TEMPLATE_PATTERN)] = TEMPLATE
     descriptions: Annotated[str, Field(pattern="^[^/]+$")] | None = None
     allow_leaks: bool = False
 

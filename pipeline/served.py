@@ -1,5 +1,7 @@
 """What MLflow runs to serve an adapter. MLflow copies this file into each model, so it knows nothing but heba.
 
+A backbone from files of one's own is looked for from the folder in which the server is started.
+
 Input: a column `image`, each a path on the server or the bytes of an image file in base64.
 Output, a row per image: `label`, its `probability`, and the `top` likeliest `labels` with their `probabilities`.
 """
@@ -16,6 +18,7 @@ from mlflow.pyfunc import PythonModel
 from PIL import Image
 
 import heba
+from heba.images import UNREADABLE
 
 
 class ServedAdapter(PythonModel):
@@ -28,10 +31,7 @@ class ServedAdapter(PythonModel):
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
         images = [read_image(text, row) for row, text in enumerate(model_input["image"])]
-        top = int((params or {}).get("top", 5))
-        if top < 1:
-            raise ValueError(f"params: top must be at least 1, not {top}")
-        found = list(self.classifier.predict(images, top))
+        found = list(self.classifier.predict(images, int((params or {}).get("top", heba.TOP))))
         errors = [f"image {row}: {p.error}" for row, p in enumerate(found) if p.error]
         if errors:
             raise ValueError("; ".join(errors))
@@ -51,7 +51,7 @@ def read_image(text: str, row: int) -> Path | Image.Image:
         return Path(text)
     try:
         return Image.open(io.BytesIO(base64.b64decode(text, validate=True)))
-    except (binascii.Error, OSError, ValueError):
+    except (binascii.Error, *UNREADABLE):
         raise ValueError(
             f"image {row}: {text[:60]!r} is neither a file of this machine nor an image in base64"
         ) from None

@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
+import heba
+from heba.data.own import IMAGE_SUFFIXES, is_hidden
+from heba.prompts import TEMPLATE, read_descriptions
 from pipeline.cli import run_app
-from pipeline.params import PARAMS_FILE, load_params
-from pipeline.paths import OUT
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+from pipeline.params import PARAMS_FILE, load_params, stage_of
+from pipeline.paths import OUT, reading
 
 app = typer.Typer(
     help="Name images with adapted CLIP. Train an adapter with `dvc repro`, then: heba predict photo.jpg "
@@ -34,10 +35,12 @@ Descriptions = Annotated[
 Template = Annotated[
     str, typer.Option(help="Prompt of those of --classes that have no description, with {} for the class.")
 ]
-Top = Annotated[int, typer.Option(min=1, help="How many classes to print for an image.")]
+Top = Annotated[int, typer.Option(help="How many classes to print for an image.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one line an image.")]
+Root = Annotated[
+    Path, typer.Option(help="Folder that a backbone's own files (weights, JSON config) are relative to.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
-TEMPLATE = "a photo of a {}."
 
 
 @app.command()
@@ -49,27 +52,18 @@ def predict(
     template: Template = TEMPLATE,
     scale: Annotated[
         float | None,
-        typer.Option(
-            min=0,
-            help="Of the adapters, for --classes. Default: scale_novel of the adapter's evaluation under out/, "
-            "where it has one, else the scale of the training.",
-        ),
+        typer.Option(help="s of the adapters, for --classes. Default: that of the training."),
     ] = None,
-    top: Top = 3,
+    top: Top = heba.TOP,
     as_json: AsJson = False,
     device: Device = None,
+    root: Root = Path(),
 ) -> None:
     """Name images with a trained adapter."""
     files = find_images(images)
     names = split_names(classes)
-    if names is None and (descriptions or scale is not None or template != TEMPLATE):
-        raise ValueError("--descriptions, --template and --scale are for --classes; the training has its own")
-    folder = adapter_folder(adapter)
-    import heba
-
-    if names is not None and scale is None:
-        scale = (evaluation_of(folder) or {}).get("scale_novel")
-    show(heba.load(folder, names, read(descriptions), template, scale, device), files, top, as_json)
+    classifier = heba.load(adapter_folder(adapter), names, read(descriptions), template, scale, device, root)
+    show(classifier, files, top, as_json)
 
 
 @app.command()
@@ -84,9 +78,10 @@ def zero_shot(
     pretrained: Annotated[
         str | None, typer.Option(help="A tag of open_clip or a file of weights. Default: that of params.yaml.")
     ] = None,
-    top: Top = 3,
+    top: Top = heba.TOP,
     as_json: AsJson = False,
     device: Device = None,
+    root: Root = Path(),
 ) -> None:
     """Name images with CLIP alone."""
     files = find_images(images)
@@ -96,10 +91,10 @@ def zero_shot(
         if not PARAMS_FILE.exists():
             raise ValueError(f"there is no {PARAMS_FILE} here: give --backbone and --pretrained")
         backbone, pretrained = load_params().backbone.name, load_params().backbone.pretrained
-    import heba
-
     names = split_names(classes) or []
-    classifier = heba.zero_shot(backbone, pretrained or "embedded", names, read(descriptions), template, device)
+    classifier = heba.zero_shot(
+        backbone, pretrained or "embedded", names, read(descriptions), template, device, root
+    )
     show(classifier, files, top, as_json)
 
 
@@ -109,31 +104,28 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Tell what an adapter is: backbone, classes, shots, seed, accuracy, commit."""
-    import pandas as pd
-
-    folder = adapter_folder(adapter)
-    found = about(folder)
+    found = about(adapter_folder(adapter))
     if as_json:
         print(json.dumps(found, ensure_ascii=False, indent=1))
         return
-    rows = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in found.items()}
-    print(pd.Series(rows, dtype=object).dropna().to_string())
+    width = max(map(len, found)) + 1
+    for key, value in found.items():
+        if value is not None:
+            print(f"{key + ':':<{width}} {', '.join(value) if isinstance(value, list) else value}")
 
 
 def about(folder: Path) -> dict[str, Any]:
     """What is known of the adapter in `folder`, from its config, its evaluation under out/ and MLflow."""
+    from heba.model import CONFIG_FILE, REMEDY
     from heba.predict import read_config
     from pipeline.models import commit_of
     from pipeline.store import adapter_sha256
 
     config = read_config(folder)
+    lacking = {"dataset", "suite", "protocol", "start", "end", "ratio"} - set(config)
+    if lacking:
+        raise ValueError(f"{folder / CONFIG_FILE}: damaged (no {', '.join(sorted(lacking))}); {REMEDY}")
     sha = adapter_sha256(folder)
-    record = evaluation_of(folder) or {}
-    accuracy = {
-        f"{method} {group}, %": round(values[method]["accuracy"], 2)
-        for group, values in record.get("groups", {}).items()
-        for method in ("heba", "zero_shot")
-    }
     return {
         "adapter": str(folder),
         "sha256": sha,
@@ -144,7 +136,7 @@ def about(folder: Path) -> dict[str, Any]:
         "shots": config.get("shots"),
         "seed": config.get("seed"),
         "blocks": f"{config['start']} to {config['end']}, scale {config['scale']}, ratio {config['ratio']}",
-        **accuracy,
+        **accuracy_of(sha),
         "git commit": commit_of(sha),
     }
 
@@ -158,26 +150,34 @@ def adapter_folder(adapter: str) -> Path:
     return fetch_adapter(adapter)
 
 
-def evaluation_of(folder: Path) -> dict[str, Any] | None:
-    """The evaluation for base_to_novel or few_shot under out/ of the adapter in `folder`, by its hash."""
-    from pipeline.store import adapter_sha256
-
-    sha = adapter_sha256(folder)
+def accuracy_of(sha256: str) -> dict[str, float]:
+    """Accuracies, in %, of the evaluation for base_to_novel or few_shot under out/ of the adapter with this hash;
+    an evaluation that is damaged is named and left out."""
     for path in sorted(OUT.glob("evaluate/*/*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["adapter_sha256"] == sha:
-            return record
-    return None
+        try:
+            with reading(path, stage_of("evaluate", path.parent.name)):
+                record = json.loads(path.read_text(encoding="utf-8"))
+                if record["adapter_sha256"] == sha256:
+                    return {
+                        f"{method} {group}, %": round(values[method]["accuracy"], 2)
+                        for group, values in dict(record["groups"]).items()
+                        for method in ("heba", "zero_shot")
+                    }
+        except ValueError as error:
+            print(f"note: {error}", file=sys.stderr)
+    return {}
 
 
 def find_images(paths: list[Path]) -> list[Path]:
-    """The files among `paths`, and the images in the folders among them, by name."""
+    """The files among `paths`, and the images that are not hidden in the folders among them, by name."""
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            found = [p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
+            found = sorted(p for p in found if not any(map(is_hidden, p.relative_to(path).parts)))
             if not found:
-                raise ValueError(f"{path}: no images in this folder; known are {', '.join(sorted(SUFFIXES))}")
+                known = ", ".join(sorted(IMAGE_SUFFIXES))
+                raise ValueError(f"{path}: no images in this folder; known are {known}")
             files += found
         else:
             files.append(path)
@@ -189,11 +189,7 @@ def split_names(classes: str | None) -> list[str] | None:
 
 
 def read(descriptions: Path | None) -> dict[str, list[str]] | None:
-    if descriptions is None:
-        return None
-    from heba.prompts import read_descriptions
-
-    return read_descriptions(descriptions)
+    return None if descriptions is None else read_descriptions(descriptions)
 
 
 def show(classifier: Any, files: list[Path], top: int, as_json: bool) -> None:

@@ -16,10 +16,9 @@ from tqdm import tqdm
 
 from heba.data.catalog import Benchmark
 from heba.data.fetch import Local
+from heba.data.own import IMAGE_SUFFIXES
 from heba.data.unpack import ArchiveError, unpack, unpack_tar
 from heba.splits import PARTS, Item, Split, class_names, write_split
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 
 def prepare(entry: Benchmark, archives: list[Local], split: Split | None, folder: Path) -> None:

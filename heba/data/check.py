@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from heba.images import decode, for_each_image
+from heba.images import DeepImage, decode, for_each_image
 from heba.prompts import normalise_class_name
 from heba.splits import PARTS, Split, class_names
 
@@ -55,6 +55,7 @@ def check(
     descriptions: dict[str, list[str]],
     shots: int,
     allow_leaks: bool,
+    allow_conflicts: bool = False,
     progress: Callable[[int], object] = lambda n: None,
 ) -> Report:
     """Decode every image of `split` under the folder `images` and look for what is wrong.
@@ -62,6 +63,7 @@ def check(
     Args:
         shots: the most training images per class that are asked for.
         allow_leaks: whether the same bytes may be in train, val and test, as a note instead of an error.
+        allow_conflicts: the same for the same bytes in different classes.
     """
     names = class_names(split)
     texts = {normalise_class_name(name): sentences for name, sentences in descriptions.items()}
@@ -74,19 +76,28 @@ def check(
     table["all"] = table.sum(axis=1)
     table["descriptions"] = [len(texts.get(normalise_class_name(name), [])) for name in names]
 
-    broken, leaks, twice = _files(split, images, progress)
+    files = _files(split, images, progress)
+    spoken: dict[str, list[str]] = {}
+    for name in names:
+        spoken.setdefault(normalise_class_name(name), []).append(name)
     few = table[(table["train"] > 0) & (table["train"] < shots)]
     unknown = sorted(set(texts) - {normalise_class_name(name) for name in names})
-    leak = Finding("the same bytes in more than one of train, val and test", leaks)
+    conflict = Finding("the same image, byte for byte, in different classes", files.conflicts)
+    leak = Finding("the same bytes in more than one of train, val and test", files.leaks)
     errors = [
         Finding("fewer than two classes", [] if len(names) > 1 else names or ["none at all"]),
-        Finding("images that are missing or can not be decoded", broken),
+        Finding("images that are missing or can not be decoded", files.broken),
+        Finding("images of 16 or more bits a channel; convert them to 8 bit", files.deep),
         Finding("classes without test images", list(table.index[table["test"] == 0])),
         # The test sets of domain generalisation have none at all.
         Finding("classes without train images", list(table.index[table["train"] == 0]) if split["train"] else []),
     ]
     notes = [
-        Finding("the same bytes more than once", twice),
+        Finding("the same bytes more than once", files.twice),
+        Finding(
+            "classes whose names are the same in a prompt",
+            [" = ".join(map(repr, group)) for group in spoken.values() if len(group) > 1],
+        ),
         Finding(
             f"classes with fewer train images than the {shots} shots, which give all that they have",
             [f"{name}: {n}" for name, n in few["train"].items()],
@@ -96,37 +107,48 @@ def check(
         ),
         Finding("descriptions of no class", unknown),
     ]
+    (notes if allow_conflicts else errors).append(conflict)
     (notes if allow_leaks else errors).append(leak)
     return Report(table, [f for f in errors if f.items], [f for f in notes if f.items])
 
 
-def _files(
-    split: Split, images: Path, progress: Callable[[int], object]
-) -> tuple[list[str], list[str], list[str]]:
-    """Images that can not be read, and groups of the same bytes: across parts, and within one."""
-    uses: dict[str, list[tuple[str, str]]] = {}
+class _Files(NamedTuple):
+    """broken: images that can not be read. deep: those of more than 8 bits. Groups of the same bytes: conflicts,
+    in different classes; leaks, in several parts of one; twice, in one part."""
+
+    broken: list[str]
+    deep: list[str]
+    conflicts: list[str]
+    leaks: list[str]
+    twice: list[str]
+
+
+def _files(split: Split, images: Path, progress: Callable[[int], object]) -> _Files:
+    uses: dict[str, list[tuple[str, int, str]]] = {}
     for part in PARTS:
-        for file, _, name in split[part]:
-            uses.setdefault(file, []).append((part, name))
+        for file, label, name in split[part]:
+            uses.setdefault(file, []).append((part, label, name))
 
     def look(path: Path) -> str:
-        """The hash of an image's bytes; empty when it can not be decoded."""
+        """The hash of an image's bytes, or "deep" or "broken"."""
         try:
             decode(path)
             return hashlib.sha256(path.read_bytes()).hexdigest()
+        except DeepImage:
+            return "deep"
         except (ValueError, OSError):
-            return ""
+            return "broken"
 
     by_hash: dict[str, list[str]] = {}
     for file, digest in zip(uses, for_each_image(look, [images / file for file in uses]), strict=True):
         by_hash.setdefault(digest, []).append(file)
         progress(1)
-    broken = by_hash.pop("", [])
-    leaks: list[str] = []
-    twice: list[str] = []
+    found = _Files(by_hash.pop("broken", []), by_hash.pop("deep", []), [], [], [])
     for files in by_hash.values():
-        where = [(part, name, file) for file in files for part, name in uses[file]]
-        if len(where) > 1:
-            group = " = ".join(f"{file} ({part}, {name})" for part, name, file in where)
-            (leaks if len({part for part, _, _ in where}) > 1 else twice).append(group)
-    return broken, leaks, twice
+        where = [(file, *use) for file in files for use in uses[file]]
+        if len(where) < 2:
+            continue
+        _, parts, labels, _ = map(set, zip(*where, strict=True))
+        kind = found.conflicts if len(labels) > 1 else found.leaks if len(parts) > 1 else found.twice
+        kind.append(" = ".join(f"{file} ({part}, {name})" for file, part, _, name in where))
+    return found

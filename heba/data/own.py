@@ -12,8 +12,8 @@ from typing import Any
 
 from heba.splits import PARTS, Split, read_split
 
-# Upper case and further kinds are common in what people have; the benchmarks' archives have neither.
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+# In lower case; files with them in upper case are images too.
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 PART_NAMES = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 # CoOp's proportions, the rest is test; and its share of val where only train and test are given.
 TRAIN, VAL = 0.5, 0.2
@@ -116,9 +116,14 @@ def _inside(root: Path, file: str, where: str) -> str:
     return Path(lexical).as_posix()
 
 
+def is_hidden(name: str) -> bool:
+    """Whether systems, not people, put a file or folder of this name there, such as macOS its ._a.png."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def _visible(folder: Path) -> list[Path]:
     """What is in a folder, without what systems hide in it."""
-    found = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.name != "__MACOSX")
+    found = sorted(path for path in folder.iterdir() if not is_hidden(path.name))
     for path in found:
         try:
             path.name.encode()

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from heba.data.check import check
-from heba.data.own import given_split, make_split, read_own
+from heba.data.own import IMAGE_SUFFIXES, given_split, make_split, read_own
 from heba.splits import PARTS, class_names, read_split, write_split
+from pipeline.use import find_images
 
 
 def image(path, value=0):
@@ -117,6 +118,17 @@ def test_folders_that_are_no_data_set(tmp_path, make, message):
     with pytest.raises(ValueError, match=message) as error:
         read_own(tmp_path, "folder")
     assert str(tmp_path) in str(error.value) or "fewer than 2" in message
+
+
+def test_what_counts_as_an_image_is_the_same_for_own_data_and_for_prediction(tmp_path):
+    for i, suffix in enumerate(sorted(IMAGE_SUFFIXES)):
+        image(tmp_path / "a" / f"{i}{suffix}", i)
+        image(tmp_path / "b" / f"{i}{suffix.upper()}", 100 + i)
+    image(tmp_path / "b" / "._0.png")
+    data = read_own(tmp_path, "folder")
+    assert len(paths(data.split)) == 2 * len(IMAGE_SUFFIXES)
+    assert data.left_out == []
+    assert sorted(paths(data.split)) == [p.relative_to(tmp_path).as_posix() for p in find_images([tmp_path])]
 
 
 def test_an_empty_class_and_a_missing_folder(tmp_path):
@@ -269,6 +281,38 @@ def test_every_problem_is_reported_at_once(tmp_path):
     allowed = report(root, split, allow_leaks=True)
     assert set(found(allowed.errors)) == {"images that are missing or can not be decoded"}
     assert leak in found(allowed.notes)["the same bytes in more than one of train, val and test"]
+
+
+def test_one_image_in_two_classes_is_an_error(tmp_path):
+    root = folder_of_classes(tmp_path, {"cat": 8, "dog": 8})
+    split = read_own(root, "folder").split
+    cat, dog = (next(path for path, _, name in split["train"] if name == wanted) for wanted in ("cat", "dog"))
+    (root / dog).write_bytes((root / cat).read_bytes())
+    text, items = (
+        "the same image, byte for byte, in different classes",
+        [f"{cat} (train, cat) = {dog} (train, dog)"],
+    )
+    assert found(report(root, split).errors) == {text: items}
+    assert text in found(report(root, split, allow_leaks=True).errors)
+    fixed = report(root, split, allow_conflicts=True)
+    assert fixed.errors == []
+    assert found(fixed.notes)[text] == items
+    # One file that a list names twice.
+    split["test"].append((cat, 1, "dog"))
+    assert f"{cat} (test, dog)" in found(report(root, split).errors)[text][0]
+
+
+def test_class_names_that_a_prompt_does_not_tell_apart_are_noted(tmp_path):
+    root = folder_of_classes(tmp_path, {"Big_star": 3, "big star": 3, "dog": 3, "Dog": 3, "cat": 3})
+    notes = found(report(root).notes)
+    assert notes["classes whose names are the same in a prompt"] == ["'Big_star' = 'big star'", "'Dog' = 'dog'"]
+
+
+def test_images_of_16_bits_are_an_error(tmp_path):
+    root = folder_of_classes(tmp_path, {"cat": 4, "dog": 4})
+    Image.new("I;16", (8, 8), 900).save(root / "dog" / "2.png")
+    errors = found(report(root).errors)
+    assert errors == {"images of 16 or more bits a channel; convert them to 8 bit": ["dog/2.png"]}
 
 
 def test_classes_that_can_not_be_trained_or_tested(tmp_path):

@@ -1,6 +1,7 @@
 """Prompts, metrics and image handling at their boundaries."""
 
 import json
+import unicodedata
 
 import numpy as np
 import open_clip
@@ -13,6 +14,7 @@ from PIL import Image
 
 from heba.evaluation import classification_report, harmonic_mean
 from heba.images import (
+    DeepImage,
     Preprocess,
     crop_batch,
     decode,
@@ -21,6 +23,7 @@ from heba.images import (
     pack_images,
     resize_and_crop,
     sample_crop,
+    to_rgb,
 )
 from heba.prompts import build_prompts, read_descriptions, tokenize
 
@@ -32,9 +35,25 @@ def test_descriptions_are_found_whatever_the_spelling_of_the_class():
     assert prompts.fallback == ["cat"]
 
 
+def test_a_name_with_its_accents_apart_is_the_same_name():
+    """As macOS may have it in a folder's name."""
+    apart, whole = (unicodedata.normalize(form, "Käse") for form in ("NFD", "NFC"))
+    assert apart != whole
+    for name, key in ((apart, whole), (whole, apart)):
+        prompts = build_prompts([name, "cat"], {key: ["yellow."]}, "a photo of a {}.")
+        assert prompts.texts[0] == f"a photo of a {whole}, yellow."
+    assert build_prompts([apart, "cat"], {}, "a {}.").texts[0] == f"a {whole}."
+
+
 def test_descriptions_that_fit_no_class_are_an_error_not_silence():
     with pytest.raises(ValueError, match="none of the 2 classes"):
         build_prompts(["a", "b"], {"x": ["y"]}, "a {}.")
+
+
+@pytest.mark.parametrize("template", ["a photo", "a {} of {x}", "a {x}", "a {} {}", "a {}}", "a {0}", "a {:>9}"])
+def test_a_template_has_one_place_for_the_class_and_no_other_brace(template):
+    with pytest.raises(ValueError, match=r"a template needs one \{\}"):
+        build_prompts(["a", "b"], {}, template)
 
 
 def test_a_bad_descriptions_file_is_named(tmp_path):
@@ -106,6 +125,28 @@ def test_a_truncated_image_is_named(tmp_path):
     Image.new("1", (20_000, 10_000)).save(path)  # more than PIL decodes
     with pytest.raises(ValueError, match=r"x\.png: not a readable image"):
         decode(path)
+
+
+@pytest.mark.parametrize("kind", ["16.png", "32.tif", "float.tif", "16.pgm"])
+def test_more_than_eight_bits_are_refused_and_not_white(tmp_path, kind):
+    """Pillow's RGB of them is white wherever a value is above 255."""
+    dtype = {"32": np.int32, "float": np.float32}.get(kind.split(".")[0], np.uint16)
+    path = tmp_path / kind
+    Image.fromarray(np.arange(0, 6400, 100).reshape(8, 8).astype(dtype)).save(path)
+    message = rf"{kind}: an image of 16 or more bits a channel .* convert it to 8 bit"
+    with pytest.raises(DeepImage, match=message):
+        decode(path)
+    with pytest.raises(DeepImage, match=message):
+        pack_images([path], Preprocess(4), tmp_path / "images.npy", lambda n: None)
+    with Image.open(path) as image, pytest.raises(DeepImage, match="convert it to 8 bit"):
+        to_rgb(image)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_other_modes_of_eight_bits_are_taken(tmp_path, mode):
+    path = tmp_path / "x.tif"
+    Image.new(mode, (8, 8), 0).save(path)
+    assert decode(path).mode == "RGB"
 
 
 @given(st.floats(0, 100), st.floats(0, 100))

@@ -224,7 +224,13 @@ def test_check_data(repo, run):
     assert code == 0
     assert text.startswith("3 classes, 27 images: 12 train, 6 val, 9 test")
     assert "use the template:\n  clock\n  fish\n" in text
+    assert (
+        "note: base_to_novel of 3 classes trains on 2 of them, and the novel half has only one, so that its "
+        "accuracy is always 100 %; for an adapter of all classes name the data set in few_shot.datasets:\n"
+        "  base: clock, fish\n  novel: star\n"
+    ) in text
     assert "no problems" in text
+    assert "each half has only one" in run("check-data", "listed")[1]
     unknown = stage(repo, "check-data", "mnist")
     assert unknown.returncode == 1
     assert unknown.stderr.startswith("error: NAME mnist: not in params.yaml, which has drawn, listed")
@@ -234,11 +240,11 @@ def test_check_data(repo, run):
 def leaky(repo):
     """(train image, test image, why) after the bytes of one have gone to the other; mended afterwards."""
     split = read_split(repo / "data" / "own" / "drawn" / "split.json")
-    (train, _, _), (test, _, _) = split["train"][0], split["test"][-1]
+    (train, _, _), (test, _, _) = split["train"][0], split["test"][0]
     path = outside_of(repo) / test
     kept = path.read_bytes()
     path.write_bytes((outside_of(repo) / train).read_bytes())
-    yield train, test, f"{train} (train, clock) = {test} (test, star)"
+    yield train, test, f"{train} (train, clock) = {test} (test, clock)"
     path.write_bytes(kept)
 
 
@@ -265,6 +271,28 @@ def test_a_leak_stops_the_stage_unless_it_is_allowed(repo, run, leaky, edit_para
     code, text = run("check-data", "drawn")
     assert code == 0
     assert leak in text
+
+
+def test_base_to_novel_is_noted_only_where_it_runs(repo, run, edit_params):
+    edit_params("seeds:\n- 1\n", "seeds: []\n")
+    assert yaml.safe_load((repo / "params.yaml").read_text())["seeds"] == []
+    assert "base_to_novel" not in run("check-data", "drawn")[1]
+
+
+def test_an_image_in_two_classes_stops_the_stage(repo, run, leaky, edit_params):
+    train, _, _ = leaky
+    path = outside_of(repo) / "star" / "0.png"
+    kept = path.read_bytes()
+    path.write_bytes((outside_of(repo) / train).read_bytes())
+    edit_params("descriptions: texts.json", "allow_leaks: true")
+    try:
+        code, text = run("download", "--dataset", "drawn")
+    finally:
+        path.write_bytes(kept)
+    assert code == 1
+    assert "own.drawn: the same image, byte for byte, in different classes:\n" in text
+    assert "star/0.png" in text
+    assert "Mend these. `python" in text
 
 
 def test_damaged_and_missing_images_stop_the_stage(repo, run, leaky):

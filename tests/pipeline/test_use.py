@@ -12,12 +12,18 @@ from pathlib import Path
 
 import pytest
 import requests
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 import heba
+from heba import backbone
+from heba.model import AdaptedCLIP, save_adapter
+from heba.predict import save_classifier
 from heba.splits import read_split
 from pipeline import use
+from tests.heba.test_backbones import SMALL, TEXT
 from tests.pipeline.repository import ROOT, environment, stage, wait_for
 
 TRAINED = "out/train/dtd/base_to_novel-1"
@@ -86,6 +92,46 @@ def test_predictions_are_those_of_the_evaluation(repo, test_images):
     assert opened.probabilities == pytest.approx(found[0].probabilities, abs=1e-5)
 
 
+def test_one_image_or_any_iterable_of_them(repo, test_images):
+    classifier = heba.load(repo / TRAINED)
+    paths = [path for path, _ in test_images[:3]]
+    first, *_ = expected = list(classifier.predict(paths))
+    for one in (str(paths[0]), paths[0]):
+        (found,) = classifier.predict(one)
+        assert (found.image, found.classes, found.error) == (str(paths[0]), first.classes, None)
+    (found,) = classifier.predict(Image.open(paths[0]))
+    assert (found.image, found.classes) == ("image 1", first.classes)
+    assert [p.image for p in classifier.predict(path for path in paths)] == [p.image for p in expected]
+
+
+def test_bad_arguments_of_the_library_are_refused(repo, test_images):
+    classifier = heba.load(repo / TRAINED)
+    for top in (0, -1, 2.5):
+        with pytest.raises(ValueError, match="top must be a whole number from 1 on"):
+            classifier.predict([test_images[0][0]], top=top)  # at once, not at the first prediction
+    with pytest.raises(TypeError, match="file names or Pillow's images are needed, not int"):
+        list(classifier.predict([1]))
+    for load in (
+        lambda classes: heba.load(repo / TRAINED, classes=classes),
+        lambda classes: heba.zero_shot("tiny", "embedded", classes),
+    ):
+        with pytest.raises(ValueError, match="a list of names is needed, not the text 'striped,dotted'"):
+            load("striped,dotted")
+        with pytest.raises(ValueError, match="two or more different names are needed, got 'striped', 1"):
+            load(["striped", 1])
+    for ignored in ({"template": "a {}."}, {"scale": 0.1}, {"descriptions": {"striped": ["x"]}}):
+        with pytest.raises(ValueError, match="go with classes"):
+            heba.load(repo / TRAINED, **ignored)
+    with pytest.raises(ValueError, match="scale must be a number from 0 on, not -1"):
+        heba.load(repo / TRAINED, classes=["striped", "dotted"], scale=-1)
+
+
+def test_the_library_and_the_command_name_as_many_classes(repo, test_images, run_heba):
+    path = str(test_images[0][0])
+    printed = json.loads(run_heba(repo, "predict", path, "--adapter", TRAINED, "--json").stdout)["classes"]
+    assert len(printed) == len(next(heba.load(repo / TRAINED).predict(path)).classes) == heba.TOP
+
+
 def test_predict_takes_files_and_folders_and_goes_on_after_a_bad_one(repo, test_images, tmp_path, run_heba):
     folder = tmp_path / "my photos"
     (folder / "deeper").mkdir(parents=True)
@@ -93,6 +139,9 @@ def test_predict_takes_files_and_folders_and_goes_on_after_a_bad_one(repo, test_
     (folder / "deeper" / "ä.PNG").write_bytes(path.read_bytes())
     (folder / "broken.png").write_bytes(path.read_bytes()[:60])
     (folder / "notes.txt").write_text("no image")
+    for hidden in ("._broken.png", ".thumbnails/x.png", "__MACOSX/y.png"):
+        (folder / hidden).parent.mkdir(exist_ok=True)
+        (folder / hidden).write_bytes(b"no image")
     done = run_heba(repo, "predict", str(folder), str(path), "--adapter", TRAINED, "--json", "--top", "2")
     assert done.returncode == 1
     assert "1 of 3 images could not be read" in done.stderr
@@ -106,9 +155,19 @@ def test_predict_takes_files_and_folders_and_goes_on_after_a_bad_one(repo, test_
     assert lines[2]["classes"][0]["class"] in table.stdout.split(str(path))[1]
 
 
+def test_an_image_of_16_bits_is_named(repo, tmp_path, run_heba):
+    deep = Image.new("I;16", (8, 8), 900)
+    deep.save(tmp_path / "deep.png")
+    done = run_heba(repo, "predict", str(tmp_path / "deep.png"), "--adapter", TRAINED)
+    assert done.returncode == 1
+    assert "deep.png: an image of 16 or more bits a channel" in done.stderr
+    assert "convert it to 8 bit" in next(heba.load(repo / TRAINED).predict([deep])).error
+
+
 def test_new_classes_at_the_novel_scale(repo, test_images, run_heba):
-    """The novel scale is that of the adapter's evaluation, unless one is given."""
-    image = str(test_images[0][0])
+    """At the scale of the training, also where an evaluation at another novel scale lies, unless one is given."""
+    # An image of none of the names: the scale decides.
+    image = next(str(path) for path, _ in test_images if path.match("bubbly/0036.png"))
     names = ["chequered", "striped", "cracked"]
     arguments = ["predict", image, "--adapter", TRAINED, "--classes", ", ".join(names), "--json"]
 
@@ -122,8 +181,10 @@ def test_new_classes_at_the_novel_scale(repo, test_images, run_heba):
         return dict(zip(found.classes, found.probabilities, strict=True))
 
     assert record(repo)["scale_novel"] == 0.02
-    assert printed() == pytest.approx(loaded(0.02), abs=2e-6)
-    assert printed("--scale", "0.1") == pytest.approx(loaded(None), abs=2e-6)
+    assert loaded(0.02) != pytest.approx(loaded(0.1), abs=0.01)
+    assert printed() == pytest.approx(loaded(0.1), abs=2e-6)
+    assert loaded(None) == loaded(0.1)
+    assert printed("--scale", "0.02") == pytest.approx(loaded(0.02), abs=2e-6)
     plain = next(heba.zero_shot("tiny", "embedded", names).predict([image], top=3))
     assert loaded(0.0) == pytest.approx(dict(zip(plain.classes, plain.probabilities, strict=True)), abs=1e-5)
 
@@ -152,7 +213,30 @@ def test_info_by_folder_run_and_registered_model(repo, run_heba):
     for name in (run.info.run_id, f"runs:/{run.info.run_id}", "models:/textures/1"):
         same = json.loads(run_heba(repo, "info", name, "--json").stdout)
         assert same["sha256"] == about["sha256"]
-    assert "classes" in run_heba(repo, "info", TRAINED).stdout
+    shown = run_heba(repo, "info", TRAINED).stdout.splitlines()
+    rows = dict(line.split(":", 1) for line in shown)
+    assert rows["classes"].strip() == "striped, dotted, chequered, zigzag, bubbly"
+    assert rows["sha256"].strip() == about["sha256"]
+    assert rows["backbone sha256"].strip() == about["backbone sha256"]
+    assert float(rows["heba base, %"]) == about["heba base, %"]
+    assert len({len(line) - len(line.split(":", 1)[1].lstrip()) for line in shown}) == 1  # aligned
+    assert "git commit" not in rows  # no git here
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"adapter_sha256": "SHA", "groups": {"all": {}}}', "no JSON"])
+def test_a_damaged_evaluation_is_named_and_left_out(repo, run_heba, text):
+    path = repo / "out" / "evaluate" / "caltech101" / "base_to_novel-1.json"  # before dtd's
+    path.parent.mkdir(exist_ok=True)
+    sha = json.loads(run_heba(repo, "info", TRAINED, "--json").stdout)["sha256"]
+    path.write_text(text.replace("SHA", sha))
+    try:
+        done = run_heba(repo, "info", TRAINED, "--json")
+    finally:
+        path.unlink()
+    assert done.returncode == 0, done.stderr
+    assert f"note: {path.relative_to(repo)} is damaged" in done.stderr
+    assert "dvc repro evaluate@caltech101" in done.stderr
+    assert json.loads(done.stdout)["heba base, %"] == round(record(repo)["groups"]["base"]["heba"]["accuracy"], 2)
 
 
 def test_an_official_checkpoint_and_back(repo, test_images, tmp_path, run_heba):
@@ -183,7 +267,15 @@ def test_an_official_checkpoint_and_back(repo, test_images, tmp_path, run_heba):
         (["predict", "out", "--adapter", TRAINED], "no images in this folder"),
         (["predict", "IMAGE", "--adapter", TRAINED, "--classes", "striped"], "two or more different names"),
         (["predict", "IMAGE", "--adapter", TRAINED, "--classes", "striped,blotchy"], "does not know blotchy"),
-        (["predict", "IMAGE", "--adapter", TRAINED, "--scale", "0.1"], "are for --classes"),
+        (["predict", "IMAGE", "--adapter", TRAINED, "--scale", "0.1"], "go with classes"),
+        (["predict", "IMAGE", "--adapter", TRAINED, "--template", "{}"], "go with classes"),
+        (
+            ["predict", "IMAGE", "--adapter", TRAINED, "--classes", "striped,dotted", "--template", "a {} of {x}"],
+            "one {} for the class name, and no other brace, got 'a {} of {x}'",
+        ),
+        (["predict", "IMAGE", "--adapter", TRAINED, "--classes", "a,b", "--scale", "-1"], "scale must be"),
+        (["predict", "IMAGE", "--adapter", TRAINED, "--classes", "a,b", "--scale", "nan"], "scale must be"),
+        (["predict", "IMAGE", "--adapter", TRAINED, "--top", "0"], "top must be a whole number from 1 on, not 0"),
         (["predict", "IMAGE", "--adapter", TRAINED, "--device", "tpu"], "take cpu or cuda"),
         (["zero-shot", "IMAGE", "--classes", "a,b", "--backbone", "ViT-B-32"], "go together"),
     ],
@@ -193,6 +285,48 @@ def test_errors_are_messages(repo, test_images, arguments, message, run_heba):
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_config_that_lacks_what_info_shows(repo, tmp_path, run_heba):
+    config = json.loads((repo / TRAINED / "config.json").read_text())
+    del config["end"], config["suite"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter.safetensors").write_bytes((repo / TRAINED / "adapter.safetensors").read_bytes())
+    done = run_heba(repo, "info", str(tmp_path))
+    assert done.returncode == 1
+    assert "config.json: damaged (no end, suite)" in done.stderr
+
+
+def test_an_adapter_on_a_local_backbone_from_elsewhere(test_images, tmp_path, run_heba):
+    """Its files are relative to the repository of the training."""
+    root, adapter = tmp_path / "repository", tmp_path / "adapter"
+    (root / "models").mkdir(parents=True)
+    config = SMALL | {"text_cfg": TEXT | {"vocab_size": 49408}}
+    (root / "models" / "small.json").write_text(json.dumps(config))
+    clip = backbone.build(config)
+    save_file(clip.state_dict(), root / "models" / "w.safetensors")
+    named = {"name": "models/small.json", "pretrained": "models/w.safetensors"}
+    named["sha256"] = backbone.sha256(root / "models" / "w.safetensors")
+    save_adapter(
+        AdaptedCLIP(clip, 1, 2, 0.1), adapter, {"class_names": ["a", "b"], "bf16": False, "backbone": named}
+    )
+    save_classifier(torch.nn.functional.normalize(torch.ones(2, 32), dim=-1), adapter)
+    image = str(test_images[0][0])
+    for more in ([], ["--classes", "cat,dog"]):
+        lost = run_heba(tmp_path, "predict", image, "--adapter", str(adapter), *more)
+        assert lost.returncode == 1
+        assert "models/small.json" in lost.stderr
+        assert "`root` (--root) names the folder" in lost.stderr
+        found = run_heba(tmp_path, "predict", image, "--adapter", str(adapter), "--root", "repository", *more)
+        assert found.returncode == 0, found.stderr
+    assert len(next(heba.load(adapter, root=str(root)).predict(image)).classes) == 2
+    (root / "models" / "w.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"'models/w\.safetensors' is neither a file under .*--root"):
+        heba.load(adapter, root=root)
+    options = ["--classes", "cat,dog", "--backbone", "models/small.json", "--pretrained", "models/w.safetensors"]
+    save_file(clip.state_dict(), root / "models" / "w.safetensors")
+    assert run_heba(tmp_path, "zero-shot", image, *options).returncode == 1
+    assert run_heba(tmp_path, "zero-shot", image, *options, "--root", str(root)).returncode == 0
 
 
 def test_damaged_files_are_named(repo, tmp_path):
