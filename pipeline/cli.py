@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from pipeline.params import Params, ParamsError, load_params
-from pipeline.paths import TRANSFER_STAGES, evaluate_path, new_folder
+from pipeline.paths import TRANSFER_STAGES, new_folder
 
 app = typer.Typer(
     help="The stages of the HeBA pipeline. `dvc repro` runs them in order; each runs alone too, "
@@ -140,23 +140,16 @@ def protocols() -> None:
 
 @app.command()
 def report() -> None:
-    """Render reports/ from all evaluations and print the summary."""
-    from pipeline.report import ablation, render, tables
+    """Render reports/ from the evaluations that params.yaml asks for and print the summary."""
+    from pipeline.report import ablation, render, selection
 
     params = _params()
-    # Records of data sets or seeds that params.yaml no longer names may still lie there.
-    transfer, few = params.transfer, params.few_shot
-    wanted = [
-        *(("base_to_novel", d, s, params.shots) for d in [*params.datasets, *params.own] for s in params.seeds),
-        *(("cross_dataset", d, s, params.shots) for d in transfer.targets for s in transfer.seeds),
-        *(("domain_generalization", d, s, params.shots) for d in transfer.variants for s in transfer.seeds),
-        *(("few_shot", d, s, shots) for d in few.datasets for s in few.seeds for shots in few.shots),
-    ]
-    paths = [evaluate_path(*record) for record in wanted]
-    records = tables.load_records([path for path in paths if path.exists()], params.own)
+    records, left_out = selection.select(params)
+    if left_out:
+        print(selection.left_out_text(left_out), file=sys.stderr)
     with new_folder(Path("reports")) as folder:
         ablations = ablation.read(ablation.FILE, params.suite)
-        render.render_report(records, folder, params.suite == "real", ablations)
+        render.render_report(records, folder, params.suite == "real", ablations, selection.settings(params))
     print(render.summary_text(records))
 
 
