@@ -226,13 +226,13 @@ def ablate(
     names = ablate.chosen(params, [name for name in datasets.split(",") if name])
     rows = ablate.settings(params, [name for name in only.split(",") if name])
     if table:
-        lines = ablate.collect(params, rows, names)
+        lines, unevaluated, absent = ablate.collect(params, rows, names)
         ablate.write(lines, ablation.FILE)
         print(ablation.display_ablation(ablation.ablation_table(lines)).to_string(index=False))
-        found = set(lines["setting"])
-        lacking = [row.label for row in rows if row.label not in found]
-        if lacking:
-            print(f"not in MLflow: {'; '.join(lacking)}")
+        if unevaluated:
+            print(ablate.unevaluated_text(unevaluated))
+        if absent:
+            print(f"not in MLflow: {'; '.join(absent)}")
         print(f"{ablation.FILE} is written; `dvc repro report` renders it")
         return
     if dry_run:

@@ -16,7 +16,7 @@ from pipeline.params import ParamsError, load_params
 from pipeline.report import ablation, render
 from pipeline.store import client
 from tests.pipeline.repository import ROOT, call, copy_code, initialise, stage
-from tests.pipeline.test_report import RECORDS
+from tests.pipeline.test_report import RECORDS, record
 
 
 @pytest.fixture
@@ -99,17 +99,25 @@ def test_wrong_options_are_messages(folder, args, message):
         run(*args)
 
 
-def log(params, dataset, seed, accuracy, status="FINISHED", **changed):
-    """A run as the stage `train` makes it, with the metrics of the stage `evaluate`."""
+def log(params, dataset, seed, accuracy, status="FINISHED", scale_novel=None, **changed):
+    """A run as the stage `train` makes it, with the metrics of the stage `evaluate`; returns its id."""
     adapter = params.adapter.model_dump(exclude={"scale_novel"}) | changed
     config = params.model_dump(include={"suite", "shots", "backbone", "train"}) | {"adapter": adapter}
     config |= {"dataset": dataset, "seed": seed, "protocol": "base_to_novel", "bf16": False, "threads": 1}
     training = tracking.start_training(config | {"inputs_sha256": str(hash(str(config)))})
     if accuracy is not None:
-        training.run.store.log_metric(training.run.id, "heba_base", accuracy)
-        training.run.store.log_metric(training.run.id, "heba_novel", accuracy)
+        evaluate(training.run.id, accuracy, params.adapter.scale if scale_novel is None else scale_novel)
     training.run.end(status)
     time.sleep(0.002)  # runs are ordered by their start in milliseconds
+    return training.run.id
+
+
+def evaluate(run_id, accuracy, scale_novel):
+    """Log to a run what the stage `evaluate` does."""
+    evaluation = record("dtd", 1, (accuracy,) * 2, (accuracy,) * 2) | {"scale_novel": scale_novel}
+    for key, value in tracking.evaluation_metrics(evaluation).items():
+        client().log_metric(run_id, key, value)
+    time.sleep(0.002)
 
 
 def test_the_table_is_read_from_mlflow(folder):
@@ -139,6 +147,28 @@ def test_the_table_is_read_from_mlflow(folder):
     before = ablation.FILE.read_bytes()
     assert run("--table", "--datasets", "dtd,eurosat", "--only", "init").exit_code == 0
     assert ablation.FILE.read_bytes() == before
+
+
+def test_an_evaluation_at_another_novel_scale_is_not_that_of_the_table(folder):
+    """Experiments of adapter.scale_novel share the training and its run, and the last evaluation wins there."""
+    params = load_params()
+    options = ("--table", "--datasets", "dtd", "--only", "init")
+    run_id = log(params, "dtd", 1, 60.0)
+    log(params, "dtd", 2, 50.0)
+    evaluate(run_id, 40.0, 0.02)
+    log(params, "dtd", 1, None, init="zero")
+    shown = run(*options).output
+    assert "novel scale of params.yaml, or at another one since: 2 (Baseline, dtd, seed 1; " in shown
+    assert "Initialisation: zero, dtd, seed 1)" in shown
+    assert "not in MLflow" not in shown
+    assert list(ablation.read(ablation.FILE, "embedded")["seed"]) == [2]
+    text = (folder / "params.yaml").read_text()
+    (folder / "params.yaml").write_text(text.replace("scale_novel: null", "scale_novel: 0.02", 1))
+    run(*options)
+    assert list(ablation.read(ablation.FILE, "embedded")["novel"]) == [40.0]
+    evaluate(run_id, 60.0, 0.1)
+    with pytest.raises(ValueError, match=r"no evaluated training .*\ntrained, but not evaluated .*: 3 \("):
+        run(*options)
 
 
 def test_an_evaluation_goes_to_the_run_with_its_params(folder):
