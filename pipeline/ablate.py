@@ -93,7 +93,7 @@ def chosen(params: Params, datasets: list[str]) -> list[str]:
 
 
 def command(params: Params, row: Setting, datasets: list[str]) -> list[str]:
-    """The arguments of `dvc` that queue a row: base_to_novel alone, on `datasets`."""
+    """The arguments of `dvc` that queue a row: base_to_novel alone, on `datasets` alone."""
     source = params.transfer.source
     change = row.change | {
         "datasets": datasets,
@@ -104,8 +104,9 @@ def command(params: Params, row: Setting, datasets: list[str]) -> list[str]:
         "few_shot.datasets": [],
         "few_shot.seeds": [],
     }
-    overrides = [part for key, value in change.items() for part in ("-S", f"{key}={_hydra(value)}")]
-    return ["exp", "run", "--queue", "-n", experiment(row), *overrides]
+    # Own data is left out by deletion, since own={} would be merged with what there is.
+    overrides = [*(f"{key}={_hydra(value)}" for key, value in change.items()), "~own", "+own={}"]
+    return ["exp", "run", "--queue", "-n", experiment(row), *(p for o in overrides for p in ("-S", o))]
 
 
 def experiment(row: Setting) -> str:

@@ -41,6 +41,11 @@ def _few(source: bool, shots: int | None) -> int | None:
     return shots
 
 
+def _names(listed: str) -> list[str]:
+    """Names between commas, each once."""
+    return list(dict.fromkeys(name.strip() for name in listed.split(",") if name.strip()))
+
+
 @app.command()
 def download(dataset: Dataset) -> None:
     """Provide a data set's images under data.root and write its manifest."""
@@ -223,8 +228,9 @@ def ablate(
     params = _params()
     if table and (run or dry_run):
         raise ParamsError("--table: does not go with --run or --dry-run")
-    names = ablate.chosen(params, [name for name in datasets.split(",") if name])
-    rows = ablate.settings(params, [name for name in only.split(",") if name])
+    wanted, ablations = _names(datasets), _names(only)
+    names = ablate.chosen(params, wanted)
+    rows = ablate.settings(params, ablations)
     if table:
         lines, unevaluated, absent = ablate.collect(params, rows, names)
         ablate.write(lines, ablation.FILE)
@@ -244,7 +250,7 @@ def ablate(
     if run:
         ablate.dvc(start)
     print(f"{len(rows)} experiments are {'running' if run else 'queued'}. Next:")
-    given = "".join(f" --{k} {v}" for k, v in (("datasets", datasets), ("only", only)) if v)
+    given = "".join(f" --{k} {','.join(v)}" for k, v in (("datasets", wanted), ("only", ablations)) if v)
     for step in ([] if run else [f"dvc {' '.join(start)}"]) + [
         "dvc queue status",
         f"python -m pipeline ablate --table{given}",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
 from typer.testing import CliRunner
 
 from pipeline import ablate, tracking
@@ -66,24 +67,27 @@ def test_every_setting_that_differs_is_an_experiment(folder):
 
 
 def test_what_is_queued_makes_a_valid_params_file(folder):
-    """As DVC does it: every override is a YAML value at a dotted key that params.yaml has."""
+    """DVC applies the overrides to params.yaml; own data is left out, whatever its name."""
+    raw = yaml.safe_load(Path("params.yaml").read_text())
+    raw["own"] = {name: {"kind": "folder", "path": f"photos/{name}"} for name in ("mine", "3d-set")}
+    Path("params.yaml").write_text(yaml.safe_dump(raw))
     params = load_params()
     for row in ablate.settings(params, []):
-        raw = yaml.safe_load(Path("params.yaml").read_text())
         args = ablate.command(params, row, ["eurosat"])
-        for override in args[args.index("-S") + 1 :: 2]:
-            key, value = override.split("=")
-            *parents, last = key.split(".")
-            part = raw
-            for parent in parents:
-                part = part[parent]
-            assert last in part
-            part[last] = yaml.safe_load(value)
         Path("changed.yaml").write_text(yaml.safe_dump(raw))
+        (overrides,) = get_hydra_sweeps({"changed.yaml": args[args.index("-S") + 1 :: 2]})
+        apply_overrides("changed.yaml", overrides["changed.yaml"])
         changed = load_params(Path("changed.yaml"))
         assert changed.datasets == ["eurosat"]
+        assert changed.own == {}
         assert changed.transfer.seeds == changed.few_shot.seeds == []
         assert (changed.adapter, changed.train) != (params.adapter, params.train) or row.name == "baseline"
+
+
+def test_names_are_taken_once_and_without_spaces(folder):
+    shown = run("--dry-run", "--datasets", "dtd, eurosat,dtd ,", "--only", "init, init").output.splitlines()
+    assert len(shown) == 2
+    assert all("'datasets=[dtd,eurosat]' -S transfer.source=dtd" in line for line in shown)
 
 
 @pytest.mark.parametrize(
