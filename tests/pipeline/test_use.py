@@ -16,9 +16,12 @@ import yaml
 from PIL import Image
 
 import heba
+from benchmarks import adapter_dtype
 from heba.splits import read_split
 from pipeline import use
-from tests.pipeline.repository import ROOT, environment, stage, wait_for
+from pipeline.backbone import load_backbone
+from pipeline.params import load_params
+from tests.pipeline.repository import ROOT, call, environment, stage, wait_for
 
 TRAINED = "out/train/dtd/base_to_novel-1"
 CLASSES = ["striped", "dotted", "chequered", "zigzag", "bubbly"]
@@ -153,6 +156,19 @@ def test_info_by_folder_run_and_registered_model(repo, run_heba):
         same = json.loads(run_heba(repo, "info", name, "--json").stdout)
         assert same["sha256"] == about["sha256"]
     assert "classes" in run_heba(repo, "info", TRAINED).stdout
+
+
+def test_the_benchmark_of_rounding_compares_base_and_novel(repo, monkeypatch):
+    """The adapter is in fp16 already, so that rounding it changes nothing."""
+    monkeypatch.chdir(repo)
+    params = load_params()
+    base, novel = adapter_dtype.full_and_rounded(load_backbone(params)[0], params, "dtd", 1)
+    evaluated = record(repo)["groups"]
+    assert base == (evaluated["base"]["heba"],) * 2
+    assert novel[0] == novel[1]
+    refused = call(repo, sys.executable, "-m", "benchmarks.adapter_dtype", PYTHONPATH=str(ROOT))
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: adapter_dtype: run `dvc repro` with fp32 first")
 
 
 def test_an_official_checkpoint_and_back(repo, test_images, tmp_path, run_heba):
