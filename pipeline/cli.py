@@ -318,7 +318,7 @@ def convert(
     ] = False,
     scale: Annotated[
         float | None,
-        typer.Option(min=0, help="ADAPTER_SCALE_BASE of its config. Default: adapter.scale of params.yaml."),
+        typer.Option(min=0, help="ADAPTER_SCALE_BASE of its config; a checkpoint that `convert` wrote tells it."),
     ] = None,
 ) -> None:
     """Turn an official checkpoint into an adapter's folder, or an adapter into an official checkpoint."""

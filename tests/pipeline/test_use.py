@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import requests
+import torch
 import yaml
 from PIL import Image
 
@@ -172,13 +173,17 @@ def test_the_benchmark_of_rounding_compares_base_and_novel(repo, monkeypatch):
 
 
 def test_an_official_checkpoint_and_back(repo, test_images, tmp_path, run_heba):
-    """Our adapter as an official checkpoint, and that as ours: it names images as before."""
+    """Our adapter as an official checkpoint, and that as ours, names images as before, at its own scale, whatever
+    params.yaml has by then."""
     done = stage(repo, "convert", TRAINED, str(tmp_path / "official"), PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
     checkpoint = tmp_path / "official" / "adapter_learner" / "model.pth.tar-2"
     assert done.stdout.strip() == str(checkpoint)
     arguments = ["convert", str(checkpoint), str(tmp_path / "ours"), "--dataset", "dtd"]
+    params = (repo / "params.yaml").read_text()
+    (repo / "params.yaml").write_text(params.replace("  scale: 0.1\n", "  scale: 0.7\n"))
     done = stage(repo, *arguments, PYTHONPATH=str(ROOT))
+    (repo / "params.yaml").write_text(params)
     assert done.returncode == 0, done.stderr
     images = [path for path, _ in test_images[:8]]
     before, after = (list(heba.load(f).predict(images)) for f in (repo / TRAINED, tmp_path / "ours"))
@@ -189,6 +194,38 @@ def test_an_official_checkpoint_and_back(repo, test_images, tmp_path, run_heba):
     assert about["classes"] == CLASSES
     again = stage(repo, *arguments, PYTHONPATH=str(ROOT))
     assert "exists already" in again.stderr
+    content = torch.load(checkpoint, weights_only=True)
+    del content["scale"]
+    torch.save(content, checkpoint)
+    untold = stage(repo, *arguments[:2], str(tmp_path / "new"), *arguments[3:], PYTHONPATH=str(ROOT))
+    assert untold.returncode == 1
+    assert "does not tell its scale" in untold.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_can_not_be_converted_is_named(repo, tmp_path):
+    def error(source, *options):
+        done = stage(repo, "convert", str(source), str(tmp_path / "new"), *options, PYTHONPATH=str(ROOT))
+        assert done.returncode == 1
+        assert not (tmp_path / "new").exists()
+        return done.stderr
+
+    readme = error(ROOT / "README.md", "--dataset", "dtd")
+    assert "README.md: not a checkpoint of tensors and numbers alone" in readme
+    assert "weights_only" not in readme
+    assert "--scale inf: must be finite" in error(ROOT / "README.md", "--dataset", "dtd", "--scale", "inf")
+    assert "are for a checkpoint" in error(TRAINED, "--scale", "0.1")
+    prompts = repo / "out" / "precompute" / "dtd" / "prompts.json"
+    whole = prompts.read_text()
+    prompts.write_text("{")
+    damaged = error(ROOT / "README.md", "--dataset", "dtd")
+    prompts.unlink()
+    missing = error(ROOT / "README.md", "--dataset", "dtd")
+    prompts.write_text(whole)
+    assert "prompts.json is damaged" in damaged
+    assert "prompts.json is not there" in missing
+    assert "dvc repro precompute@dtd" in damaged
+    assert "dvc repro precompute@dtd" in missing
 
 
 @pytest.mark.parametrize(
