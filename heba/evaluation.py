@@ -9,15 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from heba.images import Preprocess, normalise
+from heba.metrics import harmonic_mean as harmonic_mean
 from heba.towers import cut_texts, text_lengths
 
 # A CPU gains nothing from larger batches, which leave its cache.
 BATCH_SIZE = {"cpu": 64}
-
-
-def harmonic_mean(base: float, novel: float) -> float:
-    """2 b n / (b + n), and 0 when both are 0; any unit, the same for both."""
-    return 2 * base * novel / (base + novel) if base + novel > 0 else 0.0
 
 
 @torch.no_grad()

@@ -13,6 +13,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from heba.metrics import harmonic_mean
+
 Record = dict[str, Any]
 TITLES = {
     "imagenet": "ImageNet",
@@ -46,11 +48,6 @@ GROUPS = {
     "few_shot": ("all",),
 }
 PUBLISHED = Path(__file__).with_name("published.yaml")
-
-
-def harmonic_mean(base: float, novel: float) -> float:
-    """2 b n / (b + n), and 0 when both are 0."""
-    return 2 * base * novel / (base + novel) if base + novel > 0 else 0.0
 
 
 def check_accuracy(record: Record, path: Path, keys: tuple[str, ...]) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from open_clip.transform import image_transform_v2
 from PIL import Image
 
-from heba.evaluation import classification_report, harmonic_mean
+from heba.evaluation import classification_report
 from heba.images import (
     Preprocess,
     crop_batch,
@@ -106,14 +106,6 @@ def test_a_truncated_image_is_named(tmp_path):
     Image.new("1", (20_000, 10_000)).save(path)  # more than PIL decodes
     with pytest.raises(ValueError, match=r"x\.png: not a readable image"):
         decode(path)
-
-
-@given(st.floats(0, 100), st.floats(0, 100))
-def test_harmonic_mean_lies_between(a, b):
-    h = harmonic_mean(a, b)
-    assert min(a, b) - 1e-9 <= h + 1e-9 or min(a, b) == 0
-    assert h <= (a + b) / 2 + 1e-9
-    assert h == harmonic_mean(b, a)
 
 
 def test_classification_report_by_hand():

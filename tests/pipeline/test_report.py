@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from pipeline import presets
@@ -248,10 +246,3 @@ def test_each_table_says_what_its_adapters_were_trained_with(evaluated):
     assert "my_weights/100%<a>.pt" in (evaluated / "reports" / "base_to_novel.md").read_text()
     assert "my_weights/100%&lt;a&gt;.pt" in (evaluated / "reports" / "index.html").read_text()
     assert r"my\_weights/100\%" in (evaluated / "reports" / "base_to_novel.tex").read_text()
-
-
-@given(st.floats(0, 100), st.floats(0, 100))
-def test_harmonic_mean_lies_between_and_below_the_mean(a, b):
-    h = tables.harmonic_mean(a, b)
-    assert h == tables.harmonic_mean(b, a)
-    assert min(a, b) - 1e-9 <= h <= (a + b) / 2 + 1e-9
