@@ -4,47 +4,63 @@ Reads params.yaml and out/, so run it after `dvc repro` with `adapter_dtype: fp3
 of base_to_novel with and without rounding. (After a repro with fp16 both are the rounded ones.)
 """
 
-import json
+from typing import Any
 
 import torch
+import typer
 
 from heba.model import load_adapter
 from heba.splits import base_labels
 from pipeline.backbone import device, load_backbone, use_bf16
+from pipeline.cli import run_app
 from pipeline.evaluate import compare
-from pipeline.params import ParamsError, load_params
+from pipeline.params import Params, ParamsError, load_params
 from pipeline.paths import train_folder
-from pipeline.precompute import folder_of
+from pipeline.precompute import read_names
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
+def full_and_rounded(clip: Any, params: Params, dataset: str, seed: int) -> list[tuple[dict, dict]]:
+    """What the adapter of a base_to_novel training predicts, as it is on disk and rounded to fp16: the reports of
+    heba.evaluation.classification_report for base and for novel classes."""
+    names = read_names(dataset)
+    n_base = len(base_labels(len(names)))
+    scale, where, bf16 = params.adapter.scale, device(params), use_bf16(params)
+    groups = {"base": (range(n_base), scale), "novel": (range(n_base, len(names)), scale)}
+    model, _ = load_adapter(clip, train_folder("base_to_novel", dataset, seed, params.shots))
+    try:
+        model.to(where).eval()
+        full = compare(model, dataset, names, groups, where, bf16)
+        with torch.no_grad():
+            for parameter in model.adapters.parameters():
+                parameter.copy_(parameter.half())
+        rounded = compare(model, dataset, names, groups, where, bf16)
+    finally:
+        model.detach()
+    return [(full[group]["heba"], rounded[group]["heba"]) for group in groups]
+
+
+@app.command()
 def main() -> None:
+    """Compare the predictions of all adapters of base_to_novel with those of the same in fp16."""
     params = load_params()
     if params.adapter_dtype != "fp32":
         raise ParamsError("adapter_dtype: run `dvc repro` with fp32 first, else both sides are rounded")
     clip, _ = load_backbone(params)
-    differ, worst, n = 0, 0.0, 0
-    for dataset in params.datasets:
-        for seed in params.seeds:
-            data = folder_of(dataset)
-            names = json.loads((data / "prompts.json").read_text(encoding="utf-8"))["class_names"]
-            n_base = len(base_labels(len(names)))
-            scale, where, bf16 = params.adapter.scale, device(params), use_bf16(params)
-            groups = {"base": (range(n_base), scale), "novel": (range(n_base, len(names)), scale)}
-            folder = train_folder("base_to_novel", dataset, seed, params.shots)
-            model = load_adapter(clip, folder)[0].to(where).eval()
-            full = compare(model, data, names, groups, where, bf16)
-            with torch.no_grad():
-                for p in model.adapters.parameters():
-                    p.copy_(p.half())
-            half = compare(model, data, names, groups, where, bf16)
-            model.detach()
-            for group in groups:
-                a, b = full[group]["heba"], half[group]["heba"]
-                n += 1
-                differ += a["confusion"] != b["confusion"]
-                worst = max(worst, abs(a["accuracy"] - b["accuracy"]))
-    print(f"{n} test sets; {differ} with another confusion matrix; accuracy differs by at most {worst:.2f} points")
+    pairs = [
+        pair
+        for dataset in params.datasets
+        for seed in params.seeds
+        for pair in full_and_rounded(clip, params, dataset, seed)
+    ]
+    differ = sum(full["confusion"] != rounded["confusion"] for full, rounded in pairs)
+    worst = max((abs(full["accuracy"] - rounded["accuracy"]) for full, rounded in pairs), default=0.0)
+    print(
+        f"{len(pairs)} test sets; {differ} with another confusion matrix; "
+        f"accuracy differs by at most {worst:.2f} points"
+    )
 
 
 if __name__ == "__main__":
-    main()
+    run_app(app)

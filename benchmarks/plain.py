@@ -45,6 +45,7 @@ def adapt(adapter: BottleneckAdapter, x: Tensor, scale: Tensor, grid: tuple[int,
     """x + s * LayerNorm(x + up(GELU(mid(down(x))))) for `x` [length, batch, D]; of images the patches alone."""
     y = scale_gradient(x, scale)
     if grid is not None:
+        assert adapter.mid is not None  # an ablation's may have none
         z = y.permute(1, 2, 0).reshape(y.shape[1], y.shape[2], *grid)
         z = adapter.up(F.gelu(adapter.mid(adapter.down(z))))
         z = z.flatten(2).permute(2, 0, 1)

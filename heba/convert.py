@@ -2,7 +2,8 @@
 
 The official trainer writes <run>/adapter_learner/model.pth.tar-<epoch>, a pickled {"state_dict", "epoch", ...}.
 Its tensors have our names; the table of tokenised prompts beside them belongs to the data set and is left out. The
-scale and the backbone are in the official YAML config, and the names of the classes in the data set.
+scale and the backbone are in the official YAML config, and the names of the classes in the data set. Ours have the
+scale too, under a key that the official code does not look at.
 """
 
 import re
@@ -35,8 +36,9 @@ NUMPY_SCALARS: list[Any] = [
 ]
 
 
-def read_official(path: Path) -> tuple[dict[str, Tensor], int]:
-    """The adapters' tensors under our names, and the number of epochs, of an official checkpoint.
+def read_official(path: Path) -> tuple[dict[str, Tensor], int, float | None]:
+    """The adapters' tensors under our names, the number of epochs, and the scale if it is told, of an official
+    checkpoint.
 
     ValueError names `path` when it is no such checkpoint, or holds more than tensors and numbers.
     """
@@ -45,40 +47,54 @@ def read_official(path: Path) -> tuple[dict[str, Tensor], int]:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}; the official code writes model.pth.tar-<epoch>") from None
+    except OSError as error:
+        raise ValueError(f"{path} can not be read: {error.strerror or error}") from None
     except Exception as error:  # whatever is wrong with a file from outside
-        reason = " ".join(str(error).split())[:300]
+        # Not torch's own text, which advises to load the file without weights_only.
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it holds {found[1]}" if found else "it is of another kind or damaged"
         raise ValueError(f"{path}: not a checkpoint of tensors and numbers alone: {reason}") from None
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not isinstance(checkpoint.get("epoch"), int):
         raise ValueError(f"{path}: not an official checkpoint: it has no state_dict and epoch")
+    scale = checkpoint.get("scale")
+    if scale is not None and (type(scale) not in (int, float) or not 0 <= scale < float("inf")):
+        raise ValueError(f"{path}: its scale is no number from 0")
     tensors = {}
     for key, value in state.items():
         name = key.removeprefix("module.").removeprefix(f"{MODEL_NAME}.")
         if name not in NOT_WEIGHTS:
             tensors[name] = value
     _span(tensors, path)
-    return tensors, checkpoint["epoch"]
+    return tensors, checkpoint["epoch"], scale
 
 
 def from_official(
-    checkpoint: Path, folder: Path, scale: float, config: dict[str, Any], dtype: torch.dtype = torch.float32
+    checkpoint: Path,
+    folder: Path,
+    scale: float | None,
+    config: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write our adapter folder for an official checkpoint.
 
     Args:
-        scale: ADAPTER_SCALE_BASE of the official config, which the checkpoint does not hold.
+        scale: ADAPTER_SCALE_BASE of the official config; None: that of the checkpoint, if `to_official` wrote it.
         config: what else goes into config.json, such as class_names and backbone.
         dtype: of the tensors on disk; with float32 nothing is lost.
     """
-    tensors, epoch = read_official(checkpoint)
+    tensors, epoch, told = read_official(checkpoint)
+    scale = told if scale is None else scale
+    if scale is None:
+        raise ValueError(f"{checkpoint}: does not tell its scale; give ADAPTER_SCALE_BASE of its config (--scale)")
     start, end = _span(tensors, checkpoint)
     own = {"start": start, "end": end, "ratio": _ratio(tensors, checkpoint), "scale": scale, "epoch": epoch}
     write_adapter(tensors, folder, own | asdict(HEBA) | config, dtype)
 
 
-def to_official(folder: Path, run: Path, epoch: int) -> Path:
-    """Write the adapters of our `folder` as the official checkpoint of `epoch` under the folder `run`, in fp32;
-    returns its path. ValueError for an ablation, whose adapters the official code can not have."""
+def to_official(folder: Path, run: Path, epoch: int, scale: float) -> Path:
+    """Write the adapters of our `folder`, of this `scale`, as the official checkpoint of `epoch` under the folder
+    `run`, in fp32; returns its path. ValueError for an ablation, whose adapters the official code can not have."""
     source = folder / ADAPTER_FILE
     if not source.is_file():
         raise ValueError(f"there is no file {source}; a training writes it")
@@ -89,7 +105,7 @@ def to_official(folder: Path, run: Path, epoch: int) -> Path:
     path = run / MODEL_NAME / f"model.pth.tar-{epoch}"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    torch.save({"state_dict": tensors, "epoch": epoch}, temporary)
+    torch.save({"state_dict": tensors, "epoch": epoch, "scale": scale}, temporary)
     temporary.replace(path)
     return path
 

@@ -15,11 +15,6 @@ from heba.towers import cut_texts, text_lengths
 BATCH_SIZE = {"cpu": 64}
 
 
-def harmonic_mean(base: float, novel: float) -> float:
-    """2 b n / (b + n), and 0 when both are 0; any unit, the same for both."""
-    return 2 * base * novel / (base + novel) if base + novel > 0 else 0.0
-
-
 @torch.no_grad()
 def encode_images(
     images: np.ndarray,

@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from pipeline.repro import DVC
 from pipeline.store import client, shown_uri
 
 PROTOCOL = "base_to_novel"
+SHOWN = 3  # trainings that a message names
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def chosen(params: Params, datasets: list[str]) -> list[str]:
 
 
 def command(params: Params, row: Setting, datasets: list[str]) -> list[str]:
-    """The arguments of `dvc` that queue a row: base_to_novel alone, on `datasets`."""
+    """The arguments of `dvc` that queue a row: base_to_novel alone, on `datasets` alone."""
     source = params.transfer.source
     change = row.change | {
         "datasets": datasets,
@@ -102,8 +104,9 @@ def command(params: Params, row: Setting, datasets: list[str]) -> list[str]:
         "few_shot.datasets": [],
         "few_shot.seeds": [],
     }
-    overrides = [part for key, value in change.items() for part in ("-S", f"{key}={_hydra(value)}")]
-    return ["exp", "run", "--queue", "-n", experiment(row), *overrides]
+    # Own data is left out by deletion, since own={} would be merged with what there is.
+    overrides = [*(f"{key}={_hydra(value)}" for key, value in change.items()), "~own", "+own={}"]
+    return ["exp", "run", "--queue", "-n", experiment(row), *(p for o in overrides for p in ("-S", o))]
 
 
 def experiment(row: Setting) -> str:
@@ -152,10 +155,13 @@ def wanted_params(params: Params, row: Setting, dataset: str, seed: int) -> dict
     return tracking.flat_params(config) | {key: str(value) for key, value in row.change.items()}
 
 
-def collect(params: Params, rows: list[Setting], datasets: list[str]) -> pd.DataFrame:
-    """A line per row, data set and seed that MLflow has, from its newest finished and evaluated run.
+def collect(params: Params, rows: list[Setting], datasets: list[str]) -> tuple[pd.DataFrame, list[str], list[str]]:
+    """What MLflow has of the trainings of `rows`, on `datasets`, for the seeds of params.yaml.
 
-    ValueError when it has none of them.
+    A training is evaluated when the last evaluation of its run used the novel scale of params.yaml.
+
+    Returns: a line per evaluated training, from its newest finished run; the names of those that are trained but
+    not evaluated; the labels of rows without any. ValueError when none is evaluated.
     """
     store = client()
     found_experiment = store.get_experiment_by_name(PROTOCOL)
@@ -164,22 +170,39 @@ def collect(params: Params, rows: list[Setting], datasets: list[str]) -> pd.Data
         query = f"attributes.status = 'FINISHED' and params.suite = '{params.suite}'"
         ids, newest_first = [found_experiment.experiment_id], ["attributes.start_time DESC"]
         runs = store.search_runs(ids, query, max_results=50000, order_by=newest_first)
-    evaluated = [run for run in runs if {"heba_base", "heba_novel"} <= run.data.metrics.keys()]
-    lines = []
+    adapter = params.adapter
+    evaluation = {"scale_novel": adapter.scale if adapter.scale_novel is None else adapter.scale_novel}.items()
+    lines, unevaluated, absent = [], [], []
     for row in rows:
-        for dataset in datasets:
-            for seed in params.seeds:
-                wanted = wanted_params(params, row, dataset, seed).items()
-                run = next((run for run in evaluated if wanted <= run.data.params.items()), None)
-                if run is not None:
-                    values = (run.data.metrics["heba_base"], run.data.metrics["heba_novel"])
-                    lines.append((row.label, params.suite, dataset, seed, params.shots, *values))
+        trained = False
+        for dataset, seed in product(datasets, params.seeds):
+            wanted = wanted_params(params, row, dataset, seed).items()
+            same = [run.data for run in runs if wanted <= run.data.params.items()]
+            metrics = next((data.metrics for data in same if evaluation <= data.metrics.items()), None)
+            if metrics is not None:
+                values = (metrics["heba_base"], metrics["heba_novel"])
+                lines.append((row.label, params.suite, dataset, seed, params.shots, *values))
+            elif same:
+                unevaluated.append(f"{row.label}, {dataset}, seed {seed}")
+            trained |= bool(same)
+        if not trained:
+            absent.append(row.label)
     if not lines:
         raise ValueError(
             f"{shown_uri()} has no evaluated training of these settings; queue them with "
             "`python -m pipeline ablate`, start them with `dvc queue start`"
+            + (f"\n{unevaluated_text(unevaluated)}" if unevaluated else "")
         )
-    return pd.DataFrame(lines, columns=list(COLUMNS))
+    return pd.DataFrame(lines, columns=list(COLUMNS)), unevaluated, absent
+
+
+def unevaluated_text(names: list[str]) -> str:
+    """One line that counts trainings that lack an evaluation and names the first ones."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return (
+        f"trained, but not evaluated at the novel scale of params.yaml, or at another one since: {len(names)} "
+        f"({'; '.join(names[:SHOWN])}{more})"
+    )
 
 
 def write(lines: pd.DataFrame, path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from pipeline.params import Params, ParamsError, load_params
-from pipeline.paths import TRANSFER_STAGES, evaluate_path, new_folder
+from pipeline.paths import TRANSFER_STAGES, new_folder
 
 app = typer.Typer(
     help="The stages of the HeBA pipeline. `dvc repro` runs them in order; each runs alone too, "
@@ -39,6 +39,11 @@ def _few(source: bool, shots: int | None) -> int | None:
     if shots is not None and (source or shots < 1):
         raise ParamsError(f"--shots {shots}: must be at least 1, and does not go with --source")
     return shots
+
+
+def _names(listed: str) -> list[str]:
+    """Names between commas, each once."""
+    return list(dict.fromkeys(name.strip() for name in listed.split(",") if name.strip()))
 
 
 @app.command()
@@ -140,23 +145,16 @@ def protocols() -> None:
 
 @app.command()
 def report() -> None:
-    """Render reports/ from all evaluations and print the summary."""
-    from pipeline.report import ablation, render, tables
+    """Render reports/ from the evaluations that params.yaml asks for and print the summary."""
+    from pipeline.report import ablation, render, selection
 
     params = _params()
-    # Records of data sets or seeds that params.yaml no longer names may still lie there.
-    transfer, few = params.transfer, params.few_shot
-    wanted = [
-        *(("base_to_novel", d, s, params.shots) for d in [*params.datasets, *params.own] for s in params.seeds),
-        *(("cross_dataset", d, s, params.shots) for d in transfer.targets for s in transfer.seeds),
-        *(("domain_generalization", d, s, params.shots) for d in transfer.variants for s in transfer.seeds),
-        *(("few_shot", d, s, shots) for d in few.datasets for s in few.seeds for shots in few.shots),
-    ]
-    paths = [evaluate_path(*record) for record in wanted]
-    records = tables.load_records([path for path in paths if path.exists()], params.own)
+    records, left_out = selection.select(params)
+    if left_out:
+        print(selection.left_out_text(left_out), file=sys.stderr)
     with new_folder(Path("reports")) as folder:
         ablations = ablation.read(ablation.FILE, params.suite)
-        render.render_report(records, folder, params.suite == "real", ablations)
+        render.render_report(records, folder, params.suite == "real", ablations, selection.settings(params))
     print(render.summary_text(records))
 
 
@@ -230,16 +228,17 @@ def ablate(
     params = _params()
     if table and (run or dry_run):
         raise ParamsError("--table: does not go with --run or --dry-run")
-    names = ablate.chosen(params, [name for name in datasets.split(",") if name])
-    rows = ablate.settings(params, [name for name in only.split(",") if name])
+    wanted, ablations = _names(datasets), _names(only)
+    names = ablate.chosen(params, wanted)
+    rows = ablate.settings(params, ablations)
     if table:
-        lines = ablate.collect(params, rows, names)
+        lines, unevaluated, absent = ablate.collect(params, rows, names)
         ablate.write(lines, ablation.FILE)
         print(ablation.display_ablation(ablation.ablation_table(lines)).to_string(index=False))
-        found = set(lines["setting"])
-        lacking = [row.label for row in rows if row.label not in found]
-        if lacking:
-            print(f"not in MLflow: {'; '.join(lacking)}")
+        if unevaluated:
+            print(ablate.unevaluated_text(unevaluated))
+        if absent:
+            print(f"not in MLflow: {'; '.join(absent)}")
         print(f"{ablation.FILE} is written; `dvc repro report` renders it")
         return
     if dry_run:
@@ -251,7 +250,7 @@ def ablate(
     if run:
         ablate.dvc(start)
     print(f"{len(rows)} experiments are {'running' if run else 'queued'}. Next:")
-    given = "".join(f" --{k} {v}" for k, v in (("datasets", datasets), ("only", only)) if v)
+    given = "".join(f" --{k} {','.join(v)}" for k, v in (("datasets", wanted), ("only", ablations)) if v)
     for step in ([] if run else [f"dvc {' '.join(start)}"]) + [
         "dvc queue status",
         f"python -m pipeline ablate --table{given}",
@@ -319,7 +318,7 @@ def convert(
     ] = False,
     scale: Annotated[
         float | None,
-        typer.Option(min=0, help="ADAPTER_SCALE_BASE of its config. Default: adapter.scale of params.yaml."),
+        typer.Option(min=0, help="ADAPTER_SCALE_BASE of its config; a checkpoint that `convert` wrote tells it."),
     ] = None,
 ) -> None:
     """Turn an official checkpoint into an adapter's folder, or an adapter into an official checkpoint."""

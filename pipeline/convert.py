@@ -1,16 +1,16 @@
 """`python -m pipeline convert`: official checkpoints to adapter folders that this project uses, and back."""
 
-import json
+import math
 from pathlib import Path
 
 from heba.convert import from_official, to_official
 from heba.model import load_adapter
 from heba.predict import read_config, save_classifier
 from heba.splits import base_labels
-from pipeline.backbone import RECORD, device, load_backbone, use_bf16
+from pipeline.backbone import device, load_backbone, read_record, use_bf16
 from pipeline.params import Params
 from pipeline.paths import new_folder
-from pipeline.precompute import folder_of
+from pipeline.precompute import read_names
 from pipeline.train import classifier, text_bank
 
 
@@ -22,24 +22,27 @@ def run(
     Args:
         dataset: that the official adapter was trained on, whose prompts the classifier is made of.
         all_classes: it was trained on all its classes, not on the base classes alone.
-        scale: ADAPTER_SCALE_BASE of the official config; None: adapter.scale of params.yaml.
+        scale: ADAPTER_SCALE_BASE of the official config; None: that of the checkpoint, which ours alone have.
     """
     if not source.exists():
         raise ValueError(f"{source} does not exist; give an official model.pth.tar-N, or an adapter's folder")
     if source.is_dir():
+        if dataset is not None or all_classes or scale is not None:
+            raise ValueError(
+                "--dataset, --all-classes, --scale: are for a checkpoint; an adapter's folder tells them"
+            )
         config = read_config(source)
-        return to_official(source, target, config.get("epoch") or config["train"]["epochs"])
+        return to_official(source, target, config.get("epoch") or config["train"]["epochs"], config["scale"])
     if target.exists():
         raise ValueError(f"{target} exists already; name a new folder")
     if dataset is None:
         raise ValueError("--dataset: name the data set that the official adapter was trained on")
-    prompts = folder_of(dataset) / "prompts.json"
-    if not prompts.is_file():
-        raise ValueError(f"{prompts} is missing; run `dvc repro precompute@{dataset}` first")
-    names = json.loads(prompts.read_text(encoding="utf-8"))["class_names"]
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"--scale {scale}: must be finite")
+    names = read_names(dataset)
     labels = range(len(names)) if all_classes else base_labels(len(names))
     config = {
-        "backbone": json.loads(RECORD.read_text(encoding="utf-8")),
+        "backbone": read_record(),
         "bf16": use_bf16(params),
         "class_names": [names[i] for i in labels],
         "dataset": dataset,
@@ -49,7 +52,7 @@ def run(
     clip, _ = load_backbone(params)
     where = device(params)
     with new_folder(target) as out:
-        from_official(source, out, params.adapter.scale if scale is None else scale, config)
+        from_official(source, out, scale, config)
         model, _ = load_adapter(clip, out)
         bank = text_bank(clip, dataset, len(labels), 1, where)
         save_classifier(classifier(model.to(where).eval(), bank, use_bf16(params)), out)

@@ -6,8 +6,8 @@ runs on one of each. Everything else is products of counts in params.yaml and th
 
     step      = (batch * image_train + prompts per step * text_train) / throughput + overhead
     training  = epochs * steps per epoch * step
-    test pass = (test images * image + 20 prompts per class * text) / throughput, once per training
-                and once more per data set for zero-shot CLIP
+    test pass = (test images * image + 20 prompts per class * text) / throughput, once per training and test set,
+                and without adapters once per data set for zero-shot CLIP
 """
 
 from typing import Any, NamedTuple
@@ -73,13 +73,20 @@ def prompts_per_step(n_classes: int, train: Train) -> int:
 
 
 def table(params: Params, tflops: float, overhead_ms: float, text_length: int) -> pd.DataFrame:
-    """A row per protocol: trainings, hours of training and of test passes, GB of adapters."""
+    """A row per protocol, and one of what they share, zero-shot CLIP: trainings, hours of training and of test
+    passes, GB of adapters."""
     if params.suite != "real" or params.backbone.name == "tiny":
         raise ParamsError("suite: cost is for the real benchmarks; try it after `python -m pipeline preset paper`")
     catalog = load_catalog()
     clip = build(read_config(params.backbone.name, main_root()))
     rows: dict[str, dict[str, float]] = {}
     counted: dict[str, tuple[Flops, int]] = {}  # by adapter: operations, and the adapters' parameters
+    per_second = tflops * 1e12
+
+    def hours(tests: list[Benchmark], flops: Flops) -> float:
+        """Of one test pass over each of `tests`."""
+        tested = sum(b.counts.test * flops.image + PROMPTS_PER_CLASS * b.classes * flops.text for b in tests)
+        return tested / per_second / 3600
 
     def add(
         protocol: str,
@@ -96,7 +103,6 @@ def table(params: Params, tflops: float, overhead_ms: float, text_length: int) -
             counted[key] = count_flops(model, text_length), sum(p.numel() for p in model.adapters.parameters())
             model.detach()
         flops, parameters = counted[key]
-        per_second = tflops * 1e12
         seconds = sum(
             training_steps(classes * shots, train)
             * (
@@ -106,13 +112,12 @@ def table(params: Params, tflops: float, overhead_ms: float, text_length: int) -
             )
             for classes, shots in trainings
         )
-        tested = sum(b.counts.test * flops.image + PROMPTS_PER_CLASS * b.classes * flops.text for b in tests)
         size = 2 if params.adapter_dtype == "fp16" else 4
         rows[protocol] = {
             "Trainings": len(trainings),
             "Steps": sum(training_steps(c * s, train) for c, s in trainings),
             "Training, h": seconds / 3600,
-            "Test passes, h": tested / per_second / 3600,
+            "Test passes, h": hours(tests, flops),
             "Adapters, GB": len(trainings) * parameters * size / 1e9,
         }
 
@@ -138,6 +143,16 @@ def table(params: Params, tflops: float, overhead_ms: float, text_length: int) -
     if params.few_shot.seeds and few and params.few_shot.shots:
         runs = [(b, shots) for b in few for shots in params.few_shot.shots for _ in params.few_shot.seeds]
         add("few_shot", params.adapter, params.train, [(b.classes, s) for b, s in runs], [b for b, _ in runs])
+    plain = AdaptedCLIP(clip, params.adapter.start, params.adapter.end, params.adapter.scale)
+    plain.detach()
+    tests = [*sets, *(catalog[name] for name in params.transfer.variants)]
+    rows["zero-shot CLIP"] = {
+        "Trainings": 0,
+        "Steps": 0,
+        "Training, h": 0.0,
+        "Test passes, h": hours(tests, count_flops(plain, text_length)),
+        "Adapters, GB": 0.0,
+    }
     frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("Protocol")
     frame.loc["total"] = frame.sum()
     return frame.astype({"Trainings": int, "Steps": int})

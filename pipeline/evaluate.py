@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from heba.evaluation import classification_report, encode_images, encode_prompts, harmonic_mean
+from heba.evaluation import classification_report, encode_images, encode_prompts
 from heba.images import preprocess_of
+from heba.metrics import harmonic_mean
 from heba.model import AdaptedCLIP, class_features, load_adapter
 from heba.splits import base_labels
 from pipeline import tracking

@@ -211,6 +211,9 @@ def evaluation_metrics(record: dict[str, Any]) -> dict[str, float]:
     for method in ("zero_shot", "heba"):
         if f"{method}_harmonic_mean" in record:
             metrics[f"{method}_h"] = record[f"{method}_harmonic_mean"]
+    # An evaluation at another scale replaces the metrics of the one before, of the same training.
+    if record.get("scale_novel") is not None:
+        metrics["scale_novel"] = record["scale_novel"]
     return metrics
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipeline.report.tables import TITLES, harmonic_mean, number
+from heba.metrics import harmonic_mean
+from pipeline.report.tables import TITLES, number
 
 FILE = Path("ablation.csv")
 BASELINE = "Baseline"

@@ -1,8 +1,11 @@
 """reports/: Markdown, CSV, LaTeX, one HTML page that needs no network, and metrics.json for DVC."""
 
 import base64
+import html
 import io
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +187,7 @@ def write_table(
     style = latex.style.hide(axis="index")
     # Not comments: the notes must go where the table goes.
     typeset = "".join(f"\n\\par\\footnotesize {n}\n" for n in below)
-    typeset = typeset.replace("±", r"$\pm$").replace("Δ", r"$\Delta$").replace("_", r"\_")
+    typeset = re.sub(r"([_%&#])", r"\\\1", typeset.replace("±", r"$\pm$").replace("Δ", r"$\Delta$"))
     (out / f"{name}.tex").write_text(
         style.to_latex(hrules=True, column_format="l" + "r" * (len(shown.columns) - 1)) + typeset,
         encoding="utf-8",
@@ -192,13 +195,18 @@ def write_table(
 
 
 def render_report(
-    records: list[Record], out: Path, published: bool, ablations: pd.DataFrame | None = None
+    records: list[Record],
+    out: Path,
+    published: bool,
+    ablations: pd.DataFrame | None = None,
+    settings: Mapping[str, str] | None = None,
 ) -> None:
     """Write all report files into `out`.
 
     Args:
         published: whether published figures appear, as rows of their own.
         ablations: lines of ablation.csv.
+        settings: by protocol, a line about the trainings for under its table.
     """
     suites = {r["suite"] for r in records} | set([] if ablations is None else ablations["suite"])
     embedded = "embedded" in suites
@@ -211,6 +219,8 @@ def render_report(
             continue
         shown = displayed(table, protocol, embedded)
         below = notes(table, protocol, embedded)
+        if settings and protocol in settings:
+            below.insert(0, settings[protocol])
         compared = published and tables.benchmarks(table)
         other = pd.DataFrame(tables.published_rows(protocol, ["Base", "Novel", "H"])) if compared else None
         other = None if other is None or other.empty else other
@@ -229,7 +239,7 @@ def render_report(
                 "title": title,
                 "table": shown.to_html(index=False, border=0),
                 "averaged": "average" in table.index,
-                "notes": below,
+                "notes": [html.escape(line, quote=False) for line in below],
                 "figures": figures(table, protocol, embedded),
                 "published": None if other is None else other.fillna("").to_html(index=False, border=0),
             }

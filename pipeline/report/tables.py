@@ -13,6 +13,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from heba.metrics import harmonic_mean
+
 Record = dict[str, Any]
 TITLES = {
     "imagenet": "ImageNet",
@@ -48,11 +50,6 @@ GROUPS = {
 PUBLISHED = Path(__file__).with_name("published.yaml")
 
 
-def harmonic_mean(base: float, novel: float) -> float:
-    """2 b n / (b + n), and 0 when both are 0."""
-    return 2 * base * novel / (base + novel) if base + novel > 0 else 0.0
-
-
 def check_accuracy(record: Record, path: Path, keys: tuple[str, ...]) -> None:
     """ValueError unless the value under `keys` is a percentage; json reads NaN, and True is an int."""
     value: Any = record
@@ -82,30 +79,40 @@ def own_data(table: pd.DataFrame) -> list[str]:
     return [str(dataset) for dataset in table.index if dataset not in TITLES and dataset != "average"]
 
 
+def load_record(path: Path, own: Collection[str] = ()) -> Record:
+    """Read an evaluation record; ValueError names the file and the key that is wrong. `own`: names of own data."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: must be a JSON object")
+    for key in ("protocol", "suite", "dataset", "seed", "shots", "groups"):
+        if key not in record:
+            raise ValueError(f"{path}: key {key!r} is missing; evaluate this data set again")
+    if record["dataset"] not in [*TITLES, *own]:
+        raise ValueError(f"{path}: key 'dataset': unknown data set {record['dataset']!r}")
+    if record["protocol"] not in [*GROUPS]:
+        raise ValueError(f"{path}: key 'protocol': unknown protocol {record['protocol']!r}")
+    for group in GROUPS[record["protocol"]]:
+        for method in METHODS:
+            check_accuracy(record, path, ("groups", group, method, "accuracy"))
+    return record
+
+
 def load_records(paths: Iterable[Path], own: Collection[str] = ()) -> list[Record]:
-    """Read evaluation records; ValueError names the file and the key that is wrong. `own`: names of own data."""
+    """Read evaluation records of one suite, as `load_record` does."""
     records: list[Record] = []
     for path in paths:
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}: must be a JSON object")
-        for key in ("protocol", "suite", "dataset", "seed", "shots", "groups"):
-            if key not in record:
-                raise ValueError(f"{path}: key {key!r} is missing; evaluate this data set again")
-        if record["dataset"] not in TITLES and record["dataset"] not in own:
-            raise ValueError(f"{path}: key 'dataset': unknown data set {record['dataset']!r}")
-        if record["protocol"] not in GROUPS:
-            raise ValueError(f"{path}: key 'protocol': unknown protocol {record['protocol']!r}")
-        for group in GROUPS[record["protocol"]]:
-            for method in METHODS:
-                check_accuracy(record, path, ("groups", group, method, "accuracy"))
-        # An average over both suites would look like a result and be none.
+        record = load_record(path, own)
         if records and record["suite"] != records[0]["suite"]:
             raise ValueError(f"{path}: key 'suite': {record['suite']!r}, but {records[0]['suite']!r} in others")
         records.append(record)
+    return sorted_records(records)
+
+
+def sorted_records(records: list[Record]) -> list[Record]:
+    """By protocol, data set, shots and seed."""
     return sorted(records, key=lambda r: (r["protocol"], order(r["dataset"]), r["shots"], r["seed"]))
 
 

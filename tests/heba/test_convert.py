@@ -67,22 +67,32 @@ def test_an_official_checkpoint_becomes_an_adapter_with_the_same_features(model,
 
 def test_there_and_back_nothing_is_lost(model, checkpoint, tmp_path):
     from_official(checkpoint, tmp_path / "ours", 0.025, {})
-    path = to_official(tmp_path / "ours", tmp_path / "run", 30)
+    path = to_official(tmp_path / "ours", tmp_path / "run", 30, 0.025)
     assert path == tmp_path / "run" / "adapter_learner" / "model.pth.tar-30"
-    back, epoch = read_official(path)
-    assert epoch == 30
-    wanted, _ = read_official(checkpoint)
+    back, epoch, scale = read_official(path)
+    assert (epoch, scale) == (30, 0.025)
+    wanted, _, untold = read_official(checkpoint)
+    assert untold is None
     assert back.keys() == wanted.keys() == model.adapters.state_dict().keys()
     assert all(torch.equal(back[k], wanted[k]) for k in wanted)
-    from_official(path, tmp_path / "again", 0.025, {})
+    from_official(path, tmp_path / "again", None, {})
     for name in (ADAPTER_FILE, "config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()
+
+
+def test_a_scale_that_is_not_told_must_be_given(model, checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"model\.pth\.tar-30: does not tell its scale; .* \(--scale\)"):
+        from_official(checkpoint, tmp_path / "ours", None, {})
+    for wrong in (float("nan"), -1.0, "1", True):
+        torch.save({"state_dict": official_state(model), "epoch": 1, "scale": wrong}, tmp_path / "c")
+        with pytest.raises(ValueError, match="its scale is no number"):
+            from_official(tmp_path / "c", tmp_path / "ours", None, {})
 
 
 def test_ours_loads_in_the_official_model(model, tmp_path):
     """The official code loads with strict=False, so every name must be one of its own."""
     save_adapter(model, tmp_path / "ours", {}, torch.float16)
-    state = torch.load(to_official(tmp_path / "ours", tmp_path, 1), weights_only=True)["state_dict"]
+    state = torch.load(to_official(tmp_path / "ours", tmp_path, 1, 0.1), weights_only=True)["state_dict"]
     assert set(state) == set(official_state(model)) - {"tk_prompts"}
     stored = load_file(tmp_path / "ours" / ADAPTER_FILE)
     assert all(v.dtype == torch.float32 and torch.equal(v, stored[k].float()) for k, v in state.items())
@@ -102,7 +112,7 @@ class Evil:
 def test_code_in_a_checkpoint_is_refused_and_never_run(tmp_path, capsys):
     path = tmp_path / "model.pth.tar-1"
     torch.save({"state_dict": {}, "epoch": 1, "extra": Evil()}, path)
-    with pytest.raises(ValueError, match=r"model\.pth\.tar-1: not a checkpoint of tensors"):
+    with pytest.raises(ValueError, match=r"model\.pth\.tar-1: not a checkpoint of tensors .* it holds \S*print$"):
         read_official(path)
     assert capsys.readouterr().out == ""
 
@@ -112,7 +122,8 @@ def test_what_is_no_official_checkpoint_is_named(model, tmp_path):
     with pytest.raises(ValueError, match=r"no file .*c;"):
         read_official(path)
     for content, message in (
-        (b"junk", "not a checkpoint"),
+        (b"junk", "not a checkpoint of tensors and numbers alone: it is of another kind or damaged$"),
+        (b"# A text\n", "it is of another kind or damaged$"),
         ({"weights": 1}, "no state_dict"),
         ({"state_dict": {"a": torch.ones(1)}, "epoch": 1}, "no adapters"),
         ({"state_dict": official_state(model) | {"b": torch.ones(1)}, "epoch": 1}, "unexpected b"),
@@ -138,6 +149,6 @@ def test_what_the_official_code_can_not_have_is_refused(ratio, variant, message,
     model = AdaptedCLIP(make_clip(open_clip.CLIP), 2, 2, 0.1, ratio, variant=variant)
     save_adapter(model, tmp_path, {})
     with pytest.raises(ValueError, match=message):
-        to_official(tmp_path, tmp_path, 1)
+        to_official(tmp_path, tmp_path, 1, 0.1)
     with pytest.raises(ValueError, match="no file"):
-        to_official(tmp_path / "nowhere", tmp_path, 1)
+        to_official(tmp_path / "nowhere", tmp_path, 1, 0.1)

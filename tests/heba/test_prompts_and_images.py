@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from open_clip.transform import image_transform_v2
 from PIL import Image
 
-from heba.evaluation import classification_report, harmonic_mean
+from heba.evaluation import classification_report
 from heba.images import (
     DeepImage,
     Preprocess,
@@ -147,14 +147,6 @@ def test_other_modes_of_eight_bits_are_taken(tmp_path, mode):
     path = tmp_path / "x.tif"
     Image.new(mode, (8, 8), 0).save(path)
     assert decode(path).mode == "RGB"
-
-
-@given(st.floats(0, 100), st.floats(0, 100))
-def test_harmonic_mean_lies_between(a, b):
-    h = harmonic_mean(a, b)
-    assert min(a, b) - 1e-9 <= h + 1e-9 or min(a, b) == 0
-    assert h <= (a + b) / 2 + 1e-9
-    assert h == harmonic_mean(b, a)
 
 
 def test_classification_report_by_hand():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
 from typer.testing import CliRunner
 
 from pipeline import ablate, tracking
@@ -16,7 +17,7 @@ from pipeline.params import ParamsError, load_params
 from pipeline.report import ablation, render
 from pipeline.store import client
 from tests.pipeline.repository import ROOT, call, copy_code, initialise, stage
-from tests.pipeline.test_report import RECORDS
+from tests.pipeline.test_report import RECORDS, record
 
 
 @pytest.fixture
@@ -66,24 +67,27 @@ def test_every_setting_that_differs_is_an_experiment(folder):
 
 
 def test_what_is_queued_makes_a_valid_params_file(folder):
-    """As DVC does it: every override is a YAML value at a dotted key that params.yaml has."""
+    """DVC applies the overrides to params.yaml; own data is left out, whatever its name."""
+    raw = yaml.safe_load(Path("params.yaml").read_text())
+    raw["own"] = {name: {"kind": "folder", "path": f"photos/{name}"} for name in ("mine", "3d-set")}
+    Path("params.yaml").write_text(yaml.safe_dump(raw))
     params = load_params()
     for row in ablate.settings(params, []):
-        raw = yaml.safe_load(Path("params.yaml").read_text())
         args = ablate.command(params, row, ["eurosat"])
-        for override in args[args.index("-S") + 1 :: 2]:
-            key, value = override.split("=")
-            *parents, last = key.split(".")
-            part = raw
-            for parent in parents:
-                part = part[parent]
-            assert last in part
-            part[last] = yaml.safe_load(value)
         Path("changed.yaml").write_text(yaml.safe_dump(raw))
+        (overrides,) = get_hydra_sweeps({"changed.yaml": args[args.index("-S") + 1 :: 2]})
+        apply_overrides("changed.yaml", overrides["changed.yaml"])
         changed = load_params(Path("changed.yaml"))
         assert changed.datasets == ["eurosat"]
+        assert changed.own == {}
         assert changed.transfer.seeds == changed.few_shot.seeds == []
         assert (changed.adapter, changed.train) != (params.adapter, params.train) or row.name == "baseline"
+
+
+def test_names_are_taken_once_and_without_spaces(folder):
+    shown = run("--dry-run", "--datasets", "dtd, eurosat,dtd ,", "--only", "init, init").output.splitlines()
+    assert len(shown) == 2
+    assert all("'datasets=[dtd,eurosat]' -S transfer.source=dtd" in line for line in shown)
 
 
 @pytest.mark.parametrize(
@@ -99,17 +103,25 @@ def test_wrong_options_are_messages(folder, args, message):
         run(*args)
 
 
-def log(params, dataset, seed, accuracy, status="FINISHED", **changed):
-    """A run as the stage `train` makes it, with the metrics of the stage `evaluate`."""
+def log(params, dataset, seed, accuracy, status="FINISHED", scale_novel=None, **changed):
+    """A run as the stage `train` makes it, with the metrics of the stage `evaluate`; returns its id."""
     adapter = params.adapter.model_dump(exclude={"scale_novel"}) | changed
     config = params.model_dump(include={"suite", "shots", "backbone", "train"}) | {"adapter": adapter}
     config |= {"dataset": dataset, "seed": seed, "protocol": "base_to_novel", "bf16": False, "threads": 1}
     training = tracking.start_training(config | {"inputs_sha256": str(hash(str(config)))})
     if accuracy is not None:
-        training.run.store.log_metric(training.run.id, "heba_base", accuracy)
-        training.run.store.log_metric(training.run.id, "heba_novel", accuracy)
+        evaluate(training.run.id, accuracy, params.adapter.scale if scale_novel is None else scale_novel)
     training.run.end(status)
     time.sleep(0.002)  # runs are ordered by their start in milliseconds
+    return training.run.id
+
+
+def evaluate(run_id, accuracy, scale_novel):
+    """Log to a run what the stage `evaluate` does."""
+    evaluation = record("dtd", 1, (accuracy,) * 2, (accuracy,) * 2) | {"scale_novel": scale_novel}
+    for key, value in tracking.evaluation_metrics(evaluation).items():
+        client().log_metric(run_id, key, value)
+    time.sleep(0.002)
 
 
 def test_the_table_is_read_from_mlflow(folder):
@@ -139,6 +151,28 @@ def test_the_table_is_read_from_mlflow(folder):
     before = ablation.FILE.read_bytes()
     assert run("--table", "--datasets", "dtd,eurosat", "--only", "init").exit_code == 0
     assert ablation.FILE.read_bytes() == before
+
+
+def test_an_evaluation_at_another_novel_scale_is_not_that_of_the_table(folder):
+    """Experiments of adapter.scale_novel share the training and its run, and the last evaluation wins there."""
+    params = load_params()
+    options = ("--table", "--datasets", "dtd", "--only", "init")
+    run_id = log(params, "dtd", 1, 60.0)
+    log(params, "dtd", 2, 50.0)
+    evaluate(run_id, 40.0, 0.02)
+    log(params, "dtd", 1, None, init="zero")
+    shown = run(*options).output
+    assert "novel scale of params.yaml, or at another one since: 2 (Baseline, dtd, seed 1; " in shown
+    assert "Initialisation: zero, dtd, seed 1)" in shown
+    assert "not in MLflow" not in shown
+    assert list(ablation.read(ablation.FILE, "embedded")["seed"]) == [2]
+    text = (folder / "params.yaml").read_text()
+    (folder / "params.yaml").write_text(text.replace("scale_novel: null", "scale_novel: 0.02", 1))
+    run(*options)
+    assert list(ablation.read(ablation.FILE, "embedded")["novel"]) == [40.0]
+    evaluate(run_id, 60.0, 0.1)
+    with pytest.raises(ValueError, match=r"no evaluated training .*\ntrained, but not evaluated .*: 3 \("):
+        run(*options)
 
 
 def test_an_evaluation_goes_to_the_run_with_its_params(folder):

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from heba.data.catalog import load_catalog
 from heba.embedded.model import load_tiny_clip
 from heba.model import AdaptedCLIP
 from pipeline.cli import app
-from pipeline.cost import adapter_parameters
+from pipeline.cost import adapter_parameters, table
 from pipeline.params import ParamsError, load_params
 
 PAPER = Path(__file__).parents[2] / "pipeline" / "presets" / "paper.yaml"
@@ -28,6 +29,18 @@ def test_the_paper_preset(tmp_path, monkeypatch):
     assert float(rows["total"][0]) == sum(
         float(v[0]) for k, v in rows.items() if k not in ("Protocol", "total") and ":" not in k
     )
+
+
+def test_zero_shot_clip_passes_once_over_every_data_set_and_variant():
+    params, tflops = load_params(PAPER), 0.001
+    rows = table(params, tflops, 20, 32)
+    flops = rows.loc["zero-shot CLIP", "Test passes, h"] * 3600 * tflops * 1e12
+    catalog = load_catalog()
+    images = sum(catalog[name].counts.test for name in [*params.datasets, *params.transfer.variants])
+    # 17.6 G multiply-adds of a ViT-B/16 without adapters, and the few of the prompts.
+    assert flops / images == pytest.approx(2 * 17.6e9, rel=0.1)
+    assert rows.loc["total", "Test passes, h"] == pytest.approx(rows["Test passes, h"].iloc[:-1].sum())
+    assert rows.loc["zero-shot CLIP", "Trainings"] == 0
 
 
 def test_the_size_of_the_adapters_needs_no_model():

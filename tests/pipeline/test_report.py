@@ -2,12 +2,19 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import yaml
+from typer.testing import CliRunner
 
-from pipeline.report import render, tables
+from pipeline import presets
+from pipeline.cli import app
+from pipeline.params import load_params
+from pipeline.paths import evaluate_path
+from pipeline.report import render, selection, tables
+from tests.pipeline.repository import ROOT
 
 
 def record(dataset, seed, zero, heba, protocol="base_to_novel", suite="embedded"):
@@ -142,8 +149,100 @@ def test_the_notes_are_typeset_in_latex(tmp_path):
     assert "\n\\* A generated stand-in" in (tmp_path / "base_to_novel.md").read_text()
 
 
-@given(st.floats(0, 100), st.floats(0, 100))
-def test_harmonic_mean_lies_between_and_below_the_mean(a, b):
-    h = tables.harmonic_mean(a, b)
-    assert h == tables.harmonic_mean(b, a)
-    assert min(a, b) - 1e-9 <= h <= (a + b) / 2 + 1e-9
+@pytest.fixture
+def evaluated(tmp_path, monkeypatch):
+    """A folder with params.yaml and four evaluations that it asks for."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    shutil.copy(ROOT / "ablation.csv", tmp_path)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text()) | {
+        "datasets": ["imagenet", "dtd"],
+        "seeds": [1, 2],
+    }
+    params["transfer"] |= {"targets": ["dtd"], "seeds": [1]}
+    params["few_shot"] |= {"datasets": ["dtd"], "seeds": [1], "shots": [4]}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    put(record("dtd", 1, (50.0, 60.0), (70.0, 60.0)))
+    put(record("dtd", 2, (50.0, 60.0), (74.0, 64.0)))
+    put(record("dtd", 1, (30.0,), (35.0,), "cross_dataset"))
+    put(record("dtd", 1, (30.0,), (35.0,), "few_shot") | {"shots": 4})
+    return tmp_path
+
+
+def put(evaluation):
+    """Write a record to where its evaluation does."""
+    path = evaluate_path(*(evaluation[key] for key in ("protocol", "dataset", "seed", "shots")))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    source = "imagenet" if evaluation["protocol"] in ("cross_dataset", "domain_generalization") else None
+    path.write_text(json.dumps({"source": source} | evaluation))
+    return str(path)
+
+
+def report():
+    """The command, in the folder: what it says on stderr, and metrics.json."""
+    result = CliRunner().invoke(app, ["report"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stderr, json.loads(Path("reports/metrics.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("protocol", "other"),
+    [
+        ("base_to_novel", {"seed": 3}),
+        ("base_to_novel", {"dataset": "ucf101"}),
+        ("base_to_novel", {"dataset": "gone_from_own"}),
+        ("base_to_novel", {"seed": 2, "shots": 4}),
+        ("base_to_novel", {"seed": 2, "suite": "real"}),
+        ("cross_dataset", {"seed": 2}),
+        ("cross_dataset", {"dataset": "ucf101"}),
+        ("cross_dataset", {"shots": 4}),
+        ("cross_dataset", {"source": "sun397"}),
+        ("domain_generalization", {"dataset": "dtd"}),
+        ("few_shot", {"shots": 8}),
+        ("few_shot", {"shots": 4, "seed": 2}),
+    ],
+)
+def test_a_record_of_another_params_file_is_left_out_and_named(evaluated, protocol, other):
+    n = 2 if protocol == "base_to_novel" else 1
+    params = load_params()
+    wanted = selection.wanted(params)
+    before, none = selection.select(params)
+    assert (len(before), none) == (4, [])
+    path = Path(put(record("dtd", 1, (1.0,) * n, (2.0,) * n, protocol) | other))
+    after, left_out = selection.select(params)
+    assert left_out == [path]
+    assert len(after) == (3 if path in wanted else 4)
+    assert all(kept in before for kept in after)
+    assert (
+        selection.left_out_text(left_out)
+        == f"left out, since params.yaml does not ask for it: 1 evaluation, {path}"
+    )
+
+
+def test_records_left_over_from_the_demo_do_not_stop_the_report_of_the_real_suite(evaluated):
+    presets.write("paper")
+    said, metrics = report()
+    assert metrics == {}
+    assert "4 evaluations" in said
+    assert said.strip().endswith(" and 1 more")
+    put(record("dtd", 1, (50.0, 60.0), (71.0, 60.0), suite="real"))
+    said, metrics = report()
+    assert "3 evaluations" in said
+    assert metrics["base_to_novel"]["datasets"]["dtd"]["heba_base"] == 71
+    assert "no paper result" not in (evaluated / "reports" / "README.md").read_text()
+
+
+def test_each_table_says_what_its_adapters_were_trained_with(evaluated):
+    report()
+    for file in ("README.md", "index.html"):
+        text = (evaluated / "reports" / file).read_text()
+        assert text.count("16 shots, seeds 1, 2, backbone tiny (embedded).") == 1
+        assert text.count("16 shots, seed 1, backbone tiny (embedded).") == 1
+    params = yaml.safe_load((evaluated / "params.yaml").read_text())
+    params |= {"suite": "real", "backbone": {"name": "ViT-B-16", "pretrained": "my_weights/100%<a>.pt"}}
+    (evaluated / "params.yaml").write_text(yaml.safe_dump(params))
+    put(record("dtd", 1, (50.0, 60.0), (71.0, 60.0), suite="real"))
+    report()
+    assert "my_weights/100%<a>.pt" in (evaluated / "reports" / "base_to_novel.md").read_text()
+    assert "my_weights/100%&lt;a&gt;.pt" in (evaluated / "reports" / "index.html").read_text()
+    assert r"my\_weights/100\%" in (evaluated / "reports" / "base_to_novel.tex").read_text()

@@ -18,13 +18,16 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import heba
+from benchmarks import adapter_dtype
 from heba import backbone
 from heba.model import AdaptedCLIP, save_adapter
 from heba.predict import save_classifier
 from heba.splits import read_split
 from pipeline import use
+from pipeline.backbone import load_backbone
+from pipeline.params import load_params
 from tests.heba.test_backbones import SMALL, TEXT
-from tests.pipeline.repository import ROOT, environment, stage, wait_for
+from tests.pipeline.repository import ROOT, call, environment, stage, wait_for
 
 TRAINED = "out/train/dtd/base_to_novel-1"
 CLASSES = ["striped", "dotted", "chequered", "zigzag", "bubbly"]
@@ -239,14 +242,31 @@ def test_a_damaged_evaluation_is_named_and_left_out(repo, run_heba, text):
     assert json.loads(done.stdout)["heba base, %"] == round(record(repo)["groups"]["base"]["heba"]["accuracy"], 2)
 
 
+def test_the_benchmark_of_rounding_compares_base_and_novel(repo, monkeypatch):
+    """The adapter is in fp16 already, so that rounding it changes nothing."""
+    monkeypatch.chdir(repo)
+    params = load_params()
+    base, novel = adapter_dtype.full_and_rounded(load_backbone(params)[0], params, "dtd", 1)
+    evaluated = record(repo)["groups"]
+    assert base == (evaluated["base"]["heba"],) * 2
+    assert novel[0] == novel[1]
+    refused = call(repo, sys.executable, "-m", "benchmarks.adapter_dtype", PYTHONPATH=str(ROOT))
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: adapter_dtype: run `dvc repro` with fp32 first")
+
+
 def test_an_official_checkpoint_and_back(repo, test_images, tmp_path, run_heba):
-    """Our adapter as an official checkpoint, and that as ours: it names images as before."""
+    """Our adapter as an official checkpoint, and that as ours, names images as before, at its own scale, whatever
+    params.yaml has by then."""
     done = stage(repo, "convert", TRAINED, str(tmp_path / "official"), PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
     checkpoint = tmp_path / "official" / "adapter_learner" / "model.pth.tar-2"
     assert done.stdout.strip() == str(checkpoint)
     arguments = ["convert", str(checkpoint), str(tmp_path / "ours"), "--dataset", "dtd"]
+    params = (repo / "params.yaml").read_text()
+    (repo / "params.yaml").write_text(params.replace("  scale: 0.1\n", "  scale: 0.7\n"))
     done = stage(repo, *arguments, PYTHONPATH=str(ROOT))
+    (repo / "params.yaml").write_text(params)
     assert done.returncode == 0, done.stderr
     images = [path for path, _ in test_images[:8]]
     before, after = (list(heba.load(f).predict(images)) for f in (repo / TRAINED, tmp_path / "ours"))
@@ -257,6 +277,38 @@ def test_an_official_checkpoint_and_back(repo, test_images, tmp_path, run_heba):
     assert about["classes"] == CLASSES
     again = stage(repo, *arguments, PYTHONPATH=str(ROOT))
     assert "exists already" in again.stderr
+    content = torch.load(checkpoint, weights_only=True)
+    del content["scale"]
+    torch.save(content, checkpoint)
+    untold = stage(repo, *arguments[:2], str(tmp_path / "new"), *arguments[3:], PYTHONPATH=str(ROOT))
+    assert untold.returncode == 1
+    assert "does not tell its scale" in untold.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_can_not_be_converted_is_named(repo, tmp_path):
+    def error(source, *options):
+        done = stage(repo, "convert", str(source), str(tmp_path / "new"), *options, PYTHONPATH=str(ROOT))
+        assert done.returncode == 1
+        assert not (tmp_path / "new").exists()
+        return done.stderr
+
+    readme = error(ROOT / "README.md", "--dataset", "dtd")
+    assert "README.md: not a checkpoint of tensors and numbers alone" in readme
+    assert "weights_only" not in readme
+    assert "--scale inf: must be finite" in error(ROOT / "README.md", "--dataset", "dtd", "--scale", "inf")
+    assert "are for a checkpoint" in error(TRAINED, "--scale", "0.1")
+    prompts = repo / "out" / "precompute" / "dtd" / "prompts.json"
+    whole = prompts.read_text()
+    prompts.write_text("{")
+    damaged = error(ROOT / "README.md", "--dataset", "dtd")
+    prompts.unlink()
+    missing = error(ROOT / "README.md", "--dataset", "dtd")
+    prompts.write_text(whole)
+    assert "prompts.json is damaged" in damaged
+    assert "prompts.json is not there" in missing
+    assert "dvc repro precompute@dtd" in damaged
+    assert "dvc repro precompute@dtd" in missing
 
 
 @pytest.mark.parametrize(
