@@ -44,7 +44,12 @@ def _belongs(record: Record, params: Params, asked: tuple[str, str, int, int]) -
     # A path does not tell all of these.
     source = params.transfer.source if record["protocol"] in TRANSFER_STAGES else None
     found = (record["protocol"], record["dataset"], record["seed"], record["shots"])
-    return found == asked and record["suite"] == params.suite and record.get("source") == source
+    return (
+        found == asked
+        and record["suite"] == params.suite
+        and record["backbone"] == params.backbone.model_dump()
+        and record.get("source") == source
+    )
 
 
 def left_out_text(paths: list[Path]) -> str:

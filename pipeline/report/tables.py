@@ -87,7 +87,7 @@ def load_record(path: Path, own: Collection[str] = ()) -> Record:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"{path}: must be a JSON object")
-    for key in ("protocol", "suite", "dataset", "seed", "shots", "groups"):
+    for key in ("protocol", "suite", "backbone", "dataset", "seed", "shots", "groups"):
         if key not in record:
             raise ValueError(f"{path}: key {key!r} is missing; evaluate this data set again")
     if record["dataset"] not in [*TITLES, *own]:
