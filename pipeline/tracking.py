@@ -261,19 +261,24 @@ def draw_confusion(values: dict[str, Any], path: Path) -> None:
 
 
 def track(out: Path, own: Collection[str]) -> int:
-    """Log every training and evaluation under `out` that the store lacks; returns how many evaluations
-    were looked at. `own`: names of own data. Unlike the stages, this raises when the store can not be reached."""
-    from pipeline.report.tables import load_records
+    """Log every training and evaluation under `out` that the store lacks; returns how many evaluations are in it
+    then. `own`: names of own data. Unlike the stages, this raises when the store can not be reached."""
+    from pipeline.report.tables import load_record
 
     store = client()
     runs.close_abandoned(store)
     for path in sorted(out.glob("train*/**/config.json")):
         find_or_create_run(store, path.parent)
-    records = load_records(sorted(out.glob("evaluate*/*/*.json")), own)
-    for record in records:
+    tracked = 0
+    for path in sorted(out.glob("evaluate*/*/*.json")):
+        record = load_record(path, own)
         folder = train_folder(record["protocol"], record["dataset"], record["seed"], record["shots"])
+        if not folder.exists() or adapter_sha256(folder) != record.get("adapter_sha256"):
+            logging.getLogger("heba").warning("%s: left out, %s has another adapter now", path, folder)
+            continue
         run_id = find_or_create_run(store, folder)
         logged = store.get_run(run_id).data.metrics
         if any(logged.get(k) != v for k, v in evaluation_metrics(record).items()):
             _log_evaluation(store, run_id, record)
-    return len(records)
+        tracked += 1
+    return tracked

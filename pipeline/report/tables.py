@@ -6,7 +6,7 @@ over seeds.
 """
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -98,17 +98,6 @@ def load_record(path: Path, own: Collection[str] = ()) -> Record:
         for method in METHODS:
             check_accuracy(record, path, ("groups", group, method, "accuracy"))
     return record
-
-
-def load_records(paths: Iterable[Path], own: Collection[str] = ()) -> list[Record]:
-    """Read evaluation records of one suite, as `load_record` does."""
-    records: list[Record] = []
-    for path in paths:
-        record = load_record(path, own)
-        if records and record["suite"] != records[0]["suite"]:
-            raise ValueError(f"{path}: key 'suite': {record['suite']!r}, but {records[0]['suite']!r} in others")
-        records.append(record)
-    return sorted_records(records)
 
 
 def sorted_records(records: list[Record]) -> list[Record]:

@@ -108,9 +108,9 @@ def test_a_report_of_own_data_alone_has_no_average_and_no_published_figures(tmp_
 def test_only_names_of_params_are_own_data(tmp_path):
     path = tmp_path / "r.json"
     path.write_text(json.dumps(MINE[0]))
-    assert tables.load_records([path], ["my_set"])
+    assert tables.load_record(path, ["my_set"])
     with pytest.raises(ValueError, match=r"r\.json: key 'dataset': unknown data set 'my_set'"):
-        tables.load_records([path])
+        tables.load_record(path)
 
 
 @pytest.fixture(scope="module")

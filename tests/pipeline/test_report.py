@@ -115,7 +115,7 @@ def test_a_malformed_record_is_named(tmp_path):
     path = tmp_path / "r.json"
     path.write_text(json.dumps({k: v for k, v in RECORDS[0].items() if k != "seed"}))
     with pytest.raises(ValueError, match=r"r\.json: key 'seed'"):
-        tables.load_records([path])
+        tables.load_record(path)
 
 
 @pytest.mark.parametrize(
@@ -132,14 +132,7 @@ def test_a_wrong_value_is_named(tmp_path, change, key):
     path = tmp_path / "r.json"
     path.write_text(json.dumps(RECORDS[0] | change))
     with pytest.raises(ValueError, match=rf"r\.json: key '{key}'"):
-        tables.load_records([path])
-
-
-def test_two_suites_do_not_share_a_table(tmp_path):
-    for name, suite in (("a", "real"), ("b", "embedded")):
-        (tmp_path / f"{name}.json").write_text(json.dumps(RECORDS[0] | {"suite": suite}))
-    with pytest.raises(ValueError, match=r"b\.json: key 'suite'"):
-        tables.load_records(sorted(tmp_path.iterdir()))
+        tables.load_record(path)
 
 
 def test_the_notes_are_typeset_in_latex(tmp_path):

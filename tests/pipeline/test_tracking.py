@@ -11,6 +11,7 @@ import pytest
 from pipeline import tracking
 from pipeline.store import client
 from tests.pipeline.repository import ROOT, environment, stage
+from tests.pipeline.test_report import record
 
 CONFIG = {"protocol": "base_to_novel", "dataset": "dtd", "shots": 2, "seed": 1, "train": {"lr": 0.1}}
 CONFIG |= {"inputs_sha256": "of its inputs"}
@@ -118,3 +119,15 @@ def test_track_names_what_is_wrong(folder, tmp_path_factory):
         assert "Traceback" not in done.stderr
         assert "secret" not in done.stdout + done.stderr
     assert list(elsewhere.iterdir()) == []
+
+
+def test_an_evaluation_of_an_adapter_that_is_no_more_is_left_out(folder):
+    trained(folder)
+    path = folder / "out" / "evaluate" / "dtd" / "base_to_novel-1.json"
+    path.parent.mkdir(parents=True)
+    other = record("dtd", 1, (50.0, 60.0), (70.0, 60.0)) | {"adapter_sha256": "of another", "scale_novel": 0.1}
+    path.write_text(json.dumps(other))
+    done = stage(folder, "track", PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("0 evaluations")
+    assert f"{path.relative_to(folder)}: left out" in done.stderr
