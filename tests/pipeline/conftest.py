@@ -1,12 +1,17 @@
 """The stages that tests run start in forks of one process that has imported everything (pipeline/warm.py)."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from pipeline.warm import SERVER, stage_server
 from tests.pipeline.repository import ROOT, wait_for
+
+
+# Where the tests run in the background of a script, ctrl-C is ignored, and what they start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
