@@ -9,7 +9,6 @@ import pytest
 from pipeline.warm import SERVER, stage_server
 from tests.pipeline.repository import ROOT, wait_for
 
-
 # Where the tests run in the background of a script, ctrl-C is ignored, and what they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
