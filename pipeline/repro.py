@@ -266,6 +266,7 @@ def _run(root: Path, plan: Plan, slots: list[Slot], start: Start, longest: int) 
         finally:
             stop([batch.job for batch in running])
             for batch in running:
+                batch.follow(progress)
                 batch.output.close()
                 if batch.stage:
                     progress.ends(batch.stage, "interrupted")
