@@ -304,7 +304,7 @@ def dvc(params: Params | None) -> Row:
         said = _first_line(done.stderr.replace("ERROR: ", ""))
         if "acquire lock" in said or "is busy" in said:
             return Row("DVC", "warn", "another DVC process runs here", "wait for its end")
-        return Row("DVC", "fail", said, locks.remedy(said))
+        return Row("DVC", "fail", said, locks.remedy(said, root))
     changed = json.loads(done.stdout)
     if changed:
         found = f"{len(changed)} stages changed: {_some(list(changed))}"

@@ -13,30 +13,25 @@ from filelock import FileLock, Timeout
 from pipeline.paths import new_file
 
 LOCK_REMEDY = "`git checkout dvc.lock` brings the last one back"
-RWLOCK_REMEDY = "when no dvc process runs any more, remove .dvc/tmp/rwlock"
-
-
-class BusyError(ValueError):
-    """Somebody else works in this repository."""
 
 
 @contextmanager
 def alone(root: Path) -> Iterator[None]:
-    """Refuse to work while `python -m pipeline repro` does: two would run the same stages."""
+    """ValueError while `python -m pipeline repro` works at `root`: two would run the same stages."""
     path = root / ".heba" / "repro.lock"
     path.parent.mkdir(exist_ok=True)
     try:
         with FileLock(path, timeout=0):
             yield
     except Timeout:
-        raise BusyError("another `python -m pipeline repro` runs in this repository; wait for its end") from None
+        raise ValueError("another `python -m pipeline repro` runs in this repository; wait for its end") from None
 
 
-def remedy(message: str) -> str:
-    """What to do about what DVC says of its files."""
+def remedy(message: str, root: Path) -> str:
+    """What to do about what DVC says of its files in the repository at `root`."""
     if "dvc.lock" in message:
         return LOCK_REMEDY
-    return RWLOCK_REMEDY if "RWLock-file" in message else "see `dvc status`"
+    return _rwlock_remedy(root) if "RWLock-file" in message else "see `dvc status`"
 
 
 def locked_stages(root: Path) -> dict[str, dict[str, Any]]:
@@ -92,8 +87,12 @@ def _rwlock(root: Path) -> Path:
     return root / ".dvc" / "tmp" / "rwlock"
 
 
+def _rwlock_remedy(root: Path) -> str:
+    return f"when no dvc process runs any more, remove {_rwlock(root)}"
+
+
 def running_stages(root: Path) -> list[str]:
-    """The commands of DVC that run stages now, on this machine."""
+    """The commands of DVC that run stages now, on this machine; ValueError when their record is damaged."""
     path = _rwlock(root)
     if not path.is_file():
         return []
@@ -102,7 +101,7 @@ def running_stages(root: Path) -> list[str]:
         holders = [*lock.get("write", {}).values(), *(by for all_ in lock.get("read", {}).values() for by in all_)]
         return sorted({by["cmd"] for by in holders if psutil.pid_exists(by["pid"])})
     except (ValueError, AttributeError, TypeError, KeyError):
-        raise ValueError(f"{path} is damaged; {RWLOCK_REMEDY}") from None
+        raise ValueError(f"{path} is damaged; {_rwlock_remedy(root)}") from None
 
 
 def release(root: Path, stages: list[str]) -> None:

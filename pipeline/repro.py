@@ -107,7 +107,7 @@ def make_plan(root: Path) -> Plan:
     try:
         return _make_plan(root)
     except DvcException as error:
-        raise StageError(f"DVC: {error}; {remedy(str(error))}") from None
+        raise StageError(f"DVC: {error}; {remedy(str(error), root)}") from None
 
 
 def _make_plan(root: Path) -> Plan:
