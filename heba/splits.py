@@ -13,7 +13,8 @@ PARTS = ("train", "val", "test")
 
 
 def read_split(path: Path) -> Split:
-    """Read and check a split file; ValueError names the file and the first bad entry."""
+    """Read and check a split file; ValueError names the file and the first bad entry, and where there is no such
+    file it is a FileNotFoundError."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

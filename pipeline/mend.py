@@ -36,7 +36,9 @@ def run(root: Path) -> list[Path]:
             for path in damaged:
                 path.unlink()
             outs = [path for path in (root / OUT).rglob("*") if _linked(path, links)]
-            expected = {path: md5 for path, md5 in _outs(root, cache).items() if path not in outs}
+            expected = _outs(root, cache)
+            for path in outs:
+                expected.pop(path, None)
             outs += [path for path in _differing(expected, "check outs") if _trusted(repo, path, expected[path])]
             for path in outs:
                 path.unlink()

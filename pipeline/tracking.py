@@ -25,6 +25,7 @@ from pipeline.paths import TRANSFER_STAGES, main_root, train_folder
 from pipeline.store import SHA_TAG, adapter_sha256, client, experiment_id, without_password
 
 INPUTS_TAG = "heba.inputs_sha256"
+REMEDY = "train again, or restore it with `dvc checkout`"  # of heba.model, which imports torch
 
 
 def warn(error: BaseException) -> None:
@@ -172,19 +173,30 @@ def log_outs(store: Any, run_id: str, folder: Path) -> None:
     store.set_tag(run_id, SHA_TAG, adapter_sha256(folder))
 
 
+def _read_history(path: Path) -> list[dict[str, float]]:
+    """The epochs of a training, as `log_epochs` takes them; ValueError when the file is damaged."""
+    import pandas as pd
+
+    try:
+        records = pd.read_csv(path).astype(float).to_dict("records")
+        if not records or "epoch" not in records[0]:
+            raise ValueError("no epochs")
+    except (OSError, ValueError):
+        raise ValueError(f"{path} is damaged; {REMEDY}") from None
+    return [{str(key): value for key, value in record.items()} for record in records]
+
+
 def find_or_create_run(store: Any, folder: Path) -> str:
     """The run of the training in `folder`, by the hashes of adapter and inputs; made from the outs if need be.
 
     The adapter's alone is not enough: with few classes, for one, any `neg_ratio` gives the same.
     """
-    import pandas as pd
-
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         protocol, inputs = config["protocol"], config["inputs_sha256"]
     except (OSError, ValueError, LookupError, TypeError):
-        raise ValueError(f"{path} is damaged; train again, or restore it with `dvc checkout`") from None
+        raise ValueError(f"{path} is damaged; {REMEDY}") from None
     experiment = experiment_id(store, protocol)
     same = f"tags.`{SHA_TAG}` = '{adapter_sha256(folder)}' AND tags.`{INPUTS_TAG}` = '{inputs}'"
     # Two evaluations of one training may run side by side, and each would make it.
@@ -192,9 +204,9 @@ def find_or_create_run(store: Any, folder: Path) -> str:
         found = store.search_runs([experiment], same, max_results=1)
         if found:
             return found[0].info.run_id
+        history = _read_history(folder / "history.csv")
         run = begin_run(store, config)
-        history = pd.read_csv(folder / "history.csv").to_dict("records")
-        log_epochs(store, run.id, [{str(k): v for k, v in record.items()} for record in history])
+        log_epochs(store, run.id, history)
         log_outs(store, run.id, folder)
         run.end()
         return run.id

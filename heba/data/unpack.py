@@ -13,6 +13,19 @@ from tqdm import tqdm
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}  # not the file's
 
+# A RuntimeError is zipfile's for a password and for a compression that it does not know, a TypeError gzip's for a
+# header cut short, an OSError bz2's, and zipfile's where damage makes it seek to before the file's begin.
+DAMAGE = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    RuntimeError,
+    TypeError,
+    OSError,
+)
+
 
 class ArchiveError(ValueError):
     """An archive that is damaged, or has a member that does not belong in a data set."""
@@ -21,7 +34,7 @@ class ArchiveError(ValueError):
 def unpack(archive: Path, folder: Path, inner: str | None = None) -> None:
     """Unpack a tar (of any compression) or zip archive into `folder`; with `inner`, then unpack the archive of
     that name in it, and remove it. Raises ArchiveError, naming the member, for paths or links out of `folder`
-    and for devices."""
+    and for devices, and for damage; OSError when the disk does not take what comes."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         if zipfile.is_zipfile(archive):
@@ -29,14 +42,8 @@ def unpack(archive: Path, folder: Path, inner: str | None = None) -> None:
         else:
             with archive.open("rb") as stream:
                 unpack_tar(stream, folder, archive.name)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as error:
-        raise ArchiveError(f"{archive}: not a whole archive: {error}") from None
-    except (RuntimeError, TypeError) as error:
-        # zipfile's for a password and for a compression that it does not know; gzip's for a header cut short.
-        raise ArchiveError(f"{archive}: not a whole archive: {error}") from None
-    except OSError as error:
-        # Damage makes zipfile seek to before the file's begin or read too long a name; bz2 has an OSError for it.
-        if error.errno in DISK_ERRORS:
+    except DAMAGE as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             raise
         raise ArchiveError(f"{archive}: not a whole archive: {error}") from None
     if inner:

@@ -103,6 +103,10 @@ def test_track_names_what_is_wrong(folder, tmp_path_factory):
     config.write_text("{")
     damaged = stage(folder, "track", PYTHONPATH=str(ROOT))
     config.write_text(json.dumps(CONFIG))
+    history = config.with_name("history.csv")
+    history.write_text("nothing,of,it\n1,2,3\n")
+    no_epochs = stage(folder, "track", PYTHONPATH=str(ROOT))
+    history.write_text("epoch,loss,lr\n0,1.0,0.1\n")
     record = folder / "out" / "evaluate" / "dtd" / "base_to_novel-1.json"
     record.parent.mkdir(parents=True)
     record.write_text("{}")
@@ -111,6 +115,7 @@ def test_track_names_what_is_wrong(folder, tmp_path_factory):
         (down, "MLflow's store http://127.0.0.1:9"),
         (lost, "params.yaml is not here"),
         (damaged, "config.json is damaged"),
+        (no_epochs, "history.csv is damaged"),
         (empty, f"{record.relative_to(folder)}: key 'protocol' is missing"),
     ):
         assert done.returncode == 1
