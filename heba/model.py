@@ -1,14 +1,17 @@
 """CLIP with adapters: a model made by open_clip, its weights frozen and untouched, plus `Adapters`.
 
 The adapters are attached with forward hooks on layers of the chosen blocks (`heba.towers`), so open_clip's and
-timm's code is neither edited nor copied, and removing the hooks gives the plain model back.
+timm's code is neither edited nor copied, and `detach` gives the plain model back. The hooks belong to the CLIP,
+which many threads and other adapters may use; what a call needs belongs to the call (`_Call`).
 """
 
 import json
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +55,54 @@ class _QuickGELU(torch.autograd.Function):
 
 class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), OpenAI's activation, as silu(1.702 x) / 1.702: one pass over memory in the backward
-    instead of five, which is a fifth of a training step on a CPU."""
+    instead of five, which is a fifth of a training step on a CPU.
+
+    Args:
+        plain: open_clip's own, which comes back when none of the `users`, models with adapters, is left.
+    """
+
+    def __init__(self, plain: nn.Module) -> None:
+        super().__init__()
+        self.plain, self.users = plain, 0
 
     def forward(self, x: Tensor) -> Tensor:
         return _QuickGELU.apply(x)
 
 
+@dataclass(frozen=True)
+class _Call:
+    """A call of `encode_image` or `encode_text` that is going on.
+
+    Attributes:
+        model: that was called. tower: text or visual.
+        scales: one s per adapted block.
+        positions: [tokens], of packed texts, where an adapter mixes the tokens of a text.
+    """
+
+    model: "AdaptedCLIP"
+    tower: str
+    scales: Sequence[Tensor] | Tensor
+    positions: Tensor | None = None
+
+
+# Each thread has its own value, and so has a call within a call.
+_CALL: ContextVar[_Call | None] = ContextVar("call", default=None)
+
+
+@contextmanager
+def _going_on(call: _Call) -> Iterator[None]:
+    token = _CALL.set(call)
+    try:
+        yield
+    finally:
+        _CALL.reset(token)
+
+
 class AdaptedCLIP(nn.Module):
     """A frozen open_clip model with adapters in blocks `start` to `end` of both towers.
+
+    Many threads may call `encode_image` and `encode_text` at once, and one CLIP may carry the adapters of several
+    models: a call runs those of the model that was called. Attach and detach while no call is going on.
 
     Args:
         clip: open_clip.CLIP or open_clip.CustomTextCLIP with transformer towers.
@@ -93,12 +136,14 @@ class AdaptedCLIP(nn.Module):
             ratio=ratio,
             variant=variant,
         )
-        self._scales: dict[str, Sequence[Tensor] | Tensor | None] = {"text": None, "visual": None}
-        self._positions: Tensor | None = None
         self._handles: list[Any] = []
+        self._quick: list[Any] = []  # MLPs with QuickGELU
         for block in (*text.blocks, *visual.blocks):
             if type(getattr(block.mlp, "gelu", None)) is open_clip.transformer.QuickGELU:
-                block.mlp.gelu = QuickGELU()
+                block.mlp.gelu = QuickGELU(block.mlp.gelu)
+            if type(getattr(block.mlp, "gelu", None)) is QuickGELU:
+                block.mlp.gelu.users += 1
+                self._quick.append(block.mlp)
         self._attach("text", text)
         self._attach("visual", visual)
 
@@ -112,18 +157,24 @@ class AdaptedCLIP(nn.Module):
                 self._handles.append(module.register_forward_hook(self._hook(name, int(layer), parts[part])))
 
     def detach(self) -> None:
-        """Take the adapters off the model, so that others can be attached to it."""
+        """Take the adapters off the CLIP, which without those of other models is as it was before, frozen and in
+        eval mode."""
         for handle in self._handles:
             handle.remove()
+        for mlp in self._quick:
+            mlp.gelu.users -= 1
+            if mlp.gelu.users == 0:
+                mlp.gelu = mlp.gelu.plain
+        self._handles, self._quick = [], []
 
     def _hook(self, tower: str, layer: int, adapter: nn.Module) -> Any:
         def hook(module: nn.Module, inputs: Any, h: Tensor) -> Tensor | None:
-            scales = self._scales[tower]
-            if scales is None:
+            call = _CALL.get()
+            if call is None or call.model is not self or call.tower != tower:
                 return None
-            s = scales[layer - self.start]
+            s = call.scales[layer - self.start]
             if tower == "text":
-                return adapter(h, s, positions=self._positions if h.dim() == 2 else None)
+                return adapter(h, s, positions=call.positions if h.dim() == 2 else None)
             return adapter(h, s, self.grid)
 
         return hook
@@ -140,11 +191,8 @@ class AdaptedCLIP(nn.Module):
         """
         if scales is None or isinstance(scales, (int, float)):
             scales = self._fixed_scales(scales)
-        self._scales["visual"] = scales
-        try:
+        with _going_on(_Call(self, "visual", scales)):
             return run_image_blocks(self.clip, images)
-        finally:
-            self._scales["visual"] = None
 
     def encode_text(self, tokens: Tensor, scales: Sequence[Tensor] | Tensor | float | None = None) -> Tensor:
         """Text features [n, E], not normalised, of `tokens` [n, context]; `scales` as in `encode_image`."""
@@ -163,14 +211,10 @@ class AdaptedCLIP(nn.Module):
         (`embed_tokens(clip, tokens, start - 1)`)."""
         if scales is None or isinstance(scales, (int, float)):
             scales = self._fixed_scales(scales)
-        self._scales["text"] = scales
         # In the last block EOT's own MLP is not enough for an adapter that reads the tokens before it.
         mixes = self.variant.text_block == "conv1d" and len(self.adapters.text_adapter) > 0
-        self._positions = packing.positions() if mixes else None
-        try:
+        with _going_on(_Call(self, "text", scales, packing.positions() if mixes else None)):
             return run_text_blocks(self.clip, hidden, packing, self.start - 1, whole=mixes)
-        finally:
-            self._scales["text"], self._positions = None, None
 
     def logit_factor(self) -> Tensor:
         """exp(logit_scale), the inverse temperature of CLIP. SigLIP adds a logit_bias to all logits alike, which

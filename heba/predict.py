@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from heba.towers import encode_text_plain
 
 ImageLike = str | os.PathLike | Image.Image
 CLASSIFIER_FILE = "classifier.safetensors"
+# Pillow reads an image from its file when it is first used, which two threads cannot do at once. By its id an
+# image always gets the same lock; that others get it too costs a little time.
+READING = tuple(Lock() for _ in range(61))
 # What naming images needs of a training's config, and its types.
 CONFIG: dict[str, tuple[type, ...]] = {
     "class_names": (list,),
@@ -52,7 +56,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Classifier:
-    """Names images; made by `load` or `zero_shot`.
+    """Names images; made by `load` or `zero_shot`. Threads may share one, and the Pillow images that they give it.
 
     Attributes:
         classes: the names to choose from, in the order of `weights`.
@@ -112,7 +116,11 @@ class Classifier:
             raise TypeError(f"images: file names or Pillow's images are needed, not {type(image).__name__}")
         file = "" if isinstance(image, Image.Image) else str(image)
         try:
-            opened = to_rgb(image) if isinstance(image, Image.Image) else decode(Path(image))
+            if isinstance(image, Image.Image):
+                with READING[id(image) % len(READING)]:
+                    opened = to_rgb(image)
+            else:
+                opened = decode(Path(image))
             return file, torch.from_numpy(resize_and_crop(opened, self.preprocess).copy())
         except UNREADABLE as error:
             return file, str(error)
