@@ -18,6 +18,9 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # What Pillow raises at files that are no images, or damaged, or too large.
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# The longer side of an image to its shorter one. Resizing takes memory in proportion to it: a line of one pixel by
+# 65500, which is a small file, takes 13 GB at 224.
+MAX_ASPECT = 100
 
 
 @dataclass(frozen=True)
@@ -66,21 +69,30 @@ class DeepImage(ValueError):
     """An image of 16 or more bits a channel, which Pillow would make white in RGB without a word."""
 
 
+class LongImage(ValueError):
+    """An image of which one side is more than MAX_ASPECT times the other."""
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image as RGB; DeepImage when its values do not fit into 8 bits (what they range over is not known)."""
+    """The image as RGB. DeepImage when its values do not fit into 8 bits (what they range over is not known);
+    LongImage when no picture has its shape."""
     if image.mode.startswith(("I", "F")):
         raise DeepImage(f"an image of 16 or more bits a channel (Pillow's mode {image.mode}); convert it to 8 bit")
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise LongImage(
+            f"{image.width} x {image.height} pixels, one side more than {MAX_ASPECT} times the other; crop it"
+        )
     return image.convert("RGB")
 
 
 def decode(path: Path) -> Image.Image:
-    """Decode an image file completely, as RGB. ValueError names a file that is missing or damaged; DeepImage, one
-    that has more than 8 bits."""
+    """Decode an image file completely, as RGB. ValueError names a file that is missing or damaged; DeepImage and
+    LongImage, one that `to_rgb` refuses."""
     try:
         with Image.open(path) as image:
             return to_rgb(image)
-    except DeepImage as error:
-        raise DeepImage(f"{path}: {error}") from None
+    except (DeepImage, LongImage) as error:
+        raise type(error)(f"{path}: {error}") from None
     except UNREADABLE as error:
         raise ValueError(
             f"{path}: not a readable image ({error}); restore the file or download it again"

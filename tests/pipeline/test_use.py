@@ -2,16 +2,11 @@
 
 import base64
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import requests
 import torch
 import yaml
 from PIL import Image
@@ -27,7 +22,8 @@ from pipeline import use
 from pipeline.backbone import load_backbone
 from pipeline.params import load_params
 from tests.heba.test_backbones import SMALL, TEXT
-from tests.pipeline.repository import ROOT, call, environment, stage, wait_for
+from tests.pipeline.repository import ROOT, call, stage
+from tests.pipeline.serving import serving
 
 TRAINED = "out/train/dtd/base_to_novel-1"
 CLASSES = ["striped", "dotted", "chequered", "zigzag", "bubbly"]
@@ -398,45 +394,18 @@ def test_damaged_files_are_named(repo, tmp_path):
 
 
 def test_mlflow_serves_the_adapter(repo, test_images):
-    """The logged model behind HTTP on the loopback address: base64 and paths, and errors for what is no image."""
+    """The logged model behind HTTP on the loopback address: images in base64, and no files."""
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(f"sqlite:///{repo / 'mlflow.db'}")
     (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
     model = f"models:/{run.outputs.model_outputs[0].model_id}"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     # Elsewhere than in the repository: the model brings heba's code with it.
-    options = f"--env-manager local --host 127.0.0.1 --port {port}".split()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "models", "serve", "-m", model, *options],
-        cwd=repo.parent,
-        env=environment(MLFLOW_TRACKING_URI=f"sqlite:///{repo / 'mlflow.db'}"),
-        start_new_session=True,
-    )
-    try:
-        address = f"http://127.0.0.1:{port}"
-
-        def answers():
-            assert process.poll() is None
-            with suppress(requests.ConnectionError):
-                return requests.get(f"{address}/ping", timeout=5).ok
-
-        wait_for(answers)
-        path, coded = test_images[0][0], base64.b64encode(test_images[0][0].read_bytes()).decode()
-        body = {"dataframe_split": {"columns": ["image"], "data": [[coded], [str(path)]]}, "params": {"top": 2}}
-        answer = requests.post(f"{address}/invocations", json=body, timeout=60)
+    with serving(model, repo.parent, MLFLOW_TRACKING_URI=f"sqlite:///{repo / 'mlflow.db'}") as server:
+        path = test_images[0][0]
+        answer = server.ask([base64.b64encode(path.read_bytes()).decode()], top=2)
         assert answer.ok, answer.text
-        first, second = answer.json()["predictions"]
-        assert first["labels"] == second["labels"]
-        assert first["probabilities"] == pytest.approx(second["probabilities"], abs=1e-5)
-        assert first["label"] == first["labels"][0] == next(heba.load(repo / TRAINED).predict([path])).classes[0]
-        assert len(first["labels"]) == len(first["probabilities"]) == 2
-        body = {"dataframe_split": {"columns": ["image"], "data": [["no image"]]}}
-        answer = requests.post(f"{address}/invocations", json=body, timeout=60)
-        assert answer.status_code >= 400
-        assert "neither a file of this machine nor an image in base64" in answer.text
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=30)
+        (found,) = answer.json()["predictions"]
+        assert found["label"] == found["labels"][0] == next(heba.load(repo / TRAINED).predict([path])).classes[0]
+        assert len(found["labels"]) == len(found["probabilities"]) == 2
+        assert "this server has no folder of images (HEBA_SERVE_IMAGES)" in server.ask([str(path)]).text
