@@ -85,7 +85,7 @@ class Classifier:
         """A prediction for each of `images`, files or Pillow's images, or for the one, with the `top` likeliest
         classes.
 
-        A file that can not be read is a prediction with an `error`. Raises ValueError for a `top` below 1, and
+        A file that cannot be read is a prediction with an `error`. Raises ValueError for a `top` below 1, and
         TypeError for what is neither a file's name nor an image.
         """
         if not isinstance(top, int) or top < 1:
@@ -111,7 +111,7 @@ class Classifier:
         progress(len(waiting))
 
     def _pixels(self, image: ImageLike) -> tuple[str, Tensor | str]:
-        """The name of a file, and the image as the model takes it up to uint8, or why it can not be read."""
+        """The name of a file, and the image as the model takes it up to uint8, or why it cannot be read."""
         if not isinstance(image, ImageLike):
             raise TypeError(f"images: file names or Pillow's images are needed, not {type(image).__name__}")
         file = "" if isinstance(image, Image.Image) else str(image)

@@ -14,9 +14,8 @@ import io
 import json
 import logging
 import os
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from mlflow.pyfunc import PythonModel
 from PIL import Image
 
 import heba
-from heba.images import UNREADABLE, DeepImage, LongImage, for_each_image, resize_and_crop, to_rgb
+from heba.images import UNREADABLE, DeepImage, LongImage, resize_and_crop, to_rgb
 
 # Not TIFF: a small file of it may ask for tiles of any size.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "WEBP")
@@ -57,7 +56,7 @@ class Limits:
         images: in a request.
         bytes: of an image's file.
         pixels: of an image. request_pixels: of all images of a request.
-        pixels_at_once: decoded at the same time for all requests together; each takes 4 to 8 bytes.
+        decoders: threads that decode for all requests. Each takes up to 8 bytes a pixel of an image.
     """
 
     folder: Path | None
@@ -65,7 +64,7 @@ class Limits:
     bytes: int
     pixels: int
     request_pixels: int
-    pixels_at_once: int
+    decoders: int
 
 
 def limits_of(environment: Mapping[str, str]) -> Limits:
@@ -87,30 +86,8 @@ def limits_of(environment: Mapping[str, str]) -> Limits:
         bytes=number("HEBA_SERVE_MAX_BYTES", 20_000_000),
         pixels=number("HEBA_SERVE_MAX_PIXELS", 50_000_000),
         request_pixels=number("HEBA_SERVE_MAX_REQUEST_PIXELS", 200_000_000),
-        pixels_at_once=number("HEBA_SERVE_PIXELS_AT_ONCE", 100_000_000),
+        decoders=number("HEBA_SERVE_DECODERS", 2),
     )
-
-
-class Budget:
-    """A number of pixels, of which threads take a part for a while."""
-
-    def __init__(self, pixels: int) -> None:
-        self.pixels = self.free = pixels
-        self.changed = threading.Condition()
-
-    @contextmanager
-    def take(self, pixels: int) -> Iterator[None]:
-        """Wait until `pixels`, or all where they are more, are free, and keep them."""
-        pixels = min(pixels, self.pixels)
-        with self.changed:
-            self.changed.wait_for(lambda: self.free >= pixels)
-            self.free -= pixels
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.free += pixels
-                self.changed.notify_all()
 
 
 class ServedAdapter(PythonModel):
@@ -118,7 +95,7 @@ class ServedAdapter(PythonModel):
 
     def load_context(self, context: Any) -> None:
         self.limits = limits_of(os.environ)
-        self.budget = Budget(self.limits.pixels_at_once)
+        self.decoders = ThreadPoolExecutor(self.limits.decoders)
         self.classifier = heba.load(context.artifacts["adapter"])
 
     def predict(
@@ -136,7 +113,7 @@ class ServedAdapter(PythonModel):
         if top < 1:
             raise Refused(f"top must be a whole number from 1 on, not {top}")
         check_request(texts, self.limits)
-        found = list(self.classifier.predict(for_each_image(self._small, enumerate(texts)), top))
+        found = list(self.classifier.predict(self.decoders.map(self._small, range(len(texts)), texts), top))
         return pd.DataFrame(
             {
                 "label": [p.classes[0] for p in found],
@@ -146,17 +123,15 @@ class ServedAdapter(PythonModel):
             }
         )
 
-    def _small(self, item: tuple[int, Any]) -> Image.Image:
+    def _small(self, row: int, text: Any) -> Image.Image:
         """An image as the model takes it, so that no large one is kept."""
-        row, text = item
         image = open_image(text, row, self.limits)
-        with self.budget.take(image.width * image.height):
-            try:
-                pixels = resize_and_crop(to_rgb(image), self.classifier.preprocess)
-            except (DeepImage, LongImage) as error:
-                raise Refused(f"image {row}: {error}") from None
-            except UNREADABLE:
-                raise _no_image(row) from None
+        try:
+            pixels = resize_and_crop(to_rgb(image), self.classifier.preprocess)
+        except (DeepImage, LongImage) as error:
+            raise Refused(f"image {row}: {error}") from None
+        except UNREADABLE:
+            raise _no_image(row) from None
         return Image.fromarray(pixels.transpose(1, 2, 0))
 
 

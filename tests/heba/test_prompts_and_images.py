@@ -15,6 +15,7 @@ from PIL import Image
 from heba.evaluation import classification_report
 from heba.images import (
     DeepImage,
+    LongImage,
     Preprocess,
     crop_batch,
     decode,
@@ -140,6 +141,18 @@ def test_more_than_eight_bits_are_refused_and_not_white(tmp_path, kind):
         pack_images([path], Preprocess(4), tmp_path / "images.npy", lambda n: None)
     with Image.open(path) as image, pytest.raises(DeepImage, match="convert it to 8 bit"):
         to_rgb(image)
+
+
+@pytest.mark.parametrize("size", [(1, 65500), (5000, 49)])
+def test_a_line_is_no_picture(tmp_path, size):
+    """Resized to its shorter side, the first would be of 14 million rows."""
+    path = tmp_path / "line.png"
+    Image.new("L", size).save(path)
+    message = f"line.png: {size[0]} x {size[1]} pixels, one side more than 100 times the other; crop it"
+    with pytest.raises(LongImage, match=message):
+        decode(path)
+    Image.new("L", (5000, 50)).save(path)
+    assert decode(path).size == (5000, 50)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
