@@ -140,7 +140,8 @@ def _receive(url: str, done: int, arrived: queue.Queue[Any], given_up: threading
     then None; or, last, what went wrong."""
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
     try:
-        with requests.get(url, headers=headers, stream=True, timeout=(CONNECT, WINDOW)) as response:
+        # What reads lets go after whoever waits for it.
+        with requests.get(url, headers=headers, stream=True, timeout=(CONNECT, 3 * WINDOW)) as response:
             arrived.put(response)
             while not given_up.is_set() and (piece := response.raw.read1(CHUNK, decode_content=False)):
                 arrived.put(piece)
