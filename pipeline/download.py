@@ -238,12 +238,14 @@ def verified_folder(params: Params, dataset: str, images: bool = False) -> Path:
         what = "is not the file of" if changed.is_file() else "is missing, though there is"
         raise DataError(f"{changed} {what} the manifest {manifest_path(dataset)}; {remedy}")
     if images:
-        sizes = [os.path.getsize(file) for file in image_files(folder, own) if os.path.isfile(file)]
+        # Own images may be links inside their folder, as heba.data.own has seen; others are files.
+        files = [f for f in image_files(folder, own) if os.path.isfile(f) and (own or not os.path.islink(f))]
+        sizes = [os.path.getsize(file) for file in files]
         if (len(sizes), sum(sizes)) != (manifest["images"], manifest["bytes"]):
             raise DataError(
                 f"{folder / 'images'} has {len(sizes)} files of {sum(sizes)} bytes in all, the manifest "
                 f"{manifest_path(dataset)} says {manifest['images']} of {manifest['bytes']}"
-                f"{_damage(folder / 'images', read_split(folder / 'split.json'))}; {remedy}"
+                f"{_damage(folder / 'images', read_split(folder / 'split.json'), own)}; {remedy}"
             )
     return folder
 
@@ -257,8 +259,8 @@ def _changed(folder: Path, manifest: dict[str, Any]) -> Path | None:
     return None
 
 
-def _damage(images: Path, split: Split) -> str:
-    """The images of `split` that are missing or can not be decoded, in words."""
+def _damage(images: Path, split: Split, own: bool) -> str:
+    """The images of `split` that are missing, cannot be decoded, or are links where they may not be, in words."""
     from heba.data.benchmarks import missing_images
     from heba.images import decode, for_each_image
 
@@ -273,8 +275,9 @@ def _damage(images: Path, split: Split) -> str:
     files = sorted({file for part in split.values() for file, _, _ in part}.difference(missing))
     checked = tqdm(for_each_image(broken, files), total=len(files), desc="find damaged images", delay=2)
     damaged = [file for file in checked if file]
+    links = [] if own else [file for file in files if (images / file).resolve() != images.resolve() / file]
     return "".join(
         f"; {len(names)} of the split are {how}: {', '.join(names[:3])}"
-        for how, names in (("missing", missing), ("damaged", damaged))
+        for how, names in (("missing", missing), ("damaged", damaged), ("links", links))
         if names
     )

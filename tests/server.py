@@ -1,5 +1,6 @@
 """An HTTP server with faults, for what is downloaded."""
 
+import gzip
 import http.server
 import re
 import threading
@@ -10,12 +11,22 @@ from contextlib import contextmanager
 class Handler(http.server.BaseHTTPRequestHandler):
     """Serves `files`. `faults` by path: "404"; "cut" (drops the connection in the middle, the first time), "whole"
     (cut, and knows no ranges), "slow" (drops every connection after a quarter of the file), "busy" (503 and a
-    Retry-After of a second, the first time), "wrong" (other bytes), "html" (a web page)."""
+    Retry-After of a second, the first time), "wrong" (other bytes), "html" (a web page), "crumbs" (drops every
+    connection after a byte), "gzip" (compresses it, whatever was asked), "labelled" (says so, and does not), "br"
+    (says that it was compressed in another way), "endless" (never stops), "silent" (says nothing), "trickle" (a
+    byte every fifth of a second), "trickled head" (the same before the content)."""
 
     files: dict[str, bytes]
     faults: dict[str, str]
     requests: list[tuple[str, str | None]]
     url: str
+    over: threading.Event
+
+    def trickle(self):
+        self.close_connection = True
+        while not self.over.wait(0.2):
+            self.wfile.write(b"x")
+            self.wfile.flush()
 
     def do_GET(self):
         name, wanted = self.path.lstrip("/"), self.headers.get("Range")
@@ -35,22 +46,41 @@ class Handler(http.server.BaseHTTPRequestHandler):
             content = b"x" * len(content)
         elif fault == "html":
             content = b"<html>Sign in</html>"
+        elif fault == "gzip":
+            content = gzip.compress(content)
+        elif fault == "silent":
+            self.over.wait()
+            return
+        elif fault == "trickled head":
+            self.wfile.write(b"HTTP/1.0 200 OK\r\nX-Long: ")
+            self.trickle()
+            return
         start = 0
         if wanted and fault != "whole":
             start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(content) - start))
+        if fault != "endless":
+            self.send_header("Content-Length", str(len(content) - start))
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         if fault == "html":
             self.send_header("Content-Type", "text/html; charset=utf-8")
+        if fault in ("gzip", "labelled", "br"):
+            self.send_header("Content-Encoding", "br" if fault == "br" else "gzip")
         self.end_headers()
         end = len(content)
         if fault in ("cut", "whole") and first:
             end = start + (end - start) // 2
         elif fault == "slow":
             end = start + len(content) // 4
+        elif fault == "crumbs":
+            end = start + 1
+        elif fault == "trickle":
+            self.trickle()
+            return
         self.wfile.write(content[start:end])
+        while fault == "endless" and not self.over.is_set():
+            self.wfile.write(content)
 
     def log_message(self, *args):
         pass
@@ -59,9 +89,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @contextmanager
 def serve() -> Iterator[type[Handler]]:
     """A running server: its `url`, `files` and `faults`, and the `requests` it had."""
-    handler = type("Own", (Handler,), {"files": {}, "faults": {}, "requests": []})
+    handler = type("Own", (Handler,), {"files": {}, "faults": {}, "requests": [], "over": threading.Event()})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         handler.url = f"http://127.0.0.1:{running.server_address[1]}"
-        yield handler
-        running.shutdown()
+        try:
+            yield handler
+        finally:
+            handler.over.set()
+            running.shutdown()

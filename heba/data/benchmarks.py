@@ -8,16 +8,13 @@ import ast
 import json
 import os
 import shutil
-import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-from tqdm import tqdm
 
 from heba.data.catalog import Benchmark
 from heba.data.fetch import Local
 from heba.data.own import IMAGE_SUFFIXES
-from heba.data.unpack import ArchiveError, unpack, unpack_tar
+from heba.data.unpack import ArchiveError, members_of_tar, naming_damage, unpack, unpack_tar
 from heba.splits import PARTS, Item, Split, class_names, write_split
 
 
@@ -132,20 +129,15 @@ def _imagenet(archives: list[Local], images: Path) -> Split:
 
     paths = {a.file.file.split(".")[0].rsplit("_", 1)[-1]: a.path for a in archives}
     classes = imagenet_classes()
-    try:
-        with tarfile.open(paths["train"], "r:") as outer:
-            members = [m for m in outer if m.isfile()]
-            for member in tqdm(members, desc="unpack ImageNet's classes", unit="class", delay=2):
-                stream = outer.extractfile(member)
-                wnid = Path(member.name).stem
-                if stream is None or wnid not in dict(classes):
-                    raise ArchiveError(f"{paths['train']}: unexpected member {member.name!r}")
-                unpack_tar(stream, images / "train" / wnid, wnid)
-        flat = images / "val"
-        unpack(paths["val"], flat)
-        unpack(paths["t12"], images / "devkit")
-    except (tarfile.TarError, EOFError) as error:
-        raise ArchiveError(f"ImageNet: {error}; is the archive complete?") from None
+    train, wnids = paths["train"], {wnid for wnid, _ in classes}
+    with naming_damage(train), train.open("rb") as stream:
+        for path, size, inner in members_of_tar(stream, train.stat().st_size, train):
+            if path.stem not in wnids:
+                raise ArchiveError(f"{train}: unexpected member {str(path)!r}")
+            unpack_tar(inner, size, images / "train" / path.stem, train / path)
+    flat = images / "val"
+    unpack(paths["val"], flat)
+    unpack(paths["t12"], images / "devkit")
     devkit = _only((images / "devkit").rglob("meta.mat"), "meta.mat", "ImageNet").parent
     synsets = loadmat(devkit / "meta.mat", squeeze_me=True)["synsets"]
     wnid_of = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if int(row["num_children"]) == 0}

@@ -18,7 +18,8 @@ class _Strict(BaseModel):
 class File(_Strict):
     """A file of the network. `url` is null where only the user can get it, `mirrors` are further URLs of the same
     bytes; of the checksums those that are published. `inner` names an archive that holds the images, should there
-    be one in this one. `size` in bytes may be rough."""
+    be one in this one. `size` in bytes may be rough, 0 if unknown; a server that sends more than
+    `heba.data.unpack.most_bytes` of it is refused."""
 
     file: Annotated[str, Field(pattern=r"^[\w.-]+$")]
     url: str | None

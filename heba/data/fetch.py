@@ -3,25 +3,30 @@
 On requests alone: pooch, which is built on it, neither resumes nor shows that it hashes a file of many gigabytes.
 """
 
+import gzip
 import hashlib
 import logging
 import os
-import tarfile
+import queue
+import threading
 import time
-import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import requests
+import urllib3
 from tqdm import tqdm
 
 from heba.data.catalog import File
-from heba.data.unpack import DISK_ERRORS
+from heba.data.unpack import DISK_ERRORS, is_archive, most_bytes
 
 ATTEMPTS = 4  # in a row without any progress
 LONGEST_PAUSE = 60  # seconds, whatever a server asks for
-TIMEOUT = (10, 60)  # seconds to connect, and between two pieces
+CONNECT = 10  # seconds
+WINDOW = 60  # seconds in which something must come, and at least RATE bytes a second
+RATE = 10_000
 CHUNK = 1 << 20
 UNCHECKED = " (no checksum is published for it; its images are checked against the split instead)"
 
@@ -64,7 +69,7 @@ def check(path: Path, file: File) -> tuple[str, str | None]:
         expected = getattr(file, name)
         if expected and digest.hexdigest() != expected:
             problem = f"wrong checksum: its {name} is {digest.hexdigest()}, not {expected}"
-    if not file.has_checksum and not (zipfile.is_zipfile(path) or tarfile.is_tarfile(path)):
+    if not file.has_checksum and not is_archive(path):
         problem = "it is neither a tar nor a zip archive, or is cut off"
     return digests["sha256"].hexdigest(), problem
 
@@ -86,23 +91,26 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def resuming_download(url: str, partial: Path, title: str) -> None:
+def resuming_download(url: str, partial: Path, title: str, most: int) -> bool:
     """Download `url` to `partial`, going on where an interruption left it, with a progress bar named `title`.
 
-    Tries again after a broken connection or a server's error, until ATTEMPTS in a row have brought nothing new.
-    Raises OSError then, and ValueError for a web page in place of a file; what has come of a file stays.
+    Tries again after a broken connection, a silence or a server's error, until ATTEMPTS in a row have brought next
+    to nothing new. Returns whether the server says that it has compressed the bytes. Raises OSError when all
+    attempts fail, and at once for a server slower than RATE; ValueError for a web page in place of a file, and for
+    more than `most` bytes. What has come of a file stays.
     """
-    failures, furthest = 0, _size(partial)
+    failures, furthest, since = 0, _size(partial), time.monotonic()
     while True:
         try:
-            _transfer(url, partial, title)
-            return
+            return _transfer(url, partial, title, most)
         except requests.RequestException as error:
             status = 0 if error.response is None else error.response.status_code
             if 400 <= status < 500 and status not in (408, 429):
                 raise
-            failures = 0 if _size(partial) > furthest else failures + 1
-            furthest = max(furthest, _size(partial))
+            gained, now = _size(partial) - furthest, time.monotonic()
+            # Else a server that drops every connection after a few bytes would keep us for ever.
+            failures = 0 if gained > 0 and gained >= RATE * (now - since) else failures + 1
+            furthest, since = furthest + max(0, gained), now
             if failures == ATTEMPTS:
                 raise
             asked = "" if error.response is None else error.response.headers.get("Retry-After", "")
@@ -111,29 +119,114 @@ def resuming_download(url: str, partial: Path, title: str) -> None:
         time.sleep(pause)
 
 
-def _transfer(url: str, partial: Path, title: str) -> None:
+def _transfer(url: str, partial: Path, title: str, most: int) -> bool:
     """One request for what is not in `partial` yet; raises requests.RequestException unless all of it comes."""
+    # A thread reads, since no timeout of a socket ends the wait for a server that sends a byte now and then.
+    arrived: queue.Queue[Any] = queue.Queue(maxsize=64)
+    given_up = threading.Event()
     done = _size(partial)
+    threading.Thread(target=_receive, args=(url, done, arrived, given_up), daemon=True).start()
+    try:
+        pieces = _paced(arrived)
+        return _store(next(pieces), pieces, partial, title, most)
+    finally:
+        given_up.set()
+        while not arrived.empty():  # which may be what the thread waits for
+            arrived.get_nowait()
+
+
+def _receive(url: str, done: int, arrived: queue.Queue[Any], given_up: threading.Event) -> None:
+    """Put into `arrived` the response to a request for `url` from byte `done` on, then its bytes as they are sent,
+    then None; or, last, what went wrong."""
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        if response.status_code == 416 and done:
-            if response.headers.get("Content-Range") == f"bytes */{done}":
-                return
-            partial.unlink()
-            raise requests.ConnectionError("the file is not the one that a former run began with")
-        response.raise_for_status()
-        if response.headers.get("Content-Type", "").startswith("text/html"):
-            raise ValueError("the server sent a web page in place of the file")
-        if response.status_code != 206:
-            done = 0
-        length = response.headers.get("Content-Length")
-        total = done + int(length) if length else None
-        with partial.open("ab" if done else "wb") as out, _bar(title, total, done) as bar:
-            for piece in response.iter_content(CHUNK // 16):
+    try:
+        # What reads lets go after whoever waits for it.
+        with requests.get(url, headers=headers, stream=True, timeout=(CONNECT, 3 * WINDOW)) as response:
+            arrived.put(response)
+            while not given_up.is_set() and (piece := response.raw.read1(CHUNK, decode_content=False)):
+                arrived.put(piece)
+        arrived.put(None)
+    except urllib3.exceptions.HTTPError as error:
+        arrived.put(requests.ConnectionError(error))
+    except Exception as error:  # raised by the one who waits
+        arrived.put(error)
+
+
+def _paced(arrived: queue.Queue[Any]) -> Iterator[Any]:
+    """What `_receive` puts into `arrived`. Raises requests.ConnectionError when nothing comes for WINDOW seconds,
+    and TimeoutError for fewer than RATE bytes a second."""
+    since, came = time.monotonic(), 0
+    while True:
+        try:
+            item = arrived.get(timeout=max(0.0, since + WINDOW - time.monotonic()))
+        except queue.Empty:
+            if not came:
+                raise requests.ConnectionError(f"nothing came in {WINDOW} s") from None
+            if came < RATE * WINDOW:
+                raise TimeoutError(
+                    f"too slow: {came} bytes came in {WINDOW} s, and {RATE} a second are the least"
+                ) from None
+            since, came = time.monotonic(), 0
+            continue
+        if item is None:
+            return
+        if isinstance(item, Exception):
+            raise item
+        if isinstance(item, bytes):
+            came += len(item)
+        yield item
+
+
+def _store(response: requests.Response, pieces: Iterator[bytes], partial: Path, title: str, most: int) -> bool:
+    """Write what `pieces` brings of the `response` to `partial`; see `resuming_download`."""
+    done = _size(partial)
+    if response.status_code == 416 and done:
+        if response.headers.get("Content-Range") == f"bytes */{done}":
+            return False
+        partial.unlink()
+        raise requests.ConnectionError("the file is not the one that a former run began with")
+    response.raise_for_status()
+    if response.headers.get("Content-Type", "").startswith("text/html"):
+        raise ValueError("the server sent a web page in place of the file")
+    encoding = response.headers.get("Content-Encoding", "identity").lower()
+    if encoding not in ("identity", "gzip", "x-gzip"):
+        raise ValueError(f"the server sent it compressed by {encoding}, though asked not to")
+    if response.status_code != 206:
+        done = 0
+    length = response.headers.get("Content-Length")
+    total = done + int(length) if length else None
+    with partial.open("ab" if done else "wb") as out, _bar(title, total, done) as bar:
+        for piece in pieces:
+            done += len(piece)
+            if max(done, total or 0) > most:
+                partial.unlink()
+                raise ValueError(
+                    f"the server sends more than {most / 1e6:.0f} MB; if that is right, correct its size in the "
+                    "catalogue"
+                )
+            out.write(piece)
+            bar.update(len(piece))
+    if total is not None and done != total:
+        raise requests.ConnectionError(f"only {done} of {total} bytes came")
+    return encoding != "identity"
+
+
+def _gunzip(path: Path, plain: Path, most: int) -> bool:
+    """Write to `plain` what the gzip file `path` holds; False, and no file, when it is none or holds more than
+    `most` bytes."""
+    done = 0
+    try:
+        with gzip.open(path) as stream, plain.open("wb") as out, _bar(f"decompress {path.name}", None) as bar:
+            while piece := stream.read(CHUNK):
+                done += len(piece)
+                if done > most:
+                    raise gzip.BadGzipFile("too large")
                 out.write(piece)
                 bar.update(len(piece))
-        if total is not None and _size(partial) != total:
-            raise requests.ConnectionError(f"only {_size(partial)} of {total} bytes came")
+    except (gzip.BadGzipFile, zlib.error, EOFError):
+        plain.unlink()
+        return False
+    return True
 
 
 def partial_path(folder: Path, file: File, url: str) -> Path:
@@ -152,8 +245,15 @@ def download(file: File, url: str, folder: Path, say: Callable[[str], object]) -
     """
     folder.mkdir(parents=True, exist_ok=True)
     partial = partial_path(folder, file, url)
-    resuming_download(url, partial, file.file)
+    most = most_bytes(file.size)
+    compressed = resuming_download(url, partial, file.file, most)
     sha256, problem = check(partial, file)
+    if problem and compressed:
+        # A server that says gzip may only mean what the file is, as with .tar.gz; this one has compressed it.
+        plain = partial_path(folder, file, f"{url} decompressed")
+        if _gunzip(partial, plain, most):
+            os.replace(plain, partial)
+            sha256, problem = check(partial, file)
     if problem:
         partial.unlink()
         raise ValueError(problem)

@@ -109,10 +109,13 @@ def _labelled(parts: dict[str, list[tuple[str, str]]]) -> Split:
 
 
 def _inside(root: Path, file: str, where: str) -> str:
-    """`file` relative to `root`; ValueError where it, or what it links to, lies outside."""
+    """`file` relative to `root`; ValueError where it, or what it links to, lies outside or is no file."""
     lexical = os.path.relpath(os.path.normpath(root / file), root)
     if Path(lexical).parts[:1] == ("..",) or not (root / lexical).resolve().is_relative_to(root.resolve()):
         raise ValueError(f"{where}: {file!r} leads out of the folder {root}")
+    if not (root / lexical).is_file() and (root / lexical).exists():
+        # To read from a pipe is to wait for who writes into it.
+        raise ValueError(f"{where}: {file!r} is no file but a folder, a pipe or the like; remove it")
     return Path(lexical).as_posix()
 
 

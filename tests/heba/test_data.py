@@ -1,9 +1,12 @@
 """The real benchmarks' archives, over replicas and a local HTTP server with faults."""
 
+import gzip
 import hashlib
 import io
 import tarfile
+import tracemalloc
 import zipfile
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
@@ -11,7 +14,7 @@ from hypothesis import strategies as st
 
 from heba.data.benchmarks import parse_descriptions, prepare
 from heba.data.catalog import File, load_catalog
-from heba.data.fetch import FetchError, Local, bytes_to_fetch, obtain, partial_path
+from heba.data.fetch import FetchError, Local, bytes_to_fetch, check, obtain, partial_path
 from heba.data.unpack import ArchiveError, unpack
 from heba.splits import class_names, read_split
 from tests import replicas
@@ -31,7 +34,7 @@ def described(url, content=CONTENT, name="a.bin", **changes):
     return File(file=name, url=url, sha256=hashlib.sha256(content).hexdigest(), **changes)
 
 
-@pytest.mark.parametrize(("fault", "ranges"), [(None, 0), ("cut", 1), ("whole", 1), ("busy", 0), ("slow", 4)])
+@pytest.mark.parametrize(("fault", "ranges"), [(None, 0), ("cut", 1), ("whole", 1), ("busy", 0), ("slow", 3)])
 def test_a_broken_download_goes_on_and_ends_right(server, tmp_path, fault, ranges):
     server.files["a.bin"] = CONTENT
     if fault:
@@ -56,6 +59,64 @@ def test_an_interrupted_download_is_resumed_by_the_next_run_and_only_from_its_ow
     assert server.requests == [("a.bin", "bytes=700000-")]
     assert not foreign.exists()
     assert bytes_to_fetch([file], tmp_path, "dtd", None) == 0
+
+
+WAITS = {
+    "trickle": "too slow: ",
+    "trickled head": "nothing came in 1 s",
+    "silent": "nothing came in 1 s",
+    "crumbs": "IncompleteRead",
+}
+
+
+@pytest.mark.parametrize("fault", WAITS)
+def test_a_server_that_keeps_us_waiting_gives_way_to_the_next(server, tmp_path, monkeypatch, fault):
+    monkeypatch.setattr("heba.data.fetch.WINDOW", 1)
+    monkeypatch.setattr("heba.data.fetch.ATTEMPTS", 2)
+    server.files |= {"first/a.bin": CONTENT, "b.bin": CONTENT}
+    server.faults["first/a.bin"] = fault
+    said = []
+    file = described(server.url + "/first/a.bin", mirrors=[server.url + "/b.bin"])
+    ((_, path, _),) = obtain([[file]], tmp_path, "dtd", say=said.append)
+    assert path.read_bytes() == CONTENT
+    assert any(f"{server.url}/first/a.bin: " in s and WAITS[fault] in s for s in said)
+    assert [p.name for p in (tmp_path / "dtd").iterdir()] == ["a.bin"]
+
+
+def test_a_file_without_an_end_is_refused_and_removed(server, tmp_path):
+    server.files["a.bin"] = CONTENT
+    server.faults["a.bin"] = "endless"
+    with pytest.raises(FetchError, match="more than 100 MB; if that is right, correct its size in the catalogue"):
+        obtain([[described(server.url + "/a.bin")]], tmp_path, "dtd", say=print)
+    assert list((tmp_path / "dtd").iterdir()) == []
+
+
+ZIP, TAR = replicas.zip_of({"a": CONTENT}), replicas.tar_of({"a": CONTENT}, "w:gz")
+
+
+@pytest.mark.parametrize("fault", ["gzip", "labelled"])
+@pytest.mark.parametrize("checksum", [True, False])
+@pytest.mark.parametrize(("name", "content"), [("a.zip", ZIP), ("a.tar.gz", TAR)], ids=["zip", "tar.gz"])
+def test_what_a_server_compresses_or_only_says_so_lands_as_published(
+    server, tmp_path, fault, checksum, name, content
+):
+    server.files[name] = content
+    server.faults[name] = fault
+    url = f"{server.url}/{name}"
+    file = described(url, content, name, size=len(content)) if checksum else File(file=name, url=url)
+    ((_, path, sha256),) = obtain([[file]], tmp_path, "dtd", say=print)
+    assert path.read_bytes() == content
+    assert sha256 == hashlib.sha256(content).hexdigest()
+    assert [p.name for p in (tmp_path / "dtd").iterdir()] == [name]
+
+
+@pytest.mark.parametrize(("fault", "reason"), [("br", "compressed by br"), ("gzip", "wrong checksum")])
+def test_what_a_server_compresses_beyond_use_is_refused(server, tmp_path, fault, reason):
+    server.files["a.bin"] = bytes(101_000_000)  # more than a file of no known size may have
+    server.faults["a.bin"] = fault
+    with pytest.raises(FetchError, match=reason):
+        obtain([[described(server.url + "/a.bin")]], tmp_path, "dtd", say=print)
+    assert list((tmp_path / "dtd").iterdir()) == []
 
 
 @pytest.mark.parametrize("fault", ["404", "wrong", "html"])
@@ -188,6 +249,28 @@ def test_evil_and_damaged_archives_are_refused(tmp_path, content):
         unpack(archive, tmp_path / "in" / "here")
     left = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")}
     assert left <= {"archive", "in", "in/here", "in/here/a"}
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE], ids=["name", "pax"])
+def test_a_header_does_not_fill_the_memory(tmp_path, kind):
+    member = tarfile.TarInfo("member")
+    member.type, member.size = kind, 60_000_000
+    path = tmp_path / "a.tar.gz"
+    with gzip.open(path, "wb", compresslevel=1) as out:
+        out.write(member.tobuf() + bytes(member.size) + replicas.tar_of({"a": b"x"}))
+    tracemalloc.start()
+    with suppress(ArchiveError):
+        unpack(path, tmp_path / "out")
+    check(path, File(file="a.tar.gz", url=None))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < member.size / 3
+
+
+def test_an_archive_without_checksum_that_breaks_off_in_its_first_bytes_is_named(tmp_path):
+    (tmp_path / "a.tar.gz").write_bytes(replicas.tar_of({"a": CONTENT}, "w:gz")[:30])
+    with pytest.raises(FetchError, match="neither a tar nor a zip archive, or is cut off"):
+        obtain([[File(file="a.tar.gz", url=None)]], tmp_path, "dtd", say=print)
 
 
 @pytest.mark.parametrize("name", list(load_catalog()))

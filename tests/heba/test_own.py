@@ -1,6 +1,7 @@
 """A user's own images: folders, CSV and split files as people have them, and what is wrong with them."""
 
 import json
+import os
 
 import pytest
 from hypothesis import given
@@ -138,6 +139,16 @@ def test_an_empty_class_and_a_missing_folder(tmp_path):
         read_own(tmp_path, "folder")
     with pytest.raises(ValueError, match="no such folder"):
         read_own(tmp_path / "nowhere", "folder")
+
+
+@pytest.mark.parametrize("kind", ["folder", "csv"])
+def test_a_pipe_is_refused_before_anything_waits_for_it(tmp_path, kind):
+    root = folder_of_classes(tmp_path / "in", {"a": 3, "b": 3})
+    names = ["a/0.png", "a/1.png", "b/0.png", "b/1.png", "a/pipe.png"]
+    (root / "list.csv").write_text("path,label\n" + "".join(f"{name},{name[0]}\n" for name in names))
+    os.mkfifo(root / "a" / "pipe.png")
+    with pytest.raises(ValueError, match=r"'a/pipe\.png' is no file but a folder, a pipe or the like; remove it"):
+        read_own(root, kind)
 
 
 def test_links_out_of_the_folder_are_refused(tmp_path):
