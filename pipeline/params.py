@@ -280,7 +280,7 @@ def _impossible(raw: dict[str, Any]) -> list[str]:
 
 
 def _impossible_own(own: dict[Any, Any]) -> list[str]:
-    """Names and paths of own data sets that can not be."""
+    """Names and paths of own data sets that cannot be."""
     problems = []
     for name, entry in own.items():
         if not re.fullmatch(rf"[A-Za-z0-9][A-Za-z0-9_-]{{,{LONGEST_NAME - 1}}}", str(name)):

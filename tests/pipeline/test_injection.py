@@ -94,7 +94,7 @@ def test_an_experiment_is_refused_before_anything_runs(repo, key, target):
 
 def test_a_path_out_of_the_outs_is_refused_before_dvc_removes_what_is_there(repo):
     change(repo, **{"transfer.variants": ["../../photos/notes"]})
-    done = call(repo, "dvc", "repro")
+    done = call(repo, "dvc", "repro", "download-variant")
     assert done.returncode
     assert "there is no data set '../../photos/notes'" in done.stderr
     assert (repo / "photos" / "notes.json").read_text() == "mine"
