@@ -27,8 +27,7 @@ Source = Annotated[
     bool, typer.Option("--source", help="For the transfer protocols: all classes of transfer.source.")
 ]
 FewShots = Annotated[
-    int | None,
-    typer.Option("--shots", min=1, max=MOST, help="For few_shot: images per class, all classes."),
+    int | None, typer.Option("--shots", min=1, max=MOST, help="For few_shot: images per class, all classes.")
 ]
 
 
@@ -114,9 +113,7 @@ def precompute(dataset: Dataset) -> None:
 @app.command()
 def train(
     seed: Seed,
-    dataset: Annotated[
-        str | None, typer.Option(help="A data set of params.yaml. With --source by default that.")
-    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="As for split; with --source by default that.")] = None,
     source: Source = False,
     shots: FewShots = None,
 ) -> None:
