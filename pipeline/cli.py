@@ -63,8 +63,7 @@ def download(dataset: Dataset) -> None:
 
 @app.command(hidden=True)
 def download_own() -> None:
-    """`download` of the own data set whose stage this is. Its name is a key of params.yaml, which DVC would paste
-    into a command without quotes, but it names the stage in DVC_STAGE, too."""
+    """`download` of the own data set whose stage DVC runs: by DVC_STAGE, since DVC does not quote a key."""
     download(os.environ.get("DVC_STAGE", "").rpartition("@")[2])
 
 
@@ -113,7 +112,7 @@ def precompute(dataset: Dataset) -> None:
 @app.command()
 def train(
     seed: Seed,
-    dataset: Annotated[str | None, typer.Option(help="As for split; with --source by default that.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="A data set; may be left out with --source.")] = None,
     source: Source = False,
     shots: FewShots = None,
 ) -> None:
@@ -121,13 +120,11 @@ def train(
     params = _params(dataset)
     if source and shots:
         raise ParamsError(f"--shots {shots}: does not go with --source")
-    if dataset is None:
-        if not source:
-            raise ParamsError("--dataset: missing, which only --source does without")
-        dataset = params.transfer.source
+    if dataset is None and not source:
+        raise ParamsError("--dataset: missing, which only --source does without")
     from pipeline import train
 
-    train.run(params, dataset, seed, source, shots)
+    train.run(params, dataset or params.transfer.source, seed, source, shots)
 
 
 @app.command()
