@@ -1,6 +1,7 @@
 """`python -m pipeline STAGE ...`: the stages of dvc.yaml, presets, and late tracking."""
 
 import logging
+import os
 import sys
 from contextlib import nullcontext
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.params import Params, ParamsError, load_params
+from pipeline.params import MOST, MOST_SEED, Params, ParamsError, load_params
 from pipeline.paths import TRANSFER_STAGES, new_folder
 
 app = typer.Typer(
@@ -19,12 +20,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+MOST_JOBS = 1024
 Dataset = Annotated[str, typer.Option(help="A data set of params.yaml, such as eurosat.")]
-Seed = Annotated[int, typer.Option(help="Seed of the few-shot sample and of the training.")]
+Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the few-shot sample and of the training.")]
 Source = Annotated[
     bool, typer.Option("--source", help="For the transfer protocols: all classes of transfer.source.")
 ]
-FewShots = Annotated[int | None, typer.Option("--shots", help="For few_shot: images per class, all classes.")]
+FewShots = Annotated[
+    int | None, typer.Option("--shots", min=1, max=MOST, help="For few_shot: images per class, all classes.")
+]
 
 
 def _params(dataset: str | None = None, argument: str = "--dataset") -> Params:
@@ -35,15 +39,18 @@ def _params(dataset: str | None = None, argument: str = "--dataset") -> Params:
     return params
 
 
-def _few(source: bool, shots: int | None) -> int | None:
-    if shots is not None and (source or shots < 1):
-        raise ParamsError(f"--shots {shots}: must be at least 1, and does not go with --source")
-    return shots
-
-
 def _names(listed: str) -> list[str]:
     """Names between commas, each once."""
     return list(dict.fromkeys(name.strip() for name in listed.split(",") if name.strip()))
+
+
+@app.command()
+def check_params() -> None:
+    """Read params.yaml and list all that is wrong with it; a stage, so that DVC writes nothing before."""
+    from pipeline import paths
+
+    _params()
+    paths.mark_params()
 
 
 @app.command()
@@ -52,6 +59,12 @@ def download(dataset: Dataset) -> None:
     from pipeline import download
 
     download.run(_params(dataset), dataset)
+
+
+@app.command(hidden=True)
+def download_own() -> None:
+    """`download` of the own data set whose stage DVC runs: by DVC_STAGE, since DVC does not quote a key."""
+    download(os.environ.get("DVC_STAGE", "").rpartition("@")[2])
 
 
 @app.command()
@@ -97,12 +110,21 @@ def precompute(dataset: Dataset) -> None:
 
 
 @app.command()
-def train(dataset: Dataset, seed: Seed, source: Source = False, shots: FewShots = None) -> None:
+def train(
+    seed: Seed,
+    dataset: Annotated[str | None, typer.Option(help="A data set; may be left out with --source.")] = None,
+    source: Source = False,
+    shots: FewShots = None,
+) -> None:
     """Train the adapters: on the base classes; with --source or --shots on all classes."""
     params = _params(dataset)
+    if source and shots:
+        raise ParamsError(f"--shots {shots}: does not go with --source")
+    if dataset is None and not source:
+        raise ParamsError("--dataset: missing, which only --source does without")
     from pipeline import train
 
-    train.run(params, dataset, seed, source, _few(source, shots))
+    train.run(params, dataset or params.transfer.source, seed, source, shots)
 
 
 @app.command()
@@ -163,7 +185,9 @@ def repro(
     jobs: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Stages at a time. Default: one per GPU of --gpus, else CPUs / threads, at most 4."
+            min=1,
+            max=MOST_JOBS,
+            help="Stages at a time. Default: one per GPU of --gpus, else CPUs / threads, at most 4.",
         ),
     ] = None,
     gpus: Annotated[str, typer.Option(help="GPUs for the jobs, such as 0,1: each job sees one of them.")] = "",
@@ -213,7 +237,7 @@ def ablate(
     ] = "",
     only: Annotated[str, typer.Option(help="Ablations, such as init,ratio. Default: all.")] = "",
     run: Annotated[bool, typer.Option("--run", help="Start the queue, too, in the background.")] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="With --run: experiments at a time.")] = 2,
+    jobs: Annotated[int, typer.Option(min=1, max=MOST_JOBS, help="With --run: experiments at a time.")] = 2,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the commands, queue nothing.")] = False,
     table: Annotated[
         bool, typer.Option("--table", help="Read from MLflow what there is and write ablation.csv.")

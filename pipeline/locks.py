@@ -10,18 +10,23 @@ import psutil
 import yaml
 from filelock import FileLock, Timeout
 
-from pipeline.paths import new_file
+from pipeline.paths import new_file, remove_left
 
 LOCK_REMEDY = "`git checkout dvc.lock` brings the last one back"
 
 
 @contextmanager
 def alone(root: Path) -> Iterator[None]:
-    """ValueError while `python -m pipeline repro` works at `root`: two would run the same stages."""
+    """ValueError while `python -m pipeline repro` works at `root`: two would run the same stages.
+
+    What killed processes have left of dvc.lock and the rwlock is removed.
+    """
     path = root / ".heba" / "repro.lock"
     path.parent.mkdir(exist_ok=True)
     try:
         with FileLock(path, timeout=0):
+            for name in ("dvc.lock", ".dvc/tmp/dvc.lock", ".dvc/tmp/rwlock"):
+                remove_left(root / name)
             yield
     except Timeout:
         raise ValueError("another `python -m pipeline repro` runs in this repository; wait for its end") from None

@@ -1,14 +1,15 @@
 """params.yaml: its schema, and one message with everything that is wrong with it."""
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from heba.architecture import depth, read_config, width
 from heba.prompts import TEMPLATE, TEMPLATE_PATTERN
+from heba.strict_yaml import read_yaml
 from pipeline.paths import main_root
 
 PARAMS_FILE = Path("params.yaml")
@@ -28,10 +29,23 @@ BENCHMARKS = (
 )
 VARIANTS = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Seeds = list[Annotated[int, Field(ge=0)]]
+# Beyond all that makes sense, and within what torch, the threads of a machine and the names of files take.
+MOST = 1_000_000
+MOST_SEED = 2**32 - 1
+MOST_THREADS = 1024
+MOST_EXPANSION = 64
+LEAST = 1e-9
+LONGEST_TEXT = 4096
+LONGEST_NAME = 64
+SHOWN = 50  # problems of a message, and LONGEST_LINE of its letters in each
+LONGEST_LINE = 400
+
+Positive = Annotated[float, Field(ge=LEAST, le=MOST)]
+NotNegative = Annotated[float, Field(ge=0, le=MOST)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Seeds = list[Annotated[int, Field(ge=0, le=MOST_SEED)]]
+Text = Annotated[str, Field(min_length=1, max_length=LONGEST_TEXT, pattern="^[^\0]*$")]
 
 
 class _Strict(BaseModel):
@@ -39,8 +53,8 @@ class _Strict(BaseModel):
 
 
 class Backbone(_Strict):
-    name: str
-    pretrained: str
+    name: Text
+    pretrained: Text
 
 
 class Adapter(_Strict):
@@ -48,13 +62,13 @@ class Adapter(_Strict):
     end: Count
     ratio: Count
     scale: Positive
-    scale_novel: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
+    scale_novel: NotNegative | None
     scale_factor: Positive
     slow_ratio: Fraction
     init: Literal["kaiming", "zero"]
     visual_block: Literal["conv", "linear"]
     text_block: Literal["linear", "conv1d"]
-    expansion: Count
+    expansion: Annotated[int, Field(ge=1, le=MOST_EXPANSION)]
     gradient_scale: bool
     towers: Literal["both", "image", "text"]
 
@@ -64,9 +78,9 @@ class Train(_Strict):
     batch_size: Count
     lr: Positive
     momentum: Annotated[float, Field(ge=0, lt=1)]
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    weight_decay: NotNegative
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
-    neg_ratio: Annotated[int, Field(ge=0)]
+    neg_ratio: Annotated[int, Field(ge=0, le=MOST)]
 
 
 class Transfer(_Strict):
@@ -85,17 +99,17 @@ class FewShot(_Strict):
 
 
 class Data(_Strict):
-    root: str
-    mirror: str | None
-    catalog: str | None
+    root: Text
+    mirror: Text | None
+    catalog: Text | None
 
 
 class Own(_Strict):
     """A user's own data set; `path` is the folder of its images, in which `file` and `descriptions` are."""
 
     kind: Literal["folder", "csv", "coop"]
-    path: Annotated[str, Field(min_length=1)]
-    file: str | None = None
+    path: Text
+    file: Text | None = None
     template: Annotated[str, Field(pattern=TEMPLATE_PATTERN)] = TEMPLATE
     descriptions: Annotated[str, Field(pattern="^[^/]+$")] | None = None
     allow_leaks: bool = False
@@ -111,7 +125,7 @@ class Params(_Strict):
     backbone: Backbone
     precision: Literal["auto", "fp32", "bf16"]
     device: Literal["auto", "cpu", "cuda"]
-    threads: Count | None
+    threads: Annotated[int, Field(ge=1, le=MOST_THREADS)] | None
     cuda_graphs: bool
     deterministic: bool
     adapter_dtype: Literal["fp16", "fp32"]
@@ -133,15 +147,15 @@ class ParamsError(ValueError):
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
     """Read and validate `path`; ParamsError lists all problems at once."""
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         raise ParamsError(
             f"{path} is not here: run from the repository's root, or restore it with "
             "`python -m pipeline preset demo`"
-        ) from None
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ParamsError(f"{path} can not be read: {error}") from None
+        )
+    try:
+        raw = read_yaml(path)
+    except ValueError as error:
+        raise ParamsError(str(error)) from None
     if not isinstance(raw, dict):
         raise ParamsError(f"{path} must map names to values; restore it with `python -m pipeline preset demo`")
     problems: list[str] = []
@@ -152,9 +166,14 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
         problems += [_describe(dict(e)) for e in error.errors()]
     problems += _impossible(raw)
     if problems or params is None:
-        listed = "\n".join(f"  {p}" for p in problems)
+        listed = "\n".join(f"  {_shortened(p)}" for p in problems[:SHOWN])
+        listed += f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise ParamsError(f"{path} has {len(problems)} problem{'s'[: len(problems) > 1]}:\n{listed}")
     return params
+
+
+def _shortened(line: str) -> str:
+    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} ..."
 
 
 def _describe(error: dict[str, Any]) -> str:
@@ -193,11 +212,14 @@ def _impossible(raw: dict[str, Any]) -> list[str]:
         values, key = get(*keys), ".".join(keys)
         if not isinstance(values, list):
             continue
-        for value in values:
-            if known and isinstance(value, str) and value not in known:
-                problems.append(f"{key}: there is no data set {value!r}; known are {', '.join(known)}")
-            if values.count(value) > 1 and f"{key}: {value!r} is listed twice" not in problems:
-                problems.append(f"{key}: {value!r} is listed twice")
+        names = [value for value in values if isinstance(value, str | int)]
+        problems += [f"{key}: {value!r} is listed twice" for value, n in Counter(names).items() if n > 1]
+        if known:
+            problems += [
+                f"{key}: there is no data set {value!r}; known are {', '.join(known)}"
+                for value in names
+                if isinstance(value, str) and value not in known
+            ]
     datasets, source, targets = get("datasets"), get("transfer", "source"), get("transfer", "targets")
     if isinstance(datasets, list):
         if not datasets and not own:
@@ -258,15 +280,22 @@ def _impossible(raw: dict[str, Any]) -> list[str]:
 
 
 def _impossible_own(own: dict[Any, Any]) -> list[str]:
-    """Names and paths of own data sets that can not be."""
+    """Names and paths of own data sets that cannot be."""
     problems = []
     for name, entry in own.items():
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", str(name)):
-            problems.append(f"own: {name!r} must be letters, digits, _ and - only: it names files and stages")
+        if not re.fullmatch(rf"[A-Za-z0-9][A-Za-z0-9_-]{{,{LONGEST_NAME - 1}}}", str(name)):
+            problems.append(
+                f"own: {name!r} must be letters, digits, _ and - only, at most {LONGEST_NAME}: it names files and "
+                "stages"
+            )
         if name in (*BENCHMARKS, *VARIANTS, "average"):
             problems.append(f"own: the name {name!r} is taken, choose another")
         path = entry.get("path") if isinstance(entry, dict) else None
-        if isinstance(path, str) and (main_root() / path).resolve().is_relative_to(main_root() / "data"):
+        if not isinstance(path, str) or "\0" in path:
+            continue
+        if "://" in path:  # DVC would ask that host
+            problems.append(f"own.{name}.path: {path!r} is an address; put the images into a folder")
+        elif (main_root() / path).resolve().is_relative_to(main_root() / "data"):
             problems.append(
                 f"own.{name}.path: {path!r} lies in data/, where DVC looks at nothing (.dvcignore); "
                 "put the images elsewhere"

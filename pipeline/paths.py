@@ -46,6 +46,15 @@ def mark_protocols(on: dict[str, bool]) -> None:
             path.write_text("".join(f"{name}\n" for name in names))
 
 
+def mark_params() -> None:
+    """Write what the stages depend on that DVC must not run with a params.yaml that was not checked.
+
+    It is always the same, so that no other change of params.yaml runs them again.
+    """
+    with new_file(OUT / "params.txt") as path:
+        path.write_text("params.yaml was checked\n", encoding="utf-8")
+
+
 def main_root() -> Path:
     """The main repository's root. DVC names it in DVC_ROOT, in the workspaces of queued experiments too."""
     return Path(os.environ.get("DVC_ROOT") or Path.cwd()).resolve()
@@ -56,12 +65,17 @@ def data_folder(data_root: str, suite: str, dataset: str) -> Path:
     return main_root() / data_root / suite / dataset
 
 
-def temporary_name(path: Path) -> Path:
-    """A name beside `path` to write it under; what killed processes have left under such names is removed."""
+def remove_left(path: Path) -> None:
+    """Remove what killed processes have left beside `path` under names of `temporary_name`."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         pid = left.name.rsplit(".", 2)[1]
         if pid.isdecimal() and not psutil.pid_exists(int(pid)):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` to write it under; what killed processes have left under such names is removed."""
+    remove_left(path)
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 

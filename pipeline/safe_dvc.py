@@ -14,6 +14,8 @@ from typing import Any
 from dvc.cli import main
 from dvc.fs import LocalFileSystem
 
+from pipeline.paths import temporary_name
+
 plain_open = LocalFileSystem.open
 
 
@@ -27,7 +29,7 @@ def safe_open(self: Any, path: str, mode: str = "r", **options: Any) -> Abstract
 @contextmanager
 def _replaced(fs: Any, path: Path, mode: str, options: dict[str, Any]) -> Iterator[Any]:
     ignored = path.parent / ".dvc" / "tmp"
-    temporary = (ignored if ignored.is_dir() else path.parent) / f".{path.name}.{os.getpid()}.tmp"
+    temporary = temporary_name((ignored if ignored.is_dir() else path.parent) / path.name)
     try:
         with plain_open(fs, str(temporary), mode, **options) as file:
             yield file

@@ -112,7 +112,29 @@ DESCRIPTIONS = {"cat": ["which purrs.", "which sleeps."], "dog": ["which barks."
 @fuzz
 @given(changed(PARAMS).map(as_yaml) | scrambled((ROOT / "params.yaml").read_bytes()))
 def test_params(tmp_path, content):
-    refused_or_read(load_params, tmp_path / "params.yaml", content)
+    params = refused_or_read(load_params, tmp_path / "params.yaml", content)
+    if params:
+        assert all(abs(number) < 2**32 for number in numbers(params.model_dump()))
+
+
+def numbers(value):
+    """All numbers in a structure of dictionaries and lists."""
+    if isinstance(value, dict | list):
+        return [n for inner in (value.values() if isinstance(value, dict) else value) for n in numbers(inner)]
+    return [value] if isinstance(value, int | float) else []
+
+
+@fuzz
+@given(st.data())
+def test_aliases(tmp_path, data):
+    """Sections that are one another, or hold themselves: PyYAML writes and reads them as aliases."""
+    params = copy.deepcopy(PARAMS)
+    sections = [key for key in sorted(params) if isinstance(params[key], dict)]
+    for _ in range(data.draw(st.integers(1, 4))):
+        holder = params[data.draw(st.sampled_from(sections))]
+        other = params if data.draw(st.booleans()) else params[data.draw(st.sampled_from(sections))]
+        holder[data.draw(st.sampled_from(["adapter", "train", "seeds", "x", "root"]))] = other
+    refused_or_read(load_params, tmp_path / "params.yaml", as_yaml(params))
 
 
 @fuzz

@@ -4,8 +4,9 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from heba.strict_yaml import read_yaml
 
 CATALOG = Path(__file__).with_name("catalog.yaml")
 Count = Annotated[int, Field(ge=0)]
@@ -79,10 +80,7 @@ class Benchmark(_Strict):
 @cache
 def load_catalog(path: Path = CATALOG) -> dict[str, Benchmark]:
     """Read and validate a catalogue; ValueError lists all that is wrong with it."""
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path}: not a readable catalogue: {error}") from None
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: a catalogue maps data set names to their description")
     found, problems = {}, []

@@ -181,7 +181,11 @@ KILLED_IN_THE_MIDDLE = """
 import os, runpy, signal, sys
 from dvc.utils.serialize import _yaml
 
+whole = _yaml._dump
+
 def half(data, stream):
+    if "dvc.lock" not in str(stream.name):
+        return whole(data, stream)
     stream.write("schema: '2")
     stream.flush()
     os.kill(os.getpid(), signal.SIGKILL)
@@ -218,3 +222,22 @@ def test_what_a_killed_process_leaves_of_dvcs_files_stops_nobody(tmp_path):
     assert "is busy" in busy.stderr
     processes.release(repo, ["b@1"])
     subprocess.run(["dvc", "repro", "-q", "-s", "b@1"], cwd=repo, env=small.environment(), check=True)
+
+
+def test_the_next_run_removes_what_a_killed_process_left(tmp_path):
+    repo = small.make(tmp_path / "repo")
+    subprocess.run(["dvc", "repro", "-q", "a"], cwd=repo, env=small.environment(), check=True)
+    again = [sys.executable, "-m", "pipeline.safe_dvc", "repro", "-q", "--force", "--single-item", "b@1"]
+    for clean in (
+        lambda: subprocess.run(again, cwd=repo, env=small.environment(), check=True),
+        lambda: small.repro(repo),
+    ):
+        subprocess.run(
+            [sys.executable, "-c", KILLED_IN_THE_MIDDLE], cwd=repo, env=small.environment(), check=False
+        )
+        assert list(repo.rglob(".dvc.lock.*.tmp"))
+        clean()
+        assert list(repo.rglob(".dvc.lock.*.tmp")) == []
+        (repo / "params.yaml").write_text(
+            (repo / "params.yaml").read_text().replace("device: auto", "device: cpu")
+        )
