@@ -352,6 +352,7 @@ def register(
 def run_app(command: typer.Typer) -> None:
     """Run a typer app; an error that a user can mend is one message and exit code 1."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its messages itself
     try:
         command()
     except KeyboardInterrupt:
