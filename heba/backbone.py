@@ -57,7 +57,7 @@ def load(name: str, pretrained: str, root: Path = Path()) -> Backbone:
         root: the folder that files are relative to.
     Raises:
         ValueError: an unknown or unsupported model, weights that do not fit or are TorchScript other than
-            OpenAI's, or weights or a tokenizer that can not be had.
+            OpenAI's, or weights or a tokenizer that cannot be had.
     """
     config = read_config(name, root)
     if name == "tiny":
@@ -106,14 +106,14 @@ def load_tokenizer(name: str, root: Path = Path()) -> Callable[[list[str]], Tens
     except Exception as error:  # whatever goes wrong in packages that are not ours
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"the tokenizer of {name} can not be loaded: {reason}; it is one of Hugging Face, which needs "
+            f"the tokenizer of {name} cannot be loaded: {reason}; it is one of Hugging Face, which needs "
             "`pip install transformers sentencepiece` and access to its hub the first time"
         ) from None
 
 
 def weights_file(name: str, pretrained: str, root: Path = Path()) -> Path:
     """The file of the weights: a local one, or open_clip's for a tag, which is downloaded when it is not in its
-    cache yet. ValueError for an unknown tag, for weights that can not be downloaded, and for those of the other
+    cache yet. ValueError for an unknown tag, for weights that cannot be downloaded, and for those of the other
     GELU."""
     if name == "tiny":
         from heba.embedded.model import FOLDER

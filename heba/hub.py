@@ -8,7 +8,7 @@ DEADLINE = 10.0  # seconds for the hub to say what it has; looking up its addres
 
 
 class HubError(ValueError):
-    """A file that can not be had; the message says why, and where a browser finds it."""
+    """A file that cannot be had; the message says why, and where a browser finds it."""
 
 
 def fetch(repo: str, names: list[str]) -> Path:

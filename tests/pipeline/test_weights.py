@@ -1,4 +1,4 @@
-"""Weights from others: adapters and TorchScript with code in them, and a hub that can not be reached."""
+"""Weights from others: adapters and TorchScript with code in them, and a hub that cannot be reached."""
 
 import json
 import os
@@ -209,7 +209,7 @@ def silent():
         ("ViT-B-32", "laion2b_s34b_b79k", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "silent"),
     ],
 )
-def test_a_hub_that_can_not_be_reached_is_one_message(tmp_path, silent, name, pretrained, repo, hub_is):
+def test_a_hub_that_cannot_be_reached_is_one_message(tmp_path, silent, name, pretrained, repo, hub_is):
     params(tmp_path, name, pretrained)
     endpoint = silent if hub_is == "silent" else "http://127.0.0.1:9"
     before = time.monotonic()
@@ -230,7 +230,7 @@ def test_a_tokenizer_of_a_hub_that_is_silent(tmp_path, silent):
     before = time.monotonic()
     done = call(tmp_path, sys.executable, "-c", code, HF_ENDPOINT=silent, HF_HOME=str(tmp_path / "cache"), **env)
     assert time.monotonic() - before < 60
-    assert "the tokenizer of ViT-B-16-SigLIP can not be loaded: not in the cache" in done.stderr
+    assert "the tokenizer of ViT-B-16-SigLIP cannot be loaded: not in the cache" in done.stderr
     assert "no answer within 10 s" in done.stderr
 
 
