@@ -4,6 +4,9 @@ Architectures are those of `heba.architecture`; weights are a tag of open_clip o
 """
 
 import hashlib
+import importlib
+import io
+import shlex
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +15,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from heba import hub
 from heba.architecture import read_config
 from heba.images import Preprocess, preprocess_of
 from heba.towers import check_towers
 
 OPENAI_ONLY = {"input_resolution", "context_length", "vocab_size"}  # in OpenAI's state dicts, besides the weights
+# TorchScript runs what its file says, so it is opened only as OpenAI published it: by the
+# sha256 of ViT-B-32, ViT-B-16, ViT-L-14 and ViT-L-14-336px, which stand in the addresses of its downloads.
+OPENAI_FILES = {
+    "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+    "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+    "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+    "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+}
+HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # unless open_clip names another
+CONVERT = (
+    "import sys, torch; from safetensors.torch import save_file; "
+    "state = torch.jit.load(sys.argv[1], 'cpu').state_dict(); "
+    "save_file({k: v.clone().contiguous() for k, v in state.items()}, sys.argv[2])"
+)
 
 
 class Backbone(NamedTuple):
@@ -38,7 +56,8 @@ def load(name: str, pretrained: str, root: Path = Path()) -> Backbone:
             open_clip's or OpenAI's weights, safetensors or pickled (loaded with weights_only). Ignored for tiny.
         root: the folder that files are relative to.
     Raises:
-        ValueError: an unknown or unsupported model, weights that do not fit, or a tokenizer that can not be had.
+        ValueError: an unknown or unsupported model, weights that do not fit or are TorchScript other than
+            OpenAI's, or weights or a tokenizer that cannot be had.
     """
     config = read_config(name, root)
     if name == "tiny":
@@ -75,19 +94,27 @@ def load_tokenizer(name: str, root: Path = Path()) -> Callable[[list[str]], Tens
     if name.endswith(".json"):
         open_clip.add_model_config(root / name)
         model = Path(name).stem
+    text = (open_clip.get_model_config(model) or {}).get("text_cfg", {})
+    # A tokenizer of Hugging Face may bring code, which its name or the config may ask to be run.
+    options = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
     try:
-        return open_clip.get_tokenizer(model)
+        if options:
+            importlib.import_module("transformers")
+            if not Path(text["hf_tokenizer_name"]).is_dir():
+                hub.fetch(text["hf_tokenizer_name"], ["tokenizer_config.json"])
+        return open_clip.get_tokenizer(model, **options)
     except Exception as error:  # whatever goes wrong in packages that are not ours
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"the tokenizer of {name} can not be loaded: {reason}; it is one of Hugging Face, which needs "
+            f"the tokenizer of {name} cannot be loaded: {reason}; it is one of Hugging Face, which needs "
             "`pip install transformers sentencepiece` and access to its hub the first time"
         ) from None
 
 
 def weights_file(name: str, pretrained: str, root: Path = Path()) -> Path:
     """The file of the weights: a local one, or open_clip's for a tag, which is downloaded when it is not in its
-    cache yet. ValueError for an unknown tag, and for weights of the other GELU."""
+    cache yet. ValueError for an unknown tag, for weights that cannot be downloaded, and for those of the other
+    GELU."""
     if name == "tiny":
         from heba.embedded.model import FOLDER
 
@@ -96,7 +123,7 @@ def weights_file(name: str, pretrained: str, root: Path = Path()) -> Path:
     if path.is_file():
         return path
     from open_clip import get_model_config
-    from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
     config = get_pretrained_cfg(name, pretrained)
     if not config:
@@ -107,7 +134,16 @@ def weights_file(name: str, pretrained: str, root: Path = Path()) -> Path:
         )
     if config.get("quick_gelu") and not (get_model_config(name) or {}).get("quick_gelu"):
         raise ValueError(_wrong_gelu(name, f"the weights {pretrained!r}"))
-    return Path(download_pretrained(config))
+    repo, _, file = config.get("hf_hub", "").rpartition("/")
+    names = [Path(file).with_suffix(".safetensors").name, file] if file else list(HUB_FILES)
+    try:
+        return hub.fetch(repo, list(dict.fromkeys(names)))
+    except hub.HubError as error:
+        raise ValueError(
+            f"the weights {pretrained!r} of {name}: {error}; get that file where there is a network, put it under "
+            f"{root.resolve()}, such as models/{names[0]}, and name it: as `backbone.pretrained` in params.yaml "
+            "or as `--pretrained`"
+        ) from None
 
 
 def sha256(path: Path) -> str:
@@ -129,8 +165,9 @@ def _preprocess_cfg(name: str, pretrained: str, config: dict[str, Any]) -> dict[
 def load_weights(clip: Any, file: Path, name: str) -> None:
     """Load open_clip's or OpenAI's weights, safetensors or pickled; ValueError when they do not fit.
 
-    OpenAI's are known by their form: TorchScript as published, or the numbers that their state dict has besides
-    the weights. Any other file does not tell which GELU it was trained with; that is for the user to know.
+    OpenAI's are known by their sha256, TorchScript as published, or by the numbers that their state dict has
+    besides the weights. Any other file does not tell which GELU it was trained with; that is for the user to know.
+    Other TorchScript is refused, unopened.
     """
     import open_clip
     from open_clip.transformer import QuickGELU
@@ -138,10 +175,16 @@ def load_weights(clip: Any, file: Path, name: str) -> None:
     text = getattr(clip, "text", clip)
     quick = isinstance(text.transformer.resblocks[0].mlp.gelu, QuickGELU)
     torchscript = is_torchscript(file)
+    # Read once, so that what is opened is what was hashed.
+    content = file.read_bytes() if torchscript else b""
+    if torchscript and hashlib.sha256(content).hexdigest() not in OPENAI_FILES:
+        raise ValueError(
+            f"{file}: is TorchScript, a program that runs when it is opened, and none that OpenAI published; if "
+            f'you trust it, convert it: python -c "{CONVERT}" {shlex.join([str(file), f"{file}.safetensors"])}'
+        )
     try:
         if torchscript:
-            # TorchScript archives hold no pickled objects.
-            state = torch.jit.load(file, map_location="cpu").state_dict()
+            state = torch.jit.load(io.BytesIO(content), map_location="cpu").state_dict()
             keys = clip.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
         else:
             keys = open_clip.load_checkpoint(clip, str(file), strict=False, weights_only=True)

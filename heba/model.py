@@ -37,7 +37,7 @@ from heba.towers import (
 
 ADAPTER_FILE = "adapter.safetensors"
 CONFIG_FILE = "config.json"
-REMEDY = "train again, or restore it with `dvc checkout`"
+REMEDY = "train again, or restore its folder with `dvc checkout --force FOLDER`"
 
 
 class _QuickGELU(torch.autograd.Function):

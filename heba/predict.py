@@ -149,8 +149,10 @@ def load(
     scale: float | None = None,
     device: str | None = None,
     root: Path | str = Path(),
+    name: str | None = None,
+    pretrained: str | None = None,
 ) -> Classifier:
-    """The classifier that a training wrote into `folder`.
+    """The classifier that a training wrote into `folder`, which may come from anybody.
 
     Args:
         classes: other classes than those of the training.
@@ -158,10 +160,12 @@ def load(
         scale: s for `classes`, the novel scale; None: that of the training.
         device: cpu or cuda; None: cuda where there is one.
         root: the folder that files of the backbone (weights, JSON config) are relative to, as the training names
-            them.
+            them; those that it names must lie in it.
+        name, pretrained: the backbone as in `heba.backbone.load`, where its files are not those that the training
+            names; they may lie anywhere.
     Raises:
-        ValueError: no adapter there, a damaged one, or one that was trained on other weights than those found;
-            fewer than two classes, or what goes with `classes` alone.
+        ValueError: no adapter there, a damaged one, or one that was trained on other weights than those found, or
+            that names files outside `root`; fewer than two classes, or what goes with `classes` alone.
     """
     new = None if classes is None else _prompts(classes, descriptions, template)
     if new is None and (descriptions is not None or scale is not None or template != TEMPLATE):
@@ -171,19 +175,7 @@ def load(
     folder = Path(folder)
     config = read_config(folder)
     where = _device(device)
-    name, pretrained = config["backbone"]["name"], config["backbone"]["pretrained"]
-    root = Path(root)
-    try:
-        architecture.read_config(name, root)
-        weights = backbone.weights_file(name, pretrained, root)
-    except ValueError as error:
-        raise ValueError(
-            f"{folder} was trained on {name}, {pretrained}: {error}; `root` (--root) names the folder that files "
-            "are relative to, the repository of the training"
-        ) from None
-    if backbone.sha256(weights) != config["backbone"]["sha256"]:
-        raise ValueError(f"{weights}: not the weights of {name} that {folder} was trained on; get those again")
-    clip, tokenizer, preprocess = backbone.load(name, pretrained, root)
+    clip, tokenizer, preprocess = _load_backbone(folder, config["backbone"], Path(root), name, pretrained)
     model, _ = load_adapter(clip.to(where), folder)
     model.to(where).eval()
     bf16 = bool(config["bf16"]) and where.type == "cuda"
@@ -205,6 +197,42 @@ def load(
             return model.encode_image(images, scale)
 
     return Classifier(names, classifier, encode_image, preprocess, model.logit_factor().item(), where, config)
+
+
+def _load_backbone(
+    folder: Path, record: dict[str, Any], root: Path, name: str | None, pretrained: str | None
+) -> backbone.Backbone:
+    """The backbone that the config of the adapter in `folder` records, or `name` and `pretrained` in its place.
+
+    No file is opened before its hash is that of the record, nor one outside `root` that only the record names.
+    """
+    remedy = "or name the file yourself (`name` or --backbone for a JSON config, `pretrained` or --pretrained)"
+    for key, given in (("name", name), ("pretrained", pretrained)):
+        if given is None and not (root / record[key]).resolve().is_relative_to(root.resolve()):
+            raise ValueError(
+                f"{folder / CONFIG_FILE}: backbone.{key}: {record[key]} lies outside {root.resolve()}, where an "
+                f"adapter may name no file; set `root` (--root) to a folder that it lies in, {remedy}"
+            )
+    name, pretrained = name or record["name"], pretrained or record["pretrained"]
+    try:
+        if name.endswith(".json"):
+            _check_hash(root / name, record.get("config_sha256"))
+        architecture.read_config(name, root)
+        weights = backbone.weights_file(name, pretrained, root)
+        _check_hash(weights, record["sha256"])
+    except ValueError as error:
+        raise ValueError(
+            f"{folder} was trained on {record['name']}, {record['pretrained']}: {error}; `root` (--root) names "
+            f"the folder that files are relative to, the repository of the training; {remedy}"
+        ) from None
+    return backbone.load(name, pretrained, root)
+
+
+def _check_hash(file: Path, wanted: str | None) -> None:
+    if not file.is_file():
+        raise ValueError(f"there is no file {file}")
+    if backbone.sha256(file) != wanted:
+        raise ValueError(f"{file} is another file by its sha256")
 
 
 def zero_shot(

@@ -7,8 +7,6 @@ takes a training that was done before from its cache, and then no run has that n
 
 import json
 import shlex
-import subprocess
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
@@ -17,11 +15,10 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline import tracking
+from pipeline import processes, tracking
 from pipeline.params import Params, ParamsError
 from pipeline.paths import new_file
 from pipeline.report.ablation import BASELINE, COLUMNS
-from pipeline.repro import DVC
 from pipeline.store import client, shown_uri
 
 PROTOCOL = "base_to_novel"
@@ -122,14 +119,10 @@ def _hydra(value: Any) -> str:
 
 def dvc(args: list[str]) -> str:
     """Run `dvc` and return what it prints; OSError with its message when it fails."""
-    # Not a pipe: the workers of `dvc queue start` would keep it open until the last experiment is done.
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
-        done = subprocess.run([*DVC, *args], stdout=output, stderr=subprocess.STDOUT, check=False)
-        output.seek(0)
-        text = output.read()
+    done = processes.dvc([processes.WAIT, *args], Path())
     if done.returncode:
-        raise OSError(f"{shlex.join(['dvc', *args])} failed:\n{text.strip()}")
-    return text
+        raise OSError(f"{shlex.join(['dvc', *args])} failed:\n{(done.stdout + done.stderr).strip()}")
+    return done.stdout
 
 
 def queue(params: Params, rows: list[Setting], datasets: list[str]) -> None:
@@ -155,10 +148,13 @@ def wanted_params(params: Params, row: Setting, dataset: str, seed: int) -> dict
     return tracking.flat_params(config) | {key: str(value) for key, value in row.change.items()}
 
 
-def collect(params: Params, rows: list[Setting], datasets: list[str]) -> tuple[pd.DataFrame, list[str], list[str]]:
+def collect(
+    params: Params, rows: list[Setting], datasets: list[str], queueing: str
+) -> tuple[pd.DataFrame, list[str], list[str]]:
     """What MLflow has of the trainings of `rows`, on `datasets`, for the seeds of params.yaml.
 
-    A training is evaluated when the last evaluation of its run used the novel scale of params.yaml.
+    A training is evaluated when the last evaluation of its run used the novel scale of params.yaml. `queueing` is
+    the command that queues `rows` on `datasets`, for a message.
 
     Returns: a line per evaluated training, from its newest finished run; the names of those that are trained but
     not evaluated; the labels of rows without any. ValueError when none is evaluated.
@@ -189,9 +185,8 @@ def collect(params: Params, rows: list[Setting], datasets: list[str]) -> tuple[p
             absent.append(row.label)
     if not lines:
         raise ValueError(
-            f"{shown_uri()} has no evaluated training of these settings; queue them with "
-            "`python -m pipeline ablate`, start them with `dvc queue start`"
-            + (f"\n{unevaluated_text(unevaluated)}" if unevaluated else "")
+            f"{shown_uri()} has no evaluated training of these settings; queue them with `{queueing}`, start them "
+            "with `dvc queue start`" + (f"\n{unevaluated_text(unevaluated)}" if unevaluated else "")
         )
     return pd.DataFrame(lines, columns=list(COLUMNS)), unevaluated, absent
 

@@ -255,15 +255,16 @@ def ablate(
     wanted, ablations = _names(datasets), _names(only)
     names = ablate.chosen(params, wanted)
     rows = ablate.settings(params, ablations)
+    given = "".join(f" --{k} {','.join(v)}" for k, v in (("datasets", wanted), ("only", ablations)) if v)
     if table:
-        lines, unevaluated, absent = ablate.collect(params, rows, names)
+        lines, unevaluated, absent = ablate.collect(params, rows, names, f"python -m pipeline ablate{given}")
         ablate.write(lines, ablation.FILE)
         print(ablation.display_ablation(ablation.ablation_table(lines)).to_string(index=False))
         if unevaluated:
             print(ablate.unevaluated_text(unevaluated))
         if absent:
             print(f"not in MLflow: {'; '.join(absent)}")
-        print(f"{ablation.FILE} is written; `dvc repro report` renders it")
+        print(f"{ablation.FILE} is written; `python -m pipeline report` renders it")
         return
     if dry_run:
         for row in rows:
@@ -274,11 +275,10 @@ def ablate(
     if run:
         ablate.dvc(start)
     print(f"{len(rows)} experiments are {'running' if run else 'queued'}. Next:")
-    given = "".join(f" --{k} {','.join(v)}" for k, v in (("datasets", wanted), ("only", ablations)) if v)
     for step in ([] if run else [f"dvc {' '.join(start)}"]) + [
         "dvc queue status",
         f"python -m pipeline ablate --table{given}",
-        "dvc repro report",
+        "python -m pipeline report",
     ]:
         print(f"  {step}")
 
@@ -359,7 +359,12 @@ def mend() -> None:
     from pipeline.paths import main_root
 
     removed = mend.run(main_root())
-    print("\n".join([*map(str, removed), f"{len(removed)} damaged files are removed; run `dvc repro`"]))
+    last = (
+        f"{len(removed)} damaged files are removed; `dvc repro` makes them again"
+        if removed
+        else "nothing is damaged"
+    )
+    print("\n".join([*map(str, removed), last]))
 
 
 @app.command()
@@ -376,6 +381,7 @@ def register(
 def run_app(command: typer.Typer) -> None:
     """Run a typer app; an error that a user can mend is one message and exit code 1."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its messages itself
     try:
         command()
     except KeyboardInterrupt:

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
+from threading import Timer
 from typing import NamedTuple
 from urllib.parse import unquote, urlparse
 
-from pipeline import locks, machine
+from pipeline import locks, machine, processes
 from pipeline.params import Params, load_params, stage_of
 from pipeline.paths import OUT, data_folder, main_root, train_folder
 
@@ -26,7 +27,9 @@ INSTALL = "pip install -c constraints.txt -e ."
 SHOWN = ("torch", "torchvision", "open_clip_torch", "dvc", "mlflow")
 MOST_IMAGES = 50_000  # of a data set, to be counted here; the stages count them all
 EMBEDDED_BYTES = 300_000_000  # data, outs and MLflow's store of the demo, which takes 0.17 GB
-PATIENCE = 20.0  # seconds for a store or for DVC to answer
+PATIENCE = 20.0  # seconds for a store to answer
+DVC_PATIENCE = 180.0  # seconds for `dvc status`, which may have to hash much
+SILENCE = 3.0  # seconds before a message says what is waited for
 
 
 class Row(NamedTuple):
@@ -295,11 +298,15 @@ def dvc(params: Params | None) -> Row:
     root = main_root()
     if not (root / ".dvc").is_dir():
         return Row("DVC", "fail", f"{root} is no DVC repository", "run from the repository's root, or `dvc init`")
-    command = [sys.executable, "-m", "dvc", "status", "--json"]
+    waits = f"waiting for `dvc status`, {DVC_PATIENCE:.0f} s at most; ctrl-C stops it"
+    message = Timer(SILENCE, lambda: print(waits, file=sys.stderr))
+    message.start()
     try:
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        done = processes.dvc(["status", "--json"], root, DVC_PATIENCE)
     except subprocess.TimeoutExpired:
-        return Row("DVC", "warn", f"dvc status takes more than {PATIENCE:.0f} s", "dvc status")
+        return Row("DVC", "warn", f"dvc status takes more than {DVC_PATIENCE:.0f} s", "dvc status")
+    finally:
+        message.cancel()
     if done.returncode:
         said = _first_line(done.stderr.replace("ERROR: ", ""))
         if "acquire lock" in said or "is busy" in said:
@@ -320,7 +327,7 @@ def _first_line(said: object) -> str:
     return (str(said).strip().splitlines() or ["no message"])[0][:300]
 
 
-CHECKS: list[Callable[[Params | None], Row]] = [packages, settings, gpu, disk, data, store, git, dvc]
+CHECKS: list[Callable[[Params | None], Row]] = [packages, settings, gpu, disk, data, store, git]
 
 
 def examine() -> list[Row]:
@@ -341,7 +348,9 @@ def examine() -> list[Row]:
             )
 
     with ThreadPoolExecutor(len(CHECKS)) as pool:
-        return list(pool.map(one, CHECKS))
+        rows = pool.map(one, CHECKS)
+        last = one(dvc)  # in this thread, which ctrl-C interrupts
+        return [*rows, last]
 
 
 def show(rows: list[Row]) -> None:

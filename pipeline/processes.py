@@ -1,27 +1,67 @@
-"""One process of DVC that reproduces some stages, with all that it starts: how it begins, and how it ends."""
+"""Processes of DVC, with all that they start: how they begin, and how they end."""
 
 import contextlib
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from pipeline.locks import release
 
-DVC = [sys.executable, "-m", "pipeline.safe_dvc", "--wait-for-lock"]
+DVC = [sys.executable, "-m", "pipeline.safe_dvc"]
+WAIT = "--wait-for-lock"
 # The shell ends at once; what it leaves in the background has process 1 for its parent.
 GUARD = 'exec 3<&0; (cat <&3; kill -s KILL -- "-$1") &'
 GRACE = 15.0  # seconds from an interrupt to a kill: a training closes its MLflow run in between
+ENDING = 60.0  # seconds for a DVC that was interrupted to end
 
 
 def environment() -> dict[str, str]:
     """Ours, where the `python` of a stage's command is this one, be the virtual environment active or not."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     return os.environ | {"PATH": path}
+
+
+def dvc(args: list[str], root: Path, patience: float | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `dvc ARGS` at `root`, in a session of its own; what it prints is in the result.
+
+    At ctrl-C, and after `patience` seconds, it is interrupted and its end awaited; KeyboardInterrupt or
+    subprocess.TimeoutExpired then. It is not killed: its locks would stay, and changes that it has stashed away.
+    """
+    options: dict[str, Any] = {"encoding": "utf-8", "errors": "replace"}
+    # Not pipes: the workers of `dvc queue start` would keep them open until the last experiment is done.
+    with tempfile.TemporaryFile("w+", **options) as output, tempfile.TemporaryFile("w+", **options) as errors:
+        process = subprocess.Popen(
+            [*DVC, *args],
+            cwd=root,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=errors,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(patience)
+        except (KeyboardInterrupt, subprocess.TimeoutExpired):
+            _interrupt(process)
+            raise
+        output.seek(0)
+        errors.seek(0)
+        return subprocess.CompletedProcess(args, code, output.read(), errors.read())
+
+
+def _interrupt(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.killpg(process.pid, signal.SIGINT)
+    try:
+        process.wait(ENDING)
+    except subprocess.TimeoutExpired:
+        print(f"warning: process {process.pid} of DVC has not ended yet; let it end first", file=sys.stderr)
 
 
 class Child:
@@ -37,7 +77,7 @@ class Child:
         self.root, self.stages = root, stages
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                [*DVC, "repro", "--single-item", *stages],
+                [*DVC, WAIT, "repro", "--single-item", *stages],
                 cwd=root,
                 env=environment() | env | {"PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,

@@ -8,7 +8,6 @@ to do. Where the processes run is the engine's business: this machine, or a clus
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from typing import NamedTuple
 from pipeline import machine
 from pipeline.locks import alone, ordered_lock, remedy
 from pipeline.params import Params, ParamsError
-from pipeline.processes import DVC, Child, Job, environment, stop
+from pipeline.processes import WAIT, Child, Job, dvc, stop
 from pipeline.progress import Progress
 from pipeline.warm import stage_server
 
@@ -225,9 +224,7 @@ def run(root: Path, slots: list[Slot], engine: Engine, longest: int = LONGEST_BA
             if failed:
                 rest = f"; not reached: {', '.join(sorted(left))}" if left else ""
                 raise StageError(f"failed: {', '.join(sorted(failed))}{rest}. The output of each stands above.")
-        last = subprocess.run(
-            [*DVC, "repro"], cwd=root, env=environment(), capture_output=True, text=True, check=False
-        )
+        last = dvc([WAIT, "repro"], root)
         if last.returncode:
             raise StageError(f"the `dvc repro` that follows failed:\n{last.stdout}{last.stderr}")
         print("dvc repro is up to date")

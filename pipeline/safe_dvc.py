@@ -5,6 +5,7 @@ would leave half a file, and no DVC process would run any more.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -39,5 +40,7 @@ def _replaced(fs: Any, path: Path, mode: str, options: dict[str, Any]) -> Iterat
 
 
 if __name__ == "__main__":
+    # In the background of a script ctrl-C is ignored, and what starts there inherits that; we interrupt DVC by it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     LocalFileSystem.open = safe_open  # type: ignore[method-assign]
     sys.exit(main(sys.argv[1:]))

@@ -25,7 +25,9 @@ from pipeline.paths import TRANSFER_STAGES, main_root, train_folder
 from pipeline.store import SHA_TAG, adapter_sha256, client, experiment_id, without_password
 
 INPUTS_TAG = "heba.inputs_sha256"
-REMEDY = "train again, or restore it with `dvc checkout`"  # of heba.model, which imports torch
+REMEDY = (
+    "train again, or restore its folder with `dvc checkout --force FOLDER`"  # of heba.model, which imports torch
+)
 
 
 def warn(error: BaseException) -> None:

@@ -58,11 +58,19 @@ def predict(
     as_json: AsJson = False,
     device: Device = None,
     root: Root = Path(),
+    backbone: Annotated[
+        str | None, typer.Option(help="Its JSON config, where it is not that which the training names.")
+    ] = None,
+    pretrained: Annotated[
+        str | None, typer.Option(help="The file of its weights, where it is not that which the training names.")
+    ] = None,
 ) -> None:
     """Name images with a trained adapter."""
     files = find_images(images)
     names = split_names(classes)
-    classifier = heba.load(adapter_folder(adapter), names, read(descriptions), template, scale, device, root)
+    classifier = heba.load(
+        adapter_folder(adapter), names, read(descriptions), template, scale, device, root, backbone, pretrained
+    )
     show(classifier, files, top, as_json)
 
 

@@ -1,6 +1,7 @@
 """An HTTP server with faults, for what is downloaded."""
 
 import gzip
+import hashlib
 import http.server
 import re
 import threading
@@ -81,6 +82,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(content[start:end])
         while fault == "endless" and not self.over.is_set():
             self.wfile.write(content)
+
+    def do_HEAD(self):
+        """What a Hugging Face hub says of a file."""
+        content = self.files.get(self.path.lstrip("/"))
+        self.send_response(404 if content is None else 200)
+        if content is not None:
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", hashlib.sha256(content).hexdigest())
+        else:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.end_headers()
 
     def log_message(self, *args):
         pass

@@ -19,7 +19,9 @@ NOTE = (
 
 def read(path: Path, suite: str) -> pd.DataFrame:
     """The lines of `suite`; ValueError names what is wrong with the file and the remedy."""
-    remedy = "write it again with `python -m pipeline ablate --table`"
+    remedy = (
+        "`git checkout ablation.csv` brings the last one back, `python -m pipeline ablate --table` makes a new one"
+    )
     try:
         frame = pd.read_csv(path)
     except (OSError, ValueError) as error:

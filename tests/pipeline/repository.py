@@ -61,6 +61,32 @@ def wait_for(condition, seconds=120.0):
     return found
 
 
+NOTE = """
+import atexit, os, sys
+if sys.orig_argv[1:3] in (["-m", "dvc"], ["-m", "pipeline.safe_dvc"]):
+    path = f"{os.environ['NOTES']}/{os.getpid()}"
+    atexit.register(lambda: open(f"{path}.ended", "w").close())
+    with open(f"{path}.began", "w") as file:
+        print(*sys.orig_argv, file=file)
+"""
+
+
+def noting(folder):
+    """An environment in which each process of DVC that is started as a module notes in `folder` that it began, by
+    its arguments, and that it ended, unless it was killed."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(NOTE)
+    return {"NOTES": str(folder), "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+
+
+def noted(folder, *arguments):
+    """Those DVCs that began with arguments that end with these: of each, whether it ended by itself."""
+    began = [
+        path for path in folder.glob("*.began") if path.read_text().split()[-len(arguments) :] == [*arguments]
+    ]
+    return [path.with_suffix(".ended").exists() for path in began]
+
+
 def working_in(folder):
     """Processes whose working folder is `folder`."""
     found = []

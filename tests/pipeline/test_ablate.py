@@ -1,22 +1,39 @@
 """Ablations: what is queued, what is read back from MLflow, and the table."""
 
 import json
+import re
+import shlex
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import yaml
 from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
 from typer.testing import CliRunner
 
-from pipeline import ablate, tracking
+from pipeline import ablate, processes, tracking
 from pipeline.cli import app
 from pipeline.params import ParamsError, load_params
 from pipeline.report import ablation, render
 from pipeline.store import client
-from tests.pipeline.repository import ROOT, call, copy_code, initialise, stage
+from tests.pipeline import small
+from tests.pipeline.repository import (
+    ROOT,
+    call,
+    copy_code,
+    environment,
+    initialise,
+    noting,
+    stage,
+    wait_for,
+    working_in,
+)
 from tests.pipeline.test_report import RECORDS, record
 
 
@@ -251,6 +268,61 @@ def test_the_dag_knows_the_files():
     outs = [next(iter(out)) for kind in ("outs", "metrics", "plots") for out in report[kind]]
     assert sorted(outs) == sorted(f"reports/{file}" for file in render.FILES)
     assert str(ablation.FILE) in report["deps"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_ctrl_c_gives_the_workspace_back(tmp_path):
+    """DVC stashes the user's changes while it queues an experiment; a kill would leave them there."""
+    repo, notes = small.make(tmp_path / "repo"), tmp_path / "notes"
+    with (repo / "big").open("wb") as file:
+        file.truncate(200 << 30)  # sparse; it takes minutes to hash, which DVC does in the stashed workspace
+    out = {"path": "big", "hash": "md5", "md5": "0" * 32, "size": 200 << 30}
+    (repo / "big.dvc").write_text(yaml.safe_dump({"outs": [out]}))
+    (repo / ".gitignore").write_text("/big\n")
+    for command in (["git", "add", "-A"], ["git", "commit", "-qm", "big"]):
+        assert call(repo, *command).returncode == 0
+    with (repo / "params.yaml").open("a") as file:
+        file.write("# mine\n")
+    run = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "ablate", "--datasets", "dtd", "--only", "init"],
+        cwd=repo,
+        env=small.environment(**noting(notes)),
+    )
+
+    def hashes():
+        opened = [psutil.Process(pid).open_files() for pid in working_in(repo) if psutil.pid_exists(pid)]
+        return any(Path(file.path).name == "big" for files in opened for file in files)
+
+    wait_for(hashes)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(timeout=processes.ENDING) == 130
+    assert all(path.with_suffix(".ended").exists() for path in notes.glob("*.began"))
+    assert (repo / "params.yaml").read_text().endswith("# mine\n")
+    assert call(repo, "git", "stash", "list").stdout == ""
+    assert call(repo, "git", "symbolic-ref", "HEAD").returncode == 0
+
+
+def test_the_table_needs_no_training_to_be_rendered(tmp_path):
+    """In a repository without results, where `dvc repro report` would train everything."""
+    copy_code(tmp_path)
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    initialise(tmp_path)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    code = (
+        "from tests.pipeline.test_ablate import log; from pipeline.params import load_params; "
+        "log(load_params(), 'dtd', 1, 60.0)"
+    )
+    env = {"MLFLOW_TRACKING_URI": uri, "PYTHONPATH": str(ROOT)}
+    done = call(tmp_path, sys.executable, "-c", code, **env)
+    assert done.returncode == 0, done.stderr
+    written = stage(tmp_path, "ablate", "--table", "--datasets", "dtd", **env)
+    (command,) = re.findall("`(.*)` renders it", written.stdout)
+    subprocess.run(shlex.split(command), cwd=tmp_path, env=environment(**env), timeout=120, check=True)
+    assert "Baseline" in (tmp_path / "reports" / "ablation.md").read_text()
+    assert not (tmp_path / "out" / "train").exists()
+    (tmp_path / "mlflow.db").unlink()
+    lacking = stage(tmp_path, "ablate", "--table", "--datasets", "dtd", "--only", "init", **env)
+    assert "queue them with `python -m pipeline ablate --datasets dtd --only init`" in lacking.stderr
 
 
 @pytest.mark.slow

@@ -3,14 +3,16 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
 import yaml
 
+from pipeline import doctor as doctor_module
 from tests.pipeline import small
-from tests.pipeline.repository import ROOT
+from tests.pipeline.repository import ROOT, noted, noting
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +122,34 @@ def test_a_store_named_as_the_readme_does(repo):
         assert "move it away" in row
     finally:
         (repo / "mlflow.db").unlink()
+
+
+def test_dvc_status_is_never_killed(repo, tmp_path, monkeypatch):
+    """Neither when it takes too long nor at ctrl-C: it would leave its files as they are at that moment."""
+    slow, notes = tmp_path / "repo", tmp_path / "notes"
+    shutil.copytree(repo, slow)
+    with (slow / "big").open("wb") as file:
+        file.truncate(200 << 30)  # sparse; it takes minutes to hash
+    (slow / "dvc.yaml").write_text("stages: {slow: {cmd: python work.py, deps: [big]}}\n")
+    dep = {"path": "big", "hash": "md5", "md5": "0" * 32, "size": 200 << 30}
+    lock = {"schema": "2.0", "stages": {"slow": {"cmd": "python work.py", "deps": [dep]}}}
+    (slow / "dvc.lock").write_text(json.dumps(lock))
+    env = small.environment(**noting(notes))
+    monkeypatch.setattr(doctor_module, "DVC_PATIENCE", 10.0)
+    for key, value in env.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.chdir(slow)
+    row = doctor_module.dvc(None)
+    assert (row.state, row.found) == ("warn", "dvc status takes more than 10 s")
+    assert noted(notes, "status", "--json") == [True]
+
+    run = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "doctor"], cwd=slow, env=env, stderr=subprocess.PIPE, text=True
+    )
+    assert "waiting for `dvc status`" in run.stderr.readline()
+    run.send_signal(signal.SIGINT)
+    assert run.wait(timeout=doctor_module.DVC_PATIENCE * 6) == 130
+    assert noted(notes, "status", "--json") == [True, True]
 
 
 def test_it_runs_without_params_and_without_a_package(repo, tmp_path):

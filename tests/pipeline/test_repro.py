@@ -12,7 +12,7 @@ import yaml
 
 from pipeline import processes
 from tests.pipeline import small
-from tests.pipeline.repository import wait_for, working_in
+from tests.pipeline.repository import noted, noting, wait_for, working_in
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +175,31 @@ def test_on_a_terminal_there_is_one_table(tmp_path):
     assert "runs" in text
     assert "waits" in text
     assert "8 of 8 stages" in text
+
+
+AGAIN = """
+import pathlib, time
+path = pathlib.Path("again.txt")
+path.write_text(path.read_text() + "x" if path.exists() else "x")
+if path.read_text() != "x":
+    time.sleep(600)
+"""
+
+
+def test_ctrl_c_lets_the_last_dvc_repro_end(tmp_path):
+    """It is no job of ours; a kill would leave its locks and the stage that it runs."""
+    repo, notes = small.make(tmp_path / "repo"), tmp_path / "notes"
+    (repo / "again.py").write_text(AGAIN)
+    (repo / "dvc.yaml").write_text("stages: {again: {cmd: python again.py, always_changed: true}}\n")
+    run = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "repro"], cwd=repo, env=small.environment(**noting(notes))
+    )
+    wait_for(lambda: (repo / "again.txt").exists() and (repo / "again.txt").read_text() == "xx")
+    run.send_signal(signal.SIGINT)
+    assert run.wait(timeout=processes.ENDING) == 130
+    assert noted(notes, "--wait-for-lock", "repro") == [True]
+    assert not working_in(repo)
+    assert not any(json.loads((repo / ".dvc" / "tmp" / "rwlock").read_text()).values())
 
 
 KILLED_IN_THE_MIDDLE = """

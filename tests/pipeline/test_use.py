@@ -355,6 +355,7 @@ def test_an_adapter_on_a_local_backbone_from_elsewhere(test_images, tmp_path, ru
     save_file(clip.state_dict(), root / "models" / "w.safetensors")
     named = {"name": "models/small.json", "pretrained": "models/w.safetensors"}
     named["sha256"] = backbone.sha256(root / "models" / "w.safetensors")
+    named["config_sha256"] = backbone.sha256(root / "models" / "small.json")
     save_adapter(
         AdaptedCLIP(clip, 1, 2, 0.1), adapter, {"class_names": ["a", "b"], "bf16": False, "backbone": named}
     )
@@ -389,7 +390,9 @@ def test_damaged_files_are_named(repo, tmp_path):
     config = json.loads((repo / TRAINED / "config.json").read_text())
     config["backbone"]["sha256"] = "0" * 64
     (tmp_path / "config.json" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="not the weights of tiny"):
+    with pytest.raises(
+        ValueError, match=r"trained on tiny, embedded: .*model\.safetensors is another file by its sha256"
+    ):
         heba.load(tmp_path / "config.json")
 
 
