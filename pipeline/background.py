@@ -54,19 +54,25 @@ class Background:
                 [sys.executable, "-m", "pipeline", "log"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                bufsize=0,
                 start_new_session=True,
             )
+            assert self.process.stdin is not None
+            os.set_blocking(self.process.stdin.fileno(), False)
         except OSError as error:
             warn(told(error))
 
     def send(self, name: str, argument: Any) -> None:
-        """Have the call `name` done with `argument`, which must fit JSON and a pipe: a few kilobytes."""
+        """Have the call `name` done with `argument`, which must fit JSON and 4 kB. Never waits."""
         process = self.process
         if process is None or process.stdin is None:
             return
+        line = json.dumps([name, argument]).encode() + b"\n"
         try:
-            process.stdin.write(json.dumps([name, argument]).encode() + b"\n")
-            process.stdin.flush()
+            if process.stdin.write(line) != len(line):  # the pipe is full
+                self.process = None
+                process.kill()
+                warn("the process for it does not read what it should log")
         except OSError:  # it has ended, and has said why
             self._ended(process)
 

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import re
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -12,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pipeline.paths import main_root
+from pipeline.paths import main_root, temporary_name
 
 SHA_TAG = "heba.adapter_sha256"
 ADAPTER_FILE = "adapter.safetensors"  # of heba.model, which imports torch
@@ -98,11 +99,27 @@ def client() -> Any:
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     with answering(), nullcontext() if store_uri().startswith("http") else store_lock():
-        if not os.environ.get("MLFLOW_TRACKING_URI") and _own_store().exists():
-            _follow_move()
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            if _own_store().exists():
+                _follow_move()
+            else:
+                _make_own_store()
         store = MlflowClient(tracking_uri=store_uri())
         store.search_experiments(max_results=1)
     return store
+
+
+def _make_own_store() -> None:
+    """Make the repository's own store beside its place: one whose migration was killed can never be used."""
+    from mlflow.tracking import MlflowClient
+
+    folder = temporary_name(_own_store())
+    folder.mkdir()
+    try:
+        MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}").search_experiments(max_results=1)
+        os.replace(folder / "mlflow.db", _own_store())
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _follow_move() -> None:

@@ -1,6 +1,7 @@
 """MLflow stores that hang, drip or lie: a stage bears each."""
 
 import os
+import signal
 import socketserver
 import sqlite3
 import threading
@@ -8,10 +9,12 @@ import time
 from contextlib import ExitStack, closing, contextmanager, suppress
 
 import pytest
+import requests
 from filelock import FileLock
 
 from pipeline import background, tracking
 from tests.pipeline.repository import ROOT, wait_for, working_in
+from tests.pipeline.test_report import record
 from tests.pipeline.test_tracking import CONFIG, RECORD, trained
 
 PATIENCE = 3.0
@@ -117,3 +120,57 @@ def test_a_store_with_a_fault_costs_a_training_its_patience_at_most(store, tmp_p
     assert len(warnings(caplog)) == 1
     assert "`python -m pipeline track`" in warnings(caplog)[0]
     wait_for(lambda: working_in(tmp_path) == [os.getpid()])
+
+
+def test_an_answer_without_an_end_does_not_fill_the_memory(monkeypatch):
+    monkeypatch.setattr(background, "MEMORY", 2**26)
+    before = signal.getsignal(signal.SIGALRM)
+    try:
+        with faulty("endless") as uri, pytest.raises(background.Stopped, match="of memory"), background.limits():
+            requests.get(uri, timeout=60)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_call_that_a_timeout_of_its_own_does_not_end_is_stopped(monkeypatch):
+    monkeypatch.setattr(background, "PATIENCE", 1.0)
+    before = signal.getsignal(signal.SIGALRM)
+    try:
+        with faulty("drip") as uri, pytest.raises(background.Stopped, match="gave no answer"), background.limits():
+            requests.get(uri, timeout=5)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_process_that_does_not_read_holds_up_no_epoch(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    run = tracking.start_training(CONFIG)
+    process = run.log.process
+    process.send_signal(signal.SIGSTOP)
+    begin = time.monotonic()
+    for epoch in range(5000):
+        run.epoch(RECORD | {"epoch": epoch})
+    run.finish(tmp_path)
+    assert time.monotonic() - begin < background.PATIENCE / 2
+    assert len(warnings(caplog)) == 1
+    assert process.wait(10) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("fault", ["drip", "lock held"])
+def test_an_evaluation_is_as_patient(fault, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(background, "PATIENCE", PATIENCE)
+    evaluation = record("dtd", 1, (50.0, 60.0), (70.0, 60.0))
+    for group in evaluation["groups"].values():
+        group["classnames"] = ["grass"]
+        group["heba"]["confusion"] = [[1]]
+    with ExitStack() as until:
+        if fault == "drip":
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", until.enter_context(faulty(fault)))
+        else:
+            until.enter_context(broken_file(fault, tmp_path))
+        begin = time.monotonic()
+        tracking.log_evaluations([(evaluation, trained(tmp_path))])
+        assert time.monotonic() - begin < 3 * PATIENCE
+    (warning,) = warnings(caplog)
+    assert "was not done in 3 s" in warning
