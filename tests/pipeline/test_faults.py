@@ -331,13 +331,14 @@ def test_a_copied_repository_writes_nothing_into_the_original(whole, server, tmp
     assert stage(original, "register", TRAINED, "--name", "textures", **server).returncode == 0
     shutil.copytree(original, repo, symlinks=True)
     before = files_of(original)
-    done = stage(repo, "evaluate", *adapter, **server)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("was made elsewhere") == 1
-    done = stage(repo, "train", *adapter, "--seed", "1", **server)
-    assert done.returncode == 0, done.stderr
-    assert "was made elsewhere" not in done.stderr
+    evaluated = stage(repo, "evaluate", *adapter, **server)
+    assert evaluated.returncode == 0, evaluated.stderr
     assert files_of(original) == before
+    trained = stage(repo, "train", *adapter, "--seed", "1", **server)
+    assert trained.returncode == 0, trained.stderr
+    assert files_of(original) == before
+    assert evaluated.stderr.count("was made elsewhere") == 1
+    assert "was made elsewhere" not in trained.stderr
     assert breakable.runs(repo) == ["FINISHED", "FINISHED"]
     copies = list(repo.glob("mlartifacts/*/models/*/artifacts/artifacts/*/adapter.safetensors"))
     assert len(copies) == 2

@@ -156,6 +156,7 @@ def test_a_kill_while_the_store_is_made_leaves_none(folder):
     wait_for(lambda: any(path.stat().st_size for path in folder.rglob("mlflow.db")))
     process.kill()
     process.wait()
+    assert not (folder / "mlflow.db").exists()
     client()
     assert list(folder.glob("*mlflow.db*")) == [folder / "mlflow.db"]
     assert statuses() == []
