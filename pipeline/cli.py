@@ -330,6 +330,14 @@ def track(
         print(f"{tracking.track(out, params.own)} evaluations are in {store.shown_uri()}")
 
 
+@app.command(hidden=True)
+def log() -> None:
+    """What a stage starts to log to MLflow: does the calls that standard input has."""
+    from pipeline import tracking
+
+    tracking.serve()
+
+
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="An official model.pth.tar-N, or the folder of an adapter.")],

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import heba
+from pipeline.paths import temporary_name
 from pipeline.store import ADAPTER_FILE, SHA_TAG, adapter_sha256, client, has_store, shown_uri, store_uri
 
 SERVED = Path(__file__).with_name("served.py")
@@ -105,10 +106,11 @@ def share_adapter(store: Any, run_id: str, folder: Path) -> None:
     copy = Path(urllib.request.url2pathname(uri.path)) / "artifacts" / folder.name / ADAPTER_FILE
     if uri.scheme != "file" or not copy.exists():
         return
-    link = copy.with_name(f".{ADAPTER_FILE}.{os.getpid()}.tmp")
+    link = temporary_name(copy)  # removes what killed processes have left
     try:
-        os.link(folder / ADAPTER_FILE, link)
-        os.replace(link, copy)
+        if not copy.samefile(folder / ADAPTER_FILE):  # else `replace` does nothing, and `link` stays
+            os.link(folder / ADAPTER_FILE, link)
+            os.replace(link, copy)
     except OSError:  # another disk, or one without links: the copy stays
         link.unlink(missing_ok=True)
 

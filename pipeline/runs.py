@@ -6,6 +6,7 @@ comes closes its run.
 """
 
 import hashlib
+import os
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pipeline.paths import main_root
-from pipeline.store import SHA_TAG, store_lock, store_uri
+from pipeline.store import SHA_TAG, store_lock
 
 LOCK_TAG = "heba.lock"  # of a run: the name of its file
 
@@ -33,35 +34,42 @@ class OpenRun:
         Path(self.lock.lock_file).unlink(missing_ok=True)
 
 
-def begin(store: Any, experiment: str, name: str, tags: dict[str, str]) -> OpenRun:
-    """Create a run. The lock comes first, so that there is no moment at which a kill leaves a run without one."""
+def begin(store: Any, experiment: str, name: str, tags: dict[str, str], start: float | None = None) -> OpenRun:
+    """Create a run that began at `start`, in seconds since 1970; else now.
+
+    The lock comes first, so that there is no moment at which a kill leaves a run without one.
+    """
     folder, prefix = _files()
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / f"{prefix}{uuid.uuid4().hex}.lock")
     with store_lock():
         lock.acquire()
-    run = store.create_run(experiment, run_name=name, tags=tags | {LOCK_TAG: Path(lock.lock_file).stem})
+    began = None if start is None else int(start * 1000)
+    run = store.create_run(experiment, began, tags | {LOCK_TAG: Path(lock.lock_file).stem}, name)
     return OpenRun(store, run.info.run_id, lock)
 
 
 def close_abandoned(store: Any) -> None:
     """Close the runs whose process has gone: as KILLED, or as FINISHED where only the closing was missing."""
     folder, prefix = _files()
-    with store_lock():
-        for path in sorted(folder.glob(f"{prefix}*.lock")):
-            lock = FileLock(path, timeout=0)
-            try:
+    for path in sorted(folder.glob(f"{prefix}*.lock")):
+        lock = FileLock(path, timeout=0)
+        try:
+            with store_lock():  # `begin` has it while a file is without its lock
                 lock.acquire()
-            except Timeout:
-                continue
+        except Timeout:
+            continue
+        try:
             experiments = [experiment.experiment_id for experiment in store.search_experiments()]
             own = f"tags.`{LOCK_TAG}` = '{path.stem}' AND attributes.status = 'RUNNING'"
             for run in store.search_runs(experiments, own):
                 store.set_terminated(run.info.run_id, "FINISHED" if SHA_TAG in run.data.tags else "KILLED")
-            lock.release()
             path.unlink(missing_ok=True)
+        finally:
+            lock.release()
 
 
 def _files() -> tuple[Path, str]:
     """The folder of the locks, and how the names of those of the current store begin."""
-    return main_root() / ".heba" / "runs", hashlib.sha256(store_uri().encode()).hexdigest()[:8] + "-"
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")  # the repository's own store may move with it
+    return main_root() / ".heba" / "runs", hashlib.sha256(uri.encode()).hexdigest()[:8] + "-"

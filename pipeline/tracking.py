@@ -7,36 +7,26 @@ Lineage is by content: a run carries the sha256 of its adapter as a tag, and eva
 import json
 import logging
 import os
-import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection
+from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from filelock import FileLock
 
-from pipeline import runs
+from pipeline import background, runs
+from pipeline.background import Background
 from pipeline.models import log_model, share_adapter
 from pipeline.paths import TRANSFER_STAGES, main_root, train_folder
-from pipeline.store import SHA_TAG, adapter_sha256, client, experiment_id, without_password
+from pipeline.store import SHA_TAG, adapter_sha256, client, experiment_id
 
 INPUTS_TAG = "heba.inputs_sha256"
 REMEDY = (
     "train again, or restore its folder with `dvc checkout --force FOLDER`"  # of heba.model, which imports torch
 )
-
-
-def warn(error: BaseException) -> None:
-    message = (without_password(str(error)).splitlines() or [""])[0][:300]
-    logging.getLogger("heba").warning(
-        "MLflow tracking failed (%s: %s); results are complete, log them later with `python -m pipeline track`",
-        type(error).__name__,
-        message,
-    )
 
 
 def run_name(config: dict[str, Any]) -> str:
@@ -69,102 +59,110 @@ def tags(config: dict[str, Any]) -> dict[str, str]:
     return {k: v for k, v in found.items() if v}
 
 
-@contextmanager
-def ctrl_c_later() -> Iterator[None]:
-    """Hold ctrl-C back until the block ends; a second one is obeyed.
-
-    MLflow leaves its transaction open when one is interrupted. SQLite's file is then locked for as long as the
-    process lives, and the run can not be closed.
-    """
-    held = 0
-
-    def hold(number: int, frame: FrameType | None) -> None:
-        nonlocal held
-        held += 1
-        if held > 1:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, hold)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if held == 1:
-            signal.raise_signal(signal.SIGINT)
-
-
 class TrainingRun:
-    """One training's MLflow run; after the first failure of the store it does nothing more."""
+    """One training's MLflow run, which a process beside the training logs."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        self.run: runs.OpenRun | None = None
         self.previous = time.monotonic()
-        self._attempt(lambda: self._create(config))
-
-    def _attempt(self, action: Callable[[], object]) -> None:
-        try:
-            with ctrl_c_later():
-                action()
-        except Exception as error:  # whatever the store does, the training goes on
-            warn(error)
-            self.fail()
-            self.run = None
-
-    def _create(self, config: dict[str, Any]) -> None:
-        store = client()
-        runs.close_abandoned(store)
-        self.run = begin_run(store, config)
+        self.log = Background()
+        self.log.send("begin", {"config": config, "time": time.time()})
 
     def epoch(self, record: dict[str, float]) -> None:
         """Log an epoch's loss, learning rate and wall time in seconds."""
         now = time.monotonic()
         seconds, self.previous = now - self.previous, now
-        if run := self.run:
-            self._attempt(lambda: log_epochs(run.store, run.id, [record | {"seconds": seconds}]))
+        self.log.send("epoch", record | {"seconds": seconds, "time": time.time()})
 
     def finish(self, folder: Path) -> None:
-        """Log the adapter and its hash, and close the run."""
-        run = self.run
-        if run is None:
-            return
-
-        def close() -> None:
-            log_outs(run.store, run.id, folder)
-            run.end()
-
-        self._attempt(close)
+        """Log the adapter and its hash, and close the run. Waits for it."""
+        self.log.send("outs", str(folder.resolve()))
+        self.log.finish()
 
     def fail(self) -> None:
-        """Close the run as failed, if the store lets."""
-        if self.run:
-            with suppress(Exception), ctrl_c_later():
-                self.run.end("FAILED")
+        """Close the run as failed, if the store lets. Waits for it."""
+        self.log.send("fail", None)
+        self.log.finish()
 
 
 def start_training(config: dict[str, Any]) -> TrainingRun:
     return TrainingRun(config)
 
 
-def begin_run(store: Any, config: dict[str, Any]) -> runs.OpenRun:
-    """Open the run of a training and log its parameters."""
+class Logger:
+    """What the process beside a stage does. Each call takes the list of what a stage has sent."""
+
+    def __init__(self) -> None:
+        self.run: runs.OpenRun | None = None
+
+    @cached_property
+    def store(self) -> Any:
+        store = client()
+        runs.close_abandoned(store)
+        return store
+
+    def begin(self, trainings: list[dict[str, Any]]) -> None:
+        for training in trainings:
+            self.run = begin_run(self.store, training["config"], training["time"])
+
+    def epochs(self, records: list[dict[str, float]]) -> None:
+        if self.run:
+            log_epochs(self.store, self.run.id, records)
+
+    def outs(self, folders: list[str]) -> None:
+        for folder in folders:
+            if self.run:
+                log_outs(self.store, self.run.id, Path(folder))
+                self.run.end()
+
+    def fail(self, _: list[None]) -> None:
+        self.close_failed()
+
+    def close_failed(self) -> None:
+        if self.run:
+            self.run.end("FAILED")
+
+    def evaluations(self, evaluations: list[dict[str, Any]]) -> None:
+        for evaluation in evaluations:
+            trained = Path(evaluation["trained"])
+            run_id = find_or_create_run(self.store, trained)
+            share_adapter(self.store, run_id, trained)
+            _log_evaluation(self.store, run_id, evaluation["metrics"], evaluation["files"])
+
+
+def serve() -> None:
+    """Log what the stage that has started this process sends."""
+    logger = Logger()
+    calls: dict[str, Callable[[list[Any]], None]] = {
+        "begin": logger.begin,
+        "epoch": logger.epochs,
+        "outs": logger.outs,
+        "fail": logger.fail,
+        "evaluation": logger.evaluations,
+    }
+    background.serve(calls, logger.close_failed)
+
+
+def begin_run(store: Any, config: dict[str, Any], start: float | None = None) -> runs.OpenRun:
+    """Open the run of a training that began at `start` (see `runs.begin`), and log its parameters."""
     from mlflow.entities import Param
 
-    run = runs.begin(store, experiment_id(store, config["protocol"]), run_name(config), tags(config))
+    run = runs.begin(store, experiment_id(store, config["protocol"]), run_name(config), tags(config), start)
     store.log_batch(run.id, params=[Param(k, v) for k, v in flat_params(config).items()])
     return run
 
 
 def log_epochs(store: Any, run_id: str, records: list[dict[str, float]]) -> None:
+    """Log epochs; `time` in a record is when it ended, in seconds since 1970."""
     from mlflow.entities import Metric
 
-    now = int(time.time() * 1000)
+    now = time.time()
     store.log_batch(
         run_id,
         metrics=[
-            Metric(key, float(value), now, int(record["epoch"]))
+            Metric(key, float(value), int(record.get("time", now) * 1000), int(record["epoch"]))
             for record in records
             for key, value in record.items()
-            if key != "epoch"
+            if key not in ("epoch", "time")
         ],
     )
 
@@ -234,28 +232,34 @@ def evaluation_metrics(record: dict[str, Any]) -> dict[str, float]:
 def log_evaluations(evaluations: list[tuple[dict[str, Any], Path]]) -> None:
     """Add evaluations, each with its training's folder, to the trainings' runs: metrics, the record, the confusion
     matrices as pictures."""
+    log = Background()
     try:
-        store = client()
-        runs.close_abandoned(store)
-        for record, folder in evaluations:
-            run_id = find_or_create_run(store, folder)
-            share_adapter(store, run_id, folder)
-            _log_evaluation(store, run_id, record)
-    except Exception as error:  # whatever the store does, the stage is done
-        warn(error)
+        with tempfile.TemporaryDirectory(prefix="heba-") as temporary:
+            for number, (record, trained) in enumerate(evaluations):
+                files = Path(temporary) / str(number)
+                write_evaluation(record, files)
+                evaluation = {"trained": str(trained.resolve()), "files": str(files)}
+                log.send("evaluation", evaluation | {"metrics": evaluation_metrics(record)})
+            log.finish()
+    except Exception as error:  # a full disk, say; the stage is done
+        background.warn(background.told(error))
 
 
-def _log_evaluation(store: Any, run_id: str, record: dict[str, Any]) -> None:
+def write_evaluation(record: dict[str, Any], folder: Path) -> None:
+    """Write what an evaluation's run shows, into the new folder `folder`."""
+    folder.mkdir()
+    path = folder / f"{record['protocol']}-{record['dataset']}.json"
+    path.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
+    for group, values in record["groups"].items():
+        draw_confusion(values, path.with_name(f"confusion-{record['dataset']}-{group}.png"))
+
+
+def _log_evaluation(store: Any, run_id: str, metrics: dict[str, float], files: str) -> None:
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
-    store.log_batch(run_id, metrics=[Metric(k, v, now, 0) for k, v in evaluation_metrics(record).items()])
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{record['protocol']}-{record['dataset']}.json"
-        path.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
-        for group, values in record["groups"].items():
-            draw_confusion(values, path.with_name(f"confusion-{record['dataset']}-{group}.png"))
-        store.log_artifacts(run_id, folder, "evaluation")
+    store.log_batch(run_id, metrics=[Metric(k, v, now, 0) for k, v in metrics.items()])
+    store.log_artifacts(run_id, files, "evaluation")
 
 
 def draw_confusion(values: dict[str, Any], path: Path) -> None:
@@ -291,8 +295,11 @@ def track(out: Path, own: Collection[str]) -> int:
             logging.getLogger("heba").warning("%s: left out, %s has another adapter now", path, folder)
             continue
         run_id = find_or_create_run(store, folder)
-        logged = store.get_run(run_id).data.metrics
-        if any(logged.get(k) != v for k, v in evaluation_metrics(record).items()):
-            _log_evaluation(store, run_id, record)
+        logged, metrics = store.get_run(run_id).data.metrics, evaluation_metrics(record)
+        if any(logged.get(k) != v for k, v in metrics.items()):
+            with tempfile.TemporaryDirectory(prefix="heba-") as temporary:
+                files = Path(temporary) / "evaluation"
+                write_evaluation(record, files)
+                _log_evaluation(store, run_id, metrics, str(files))
         tracked += 1
     return tracked

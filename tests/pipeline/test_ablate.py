@@ -125,12 +125,12 @@ def log(params, dataset, seed, accuracy, status="FINISHED", scale_novel=None, **
     adapter = params.adapter.model_dump(exclude={"scale_novel"}) | changed
     config = params.model_dump(include={"suite", "shots", "backbone", "train"}) | {"adapter": adapter}
     config |= {"dataset": dataset, "seed": seed, "protocol": "base_to_novel", "bf16": False, "threads": 1}
-    training = tracking.start_training(config | {"inputs_sha256": str(hash(str(config)))})
+    training = tracking.begin_run(client(), config | {"inputs_sha256": str(hash(str(config)))})
     if accuracy is not None:
-        evaluate(training.run.id, accuracy, params.adapter.scale if scale_novel is None else scale_novel)
-    training.run.end(status)
+        evaluate(training.id, accuracy, params.adapter.scale if scale_novel is None else scale_novel)
+    training.end(status)
     time.sleep(0.002)  # runs are ordered by their start in milliseconds
-    return training.run.id
+    return training.id
 
 
 def evaluate(run_id, accuracy, scale_novel):

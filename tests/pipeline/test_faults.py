@@ -6,17 +6,21 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager, suppress
+import time
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
 import pytest
 import requests
 import yaml
 
+from pipeline.background import PATIENCE
 from pipeline.warm import stage_server
 from tests.pipeline import breakable
 from tests.pipeline.breakable import TRAIN, TRAINED
 from tests.pipeline.repository import ROOT, call, stage, wait_for, working_in
 from tests.pipeline.test_real import repository
+from tests.pipeline.test_stalls import broken_file, faulty
 from tests.server import serve
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc, and stages run in forks")
@@ -41,6 +45,16 @@ def whole(tmp_path_factory, server):
     return repo
 
 
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory):
+    """An MLflow store without runs: with it, a run is open soon after its training begins."""
+    from mlflow.tracking import MlflowClient
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
 def exists(pattern):
     return lambda repo: any(repo.glob(pattern))
 
@@ -50,8 +64,13 @@ def is_logging(repo):
     return (repo / TRAINED).exists() and any(repo.glob(".heba/runs/*.lock"))
 
 
+def is_training(repo):
+    """An epoch is kept, and the run is open."""
+    return any(repo.glob(f"{CHECKPOINTS}/*.safetensors")) and breakable.runs(repo) == ["RUNNING"]
+
+
 MOMENTS = {
-    "training": (TRAIN, exists(f"{CHECKPOINTS}/*.safetensors")),
+    "training": (TRAIN, is_training),
     "packing": ("precompute@dtd", exists("out/precompute/.dtd.*.tmp/images.npy")),
     "drawing": ("download@dtd", exists("data/embedded/.dtd.*.tmp/images/*/*")),
     "logging": (TRAIN, is_logging),
@@ -81,9 +100,10 @@ def complete(repo, whole, server):
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_after_a_kill_the_next_run_ends_with_the_same_bytes(whole, server, tmp_path, moment):
+def test_after_a_kill_the_next_run_ends_with_the_same_bytes(whole, server, empty_store, tmp_path, moment):
     name, reached = MOMENTS[moment]
     repo = breakable.copy(whole, tmp_path / "repo", but=[name])
+    shutil.copy(empty_store, repo)
     if moment == "drawing":
         (repo / "data").rename(tmp_path / "drawn before")
     interrupt(repo, server, name, reached, signal.SIGKILL)
@@ -124,8 +144,9 @@ def test_a_kill_while_an_archive_is_unpacked_leaves_no_half_data_set(server, tmp
     assert breakable.left_over(repo) == []
 
 
-def test_after_ctrl_c_the_next_run_ends_with_the_same_bytes(whole, server, tmp_path):
+def test_after_ctrl_c_the_next_run_ends_with_the_same_bytes(whole, server, empty_store, tmp_path):
     repo = breakable.copy(whole, tmp_path / "repo", but=[TRAIN])
+    shutil.copy(empty_store, repo)
     interrupt(repo, server, *MOMENTS["training"], signal.SIGINT)
     assert breakable.runs(repo) == ["FAILED"]
     assert "resuming from" in complete(repo, whole, server).stderr
@@ -135,7 +156,7 @@ def test_after_ctrl_c_the_next_run_ends_with_the_same_bytes(whole, server, tmp_p
 def test_ctrl_c_stops_the_parallel_repro(whole, tmp_path):
     repo = breakable.copy(whole, tmp_path / "repo", but=[TRAIN])
     process = breakable.start(repo, sys.executable, "-m", "pipeline", "repro", "--jobs", "2")
-    wait_for(lambda: MOMENTS["training"][1](repo))
+    wait_for(lambda: any(repo.glob(f"{CHECKPOINTS}/*.safetensors")))
     os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=60)
     wait_for(lambda: not working_in(repo))
@@ -144,8 +165,9 @@ def test_ctrl_c_stops_the_parallel_repro(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_whose_training_is_never_repeated_is_closed_too(whole, server, tmp_path):
+def test_a_run_whose_training_is_never_repeated_is_closed_too(whole, server, empty_store, tmp_path):
     repo = breakable.copy(whole, tmp_path / "repo", but=[TRAIN])
+    shutil.copy(empty_store, repo)
     interrupt(repo, server, *MOMENTS["training"], signal.SIGKILL)
     assert breakable.runs(repo) == ["RUNNING"]
     params = (repo / "params.yaml").read_text()
@@ -284,6 +306,54 @@ def test_mend_removes_what_dvc_would_trust(whole, server, tmp_path):
     complete(repo, whole, server)
 
 
+def test_an_evaluation_that_is_repeated_leaves_nothing_beside_the_model(whole, server, tmp_path):
+    repo = breakable.copy(whole, tmp_path / "repo")
+    evaluate = ["evaluate", "--dataset", "dtd"]
+    assert stage(repo, *evaluate, **server).returncode == 0
+    (copy,) = repo.glob("mlartifacts/*/models/*/artifacts/artifacts/*/adapter.safetensors")
+    assert copy.stat().st_nlink > 1
+    ended = breakable.start(repo, "true")
+    ended.communicate()
+    copy.with_name(f".{copy.name}.{ended.pid}.tmp").write_bytes(b"of a killed process")
+    done = stage(repo, *evaluate, **server)
+    assert done.returncode == 0
+    assert "MLflow tracking failed" not in done.stderr
+    assert breakable.left_over(repo) == []
+    assert copy.samefile(repo / TRAINED / copy.name)
+
+
+def files_of(folder):
+    """Every file under `folder`, with what a write to it or a link to it would change."""
+    states = ((p, p.lstat()) for p in sorted(folder.rglob("*")) if p.is_file())
+    return {p: (state.st_ino, state.st_size, state.st_mtime_ns, state.st_nlink) for p, state in states}
+
+
+def test_a_copied_repository_writes_nothing_into_the_original(whole, server, tmp_path):
+    original, repo = breakable.copy(whole, tmp_path / "original"), tmp_path / "the copy"
+    adapter = ["--dataset", "dtd"]
+    assert stage(original, "evaluate", *adapter, **server).returncode == 0  # makes the training's run, too
+    assert stage(original, "register", TRAINED, "--name", "textures", **server).returncode == 0
+    shutil.copytree(original, repo, symlinks=True)
+    before = files_of(original)
+    evaluated = stage(repo, "evaluate", *adapter, **server)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert files_of(original) == before
+    trained = stage(repo, "train", *adapter, "--seed", "1", **server)
+    assert trained.returncode == 0, trained.stderr
+    assert files_of(original) == before
+    assert evaluated.stderr.count("was made elsewhere") == 1
+    assert "was made elsewhere" not in trained.stderr
+    assert breakable.runs(repo) == ["FINISHED", "FINISHED"]
+    copies = list(repo.glob("mlartifacts/*/models/*/artifacts/artifacts/*/adapter.safetensors"))
+    assert len(copies) == 2
+    # Also what was logged before is the copy's own: the original may go.
+    shutil.rmtree(original)
+    code = "from pipeline.models import fetch_adapter; print(fetch_adapter('models:/textures/1'))"
+    fetched = call(repo, sys.executable, "-c", code)
+    assert fetched.returncode == 0, fetched.stderr
+    assert Path(fetched.stdout.strip()).is_relative_to(repo)
+
+
 @contextmanager
 def mlflow_server(folder, port):
     options = {
@@ -335,7 +405,7 @@ def test_a_tracking_server_that_is_down_goes_down_and_comes_back(whole, server, 
     # Down in the middle.
     with mlflow_server(folder, port):
         process = breakable.start(repo, *train, **env)
-        wait_for(lambda: MOMENTS["training"][1](repo) and status() == ["RUNNING"])
+        wait_for(lambda: any(repo.glob(f"{CHECKPOINTS}/*.safetensors")) and status() == ["RUNNING"])
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert output.count("MLflow tracking failed") == 1
@@ -348,6 +418,29 @@ def test_a_tracking_server_that_is_down_goes_down_and_comes_back(whole, server, 
         assert "MLflow tracking failed" not in done.stderr
         assert status() == ["KILLED", "FINISHED"]
     assert not list((repo / ".heba" / "runs").glob("*.lock"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["drip", "lock held"])
+def test_a_tracking_server_that_hangs_costs_a_stage_half_a_minute(whole, server, tmp_path, fault):
+    repo = breakable.copy(whole, tmp_path / "repo", but=[TRAIN])
+    with ExitStack() as until:
+        if fault == "drip":
+            env = server | {"MLFLOW_TRACKING_URI": until.enter_context(faulty(fault))}
+        else:
+            until.enter_context(broken_file(fault, repo))
+            env = server
+        for command in (["train", "--dataset", "dtd", "--seed", "1"], ["evaluate", "--dataset", "dtd"]):
+            begin = time.monotonic()
+            done = stage(repo, *command, **env)
+            assert time.monotonic() - begin < 3 * PATIENCE
+            assert done.returncode == 0, done.stderr
+            assert done.stderr.count("MLflow tracking failed") == 1
+    wait_for(lambda: not working_in(repo))
+    done = stage(repo, "track", **server)
+    assert done.returncode == 0, done.stderr
+    assert breakable.runs(repo) == ["FINISHED"]
+    complete(repo, whole, server)
 
 
 @pytest.fixture

@@ -1,16 +1,19 @@
 """MLflow runs under ctrl-C, side by side, and when the store is down."""
 
+import itertools
 import json
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
+from filelock import FileLock
 
-from pipeline import tracking
+from pipeline import background, tracking
 from pipeline.store import client
-from tests.pipeline.repository import ROOT, environment, stage
+from tests.pipeline.repository import ROOT, environment, stage, wait_for
 from tests.pipeline.test_report import record
 
 CONFIG = {"protocol": "base_to_novel", "dataset": "dtd", "shots": 2, "seed": 1, "train": {"lr": 0.1}}
@@ -27,29 +30,79 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_ctrl_c_at_any_moment_of_logging_leaves_a_run_that_can_be_closed(folder, monkeypatch):
-    run = tracking.start_training(CONFIG)
-    begin = time.monotonic()
-    run.epoch(RECORD)
-    seconds = time.monotonic() - begin
-    before = signal.signal(signal.SIGALRM, lambda number, frame: signal.raise_signal(signal.SIGINT))
-    interrupted = 0
+@contextmanager
+def alarm(action, seconds, interval=0.0):
+    """Do `action` in the main thread after some seconds, and then every `interval`."""
+    before = signal.signal(signal.SIGALRM, lambda number, frame: action())
+    signal.setitimer(signal.ITIMER_REAL, seconds, interval)
     try:
-        for part in range(1, 11):
-            run = tracking.start_training(CONFIG)
-            try:
-                signal.setitimer(signal.ITIMER_REAL, seconds * part / 10)
-                run.epoch(RECORD)
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            except KeyboardInterrupt:
-                interrupted += 1
-            run_id = run.run.id
-            run.fail()
-            assert client().get_run(run_id).info.status == "FAILED"
+        yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    assert interrupted
+
+
+def press_ctrl_c():
+    signal.raise_signal(signal.SIGINT)
+
+
+def statuses():
+    store = client()
+    return [run.info.status for run in store.search_runs([e.experiment_id for e in store.search_experiments()])]
+
+
+def train_for_ever(run):
+    for epoch in itertools.count():
+        run.epoch(RECORD | {"epoch": epoch})
+        time.sleep(0.01)
+
+
+def test_ctrl_c_at_any_moment_of_a_training_leaves_a_run_that_is_closed(folder):
+    for part in range(5):
+        run = tracking.start_training(CONFIG)
+        with pytest.raises(KeyboardInterrupt), alarm(press_ctrl_c, 0.001 + 0.3 * part):
+            train_for_ever(run)
+        run.fail()
+    assert statuses() == ["FAILED"] * 5
+
+
+def test_ctrl_c_while_a_stage_waits_for_mlflow_lets_it_be_done(folder):
+    lock = FileLock(folder / ".heba-mlflow.lock")
+    lock.acquire()  # nothing can be done before ctrl-C
+
+    def press():
+        lock.release()
+        press_ctrl_c()
+
+    run = tracking.start_training(CONFIG)
+    with pytest.raises(KeyboardInterrupt), alarm(press, 0.5):
+        run.finish(trained(folder))
+    assert statuses() == ["FINISHED"]
+
+
+def test_a_second_ctrl_c_ends_the_wait_for_mlflow(folder):
+    with FileLock(folder / ".heba-mlflow.lock"):
+        run = tracking.start_training(CONFIG)
+        begin = time.monotonic()
+        with pytest.raises(KeyboardInterrupt), alarm(press_ctrl_c, 0.5, 0.5):
+            run.finish(trained(folder))
+        assert time.monotonic() - begin < background.PATIENCE / 2
+
+
+def test_epochs_that_a_slow_store_could_not_take_at_once_are_all_logged(folder):
+    lock = FileLock(folder / ".heba-mlflow.lock")
+    lock.acquire()
+    run = tracking.start_training(CONFIG)
+    for epoch in range(300):
+        run.epoch(RECORD | {"epoch": epoch})
+    lock.release()
+    run.finish(trained(folder))
+    store = client()
+    (found,) = store.search_runs([e.experiment_id for e in store.search_experiments()])
+    history = store.get_metric_history(found.info.run_id, "seconds")
+    assert [metric.step for metric in history] == list(range(300))
+    assert found.info.start_time <= min(metric.timestamp for metric in history)
+    assert found.info.status == "FINISHED"
 
 
 def trained(folder):
@@ -93,6 +146,20 @@ def test_evaluations_side_by_side_make_one_run_of_a_training(folder):
         ids.add(process.communicate(timeout=120)[0])
         assert process.returncode == 0
     assert len(ids) == 1
+
+
+def test_a_kill_while_the_store_is_made_leaves_none(folder):
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from pipeline.store import client; client()"],
+        env=environment(PYTHONPATH=str(ROOT)),
+    )
+    wait_for(lambda: any(path.stat().st_size for path in folder.rglob("mlflow.db")))
+    process.kill()
+    process.wait()
+    assert not (folder / "mlflow.db").exists()
+    client()
+    assert list(folder.glob("*mlflow.db*")) == [folder / "mlflow.db"]
+    assert statuses() == []
 
 
 def test_track_names_what_is_wrong(folder, tmp_path_factory):
