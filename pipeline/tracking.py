@@ -280,11 +280,16 @@ def draw_confusion(values: dict[str, Any], path: Path) -> None:
 
 def track(out: Path, own: Collection[str]) -> int:
     """Log every training and evaluation under `out` that the store lacks; returns how many evaluations are in it
-    then. `own`: names of own data. Unlike the stages, this raises when the store can not be reached."""
+    then. `own`: names of own data. Unlike the stages, this raises ValueError when the store cannot be reached, and
+    takes the time that it needs."""
     from pipeline.report.tables import load_record
 
-    store = client()
-    runs.close_abandoned(store)
+    try:
+        with background.limits():
+            store = client()
+            runs.close_abandoned(store)
+    except background.Stopped as error:
+        raise ValueError(f"MLflow's store {error}; `python -m pipeline doctor` examines it") from None
     for path in sorted(out.glob("train*/**/config.json")):
         find_or_create_run(store, path.parent)
     tracked = 0
