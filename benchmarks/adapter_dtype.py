@@ -9,21 +9,21 @@ from typing import Any
 import torch
 import typer
 
-from heba.model import load_adapter
-from heba.splits import base_labels
-from pipeline.backbone import device, load_backbone, use_bf16
-from pipeline.cli import run_app
-from pipeline.evaluate import compare
-from pipeline.params import Params, ParamsError, load_params
-from pipeline.paths import train_folder
-from pipeline.precompute import read_names
+from heba.data.splits import base_labels
+from heba.methods.heba.model import load_adapter
+from pipeline.commands.cli import run_app
+from pipeline.core.params import Params, ParamsError, load_params
+from pipeline.core.paths import train_folder
+from pipeline.stages.backbone import device, load_backbone, use_bf16
+from pipeline.stages.evaluate import compare
+from pipeline.stages.precompute import read_names
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def full_and_rounded(clip: Any, params: Params, dataset: str, seed: int) -> list[tuple[dict, dict]]:
     """What the adapter of a base_to_novel training predicts, as it is on disk and rounded to fp16: the reports of
-    heba.evaluation.classification_report for base and for novel classes."""
+    heba.evaluation.report.classification_report for base and for novel classes."""
     names = read_names(dataset)
     n_base = len(base_labels(len(names)))
     scale, where, bf16 = params.adapter.scale, device(params), use_bf16(params)

@@ -27,12 +27,12 @@ from benchmarks.common import (
     way,
     write_images,
 )
-from heba.evaluation import encode_images, encode_prompts
-from heba.images import decode, for_each_image, open_packed, pack_images, preprocess_of
-from heba.model import class_features
-from heba.splits import base_labels
-from heba.towers import text_lengths
-from heba.training import Settings, TextBank, select_classes, train
+from heba.clip.features import class_features, encode_images, encode_prompts
+from heba.clip.preprocess import decode, preprocess_of
+from heba.clip.towers import text_lengths
+from heba.data.images import for_each_image, open_packed, pack_images
+from heba.data.splits import base_labels
+from heba.methods.heba.training import Settings, TextBank, select_classes, train
 
 
 def main(

@@ -19,9 +19,9 @@ from benchmarks.common import (
     table,
     way,
 )
-from heba.images import normalise, preprocess_of
-from heba.towers import text_lengths
-from heba.training import Settings, Step, TextBank, make_optimizer, step_loss, update
+from heba.clip.preprocess import normalise, preprocess_of
+from heba.clip.towers import text_lengths
+from heba.methods.heba.training import Settings, Step, TextBank, make_optimizer, step_loss, update
 
 
 def main(
@@ -94,7 +94,7 @@ def main(
     def our_step() -> None:
         update(model, optimizer, our_loss())
 
-    # Each way runs with the allocator as it would be on its own (see heba.memory).
+    # Each way runs with the allocator as it would be on its own (see heba.fit.memory).
     ways = {"plain": way(plain_step, keep=False)}
     if stages:
         ways |= {

@@ -15,12 +15,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from heba import TOP, architecture, backbone
-from heba.evaluation import BATCH_SIZE, encode_prompts
-from heba.images import UNREADABLE, Preprocess, decode, for_each_image, normalise, resize_and_crop, to_rgb
-from heba.model import ADAPTER_FILE, CONFIG_FILE, REMEDY, class_features, load_adapter
-from heba.prompts import TEMPLATE, Prompts, build_prompts, tokenize
-from heba.towers import encode_text_plain
+from heba import TOP
+from heba.clip import architecture, backbone
+from heba.clip.features import BATCH_SIZE, class_features, encode_prompts
+from heba.clip.preprocess import UNREADABLE, Preprocess, decode, normalise, resize_and_crop, to_rgb
+from heba.clip.towers import encode_text_plain
+from heba.data.images import for_each_image
+from heba.data.prompts import TEMPLATE, Prompts, build_prompts, tokenize
+from heba.methods.heba.model import ADAPTER_FILE, CONFIG_FILE, REMEDY, load_adapter
 
 ImageLike = str | os.PathLike | Image.Image
 CLASSIFIER_FILE = "classifier.safetensors"
@@ -156,12 +158,12 @@ def load(
 
     Args:
         classes: other classes than those of the training.
-        descriptions, template: for the prompts of `classes`, as in `heba.prompts.build_prompts`.
+        descriptions, template: for the prompts of `classes`, as in `heba.data.prompts.build_prompts`.
         scale: s for `classes`, the novel scale; None: that of the training.
         device: cpu or cuda; None: cuda where there is one.
         root: the folder that files of the backbone (weights, JSON config) are relative to, as the training names
             them; those that it names must lie in it.
-        name, pretrained: the backbone as in `heba.backbone.load`, where its files are not those that the training
+        name, pretrained: the backbone as in `heba.clip.backbone.load`, where its files are not those that the training
             names; they may lie anywhere.
     Raises:
         ValueError: no adapter there, a damaged one, or one that was trained on other weights than those found, or
@@ -244,7 +246,7 @@ def zero_shot(
     device: str | None = None,
     root: Path | str = Path(),
 ) -> Classifier:
-    """CLIP alone, with the backbone `name` and `pretrained` of `heba.backbone.load`, over `classes`; the other
+    """CLIP alone, with the backbone `name` and `pretrained` of `heba.clip.backbone.load`, over `classes`; the other
     arguments are those of `load`."""
     names, prompts = _prompts(classes, descriptions, template)
     where = _device(device)

@@ -16,16 +16,16 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from heba.architecture import read_config as read_architecture
-from heba.data.benchmarks import parse_descriptions
-from heba.data.catalog import CATALOG, load_catalog
-from heba.data.unpack import ArchiveError, unpack
-from heba.model import AdaptedCLIP, load_adapter, save_adapter
+from heba.clip.architecture import read_config as read_architecture
+from heba.data.prompts import read_descriptions
+from heba.data.splits import read_split
+from heba.methods.heba.model import AdaptedCLIP, load_adapter, save_adapter
+from heba.methods.heba.training import make_optimizer, save_checkpoint, train
 from heba.predict import read_config
-from heba.prompts import read_descriptions
-from heba.splits import read_split
-from heba.training import make_optimizer, save_checkpoint, train
-from pipeline.params import load_params
+from heba.sources.benchmarks import parse_descriptions
+from heba.sources.catalog import CATALOG, load_catalog
+from heba.sources.unpack import ArchiveError, unpack
+from pipeline.core.params import load_params
 from tests.heba.test_model import make_clip
 from tests.heba.test_training import setup
 from tests.replicas import tar_of

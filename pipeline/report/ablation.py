@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from heba.metrics import harmonic_mean
+from heba.evaluation.metrics import harmonic_mean
 from pipeline.report.tables import TITLES, number
 
 FILE = Path("ablation.csv")

@@ -5,8 +5,8 @@ Others may lie beside them, of an earlier params.yaml or suite; in a mean they w
 
 from pathlib import Path
 
-from pipeline.params import Params
-from pipeline.paths import OUT, TRANSFER_STAGES, evaluate_path
+from pipeline.core.params import Params
+from pipeline.core.paths import OUT, TRANSFER_STAGES, evaluate_path
 from pipeline.report.tables import Record, load_record, sorted_records
 
 SHOWN = 3  # paths that the line about those left out names

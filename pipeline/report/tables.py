@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from heba.metrics import harmonic_mean
+from heba.evaluation.metrics import harmonic_mean
 
 Record = dict[str, Any]
 TITLES = {

@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from heba import backbone
-from heba.architecture import depth, read_config
-from heba.evaluation import encode_prompts
-from heba.images import Preprocess, preprocess_of
-from heba.model import AdaptedCLIP, load_adapter, save_adapter
-from heba.prompts import tokenize
-from heba.towers import check_towers, cut_texts, encode_text_plain, image_blocks, text_lengths
-from heba.training import Settings, TextBank, train
+from heba.clip import backbone
+from heba.clip.architecture import depth, read_config
+from heba.clip.features import encode_prompts
+from heba.clip.preprocess import Preprocess, preprocess_of
+from heba.clip.towers import check_towers, cut_texts, encode_text_plain, image_blocks, text_lengths
+from heba.data.prompts import tokenize
+from heba.methods.heba.model import AdaptedCLIP, load_adapter, save_adapter
+from heba.methods.heba.training import Settings, TextBank, train
 
 VISION = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2}
 TEXT = {"width": 32, "heads": 2, "layers": 2, "vocab_size": 100, "context_length": 12}

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from heba.adapters import Variant
-from heba.convert import from_official, read_official, to_official
-from heba.model import ADAPTER_FILE, AdaptedCLIP, load_adapter, save_adapter
+from heba.methods.heba.adapters import Variant
+from heba.methods.heba.convert import from_official, read_official, to_official
+from heba.methods.heba.model import ADAPTER_FILE, AdaptedCLIP, load_adapter, save_adapter
 from tests.heba.test_model import batch, make_clip
 
 

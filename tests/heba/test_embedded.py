@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from heba.clip.features import class_features, encode_images
+from heba.clip.preprocess import preprocess_of
+from heba.clip.towers import encode_text_plain
+from heba.data.prompts import build_prompts
+from heba.data.splits import class_names, read_split
 from heba.embedded import canvas, suite
 from heba.embedded.model import FOLDER, known_tokens, load_tiny_clip
-from heba.evaluation import encode_images
-from heba.images import preprocess_of
-from heba.model import class_features
-from heba.prompts import build_prompts
-from heba.splits import class_names, read_split
-from heba.towers import encode_text_plain
 
 
 def digest(folder: Path) -> dict[str, str]:

@@ -5,10 +5,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from heba.adapters import BottleneckAdapter
-from heba.evaluation import encode_prompts
-from heba.model import ADAPTER_FILE, AdaptedCLIP, class_features, load_adapter, save_adapter
-from heba.training import select_classes
+from heba.clip.features import class_features, encode_prompts
+from heba.methods.heba.adapters import BottleneckAdapter
+from heba.methods.heba.model import ADAPTER_FILE, AdaptedCLIP, load_adapter, save_adapter
+from heba.methods.heba.training import select_classes
 
 VISION = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
 TEXT = {"context_length": 16, "vocab_size": 100, "width": 64, "heads": 2, "layers": 2}

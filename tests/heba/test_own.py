@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from heba.data.check import check
-from heba.data.own import IMAGE_SUFFIXES, given_split, make_split, read_own
-from heba.splits import PARTS, class_names, read_split, write_split
-from pipeline.use import find_images
+from heba.data.splits import PARTS, class_names, read_split, write_split
+from heba.sources.check import check
+from heba.sources.own import IMAGE_SUFFIXES, given_split, make_split, read_own
+from pipeline.commands.use import find_images
 
 
 def image(path, value=0):

@@ -12,21 +12,10 @@ from hypothesis import strategies as st
 from open_clip.transform import image_transform_v2
 from PIL import Image
 
-from heba.evaluation import classification_report
-from heba.images import (
-    DeepImage,
-    LongImage,
-    Preprocess,
-    crop_batch,
-    decode,
-    normalise,
-    open_packed,
-    pack_images,
-    resize_and_crop,
-    sample_crop,
-    to_rgb,
-)
-from heba.prompts import build_prompts, read_descriptions, tokenize
+from heba.clip.preprocess import DeepImage, Preprocess, decode, normalise, resize_and_crop, to_rgb
+from heba.data.images import LongImage, crop_batch, open_packed, pack_images, sample_crop
+from heba.data.prompts import build_prompts, read_descriptions, tokenize
+from heba.evaluation.report import classification_report
 
 
 def test_descriptions_are_found_whatever_the_spelling_of_the_class():

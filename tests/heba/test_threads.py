@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from heba.adapters import Variant
+from heba.clip.activation import QuickGELU
+from heba.clip.preprocess import preprocess_of
 from heba.embedded.model import load_tiny_clip
-from heba.images import preprocess_of
-from heba.model import AdaptedCLIP, QuickGELU
+from heba.methods.heba.adapters import Variant
+from heba.methods.heba.model import AdaptedCLIP
 from heba.predict import Classifier
 from tests.heba.test_model import batch, make_clip
 

@@ -4,10 +4,10 @@ import open_clip
 import pytest
 import torch
 
-from heba.model import AdaptedCLIP
-from heba.static import masked_cross_entropy
-from heba.towers import cut_texts, text_lengths
-from heba.training import Settings, TextBank, train
+from heba.clip.towers import cut_texts, text_lengths
+from heba.methods.heba.model import AdaptedCLIP
+from heba.methods.heba.static import masked_cross_entropy
+from heba.methods.heba.training import Settings, TextBank, train
 from tests.heba.test_model import batch, make_clip
 
 SETTINGS = {

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from heba.adapters import HEBA, BottleneckAdapter, Variant
-from heba.evaluation import encode_prompts
-from heba.model import (
+from heba.clip.features import encode_prompts
+from heba.clip.towers import encode_text_plain, run_image_blocks
+from heba.methods.heba.adapters import HEBA, BottleneckAdapter, Variant
+from heba.methods.heba.model import (
     ADAPTER_FILE,
     CONFIG_FILE,
     AdaptedCLIP,
@@ -19,8 +20,7 @@ from heba.model import (
     load_adapter,
     save_adapter,
 )
-from heba.towers import encode_text_plain, run_image_blocks
-from heba.training import Settings, TextBank, make_optimizer, train, update
+from heba.methods.heba.training import Settings, TextBank, make_optimizer, train, update
 from tests.heba.test_model import batch, make_clip
 from tests.heba.test_training import SETTINGS
 

@@ -14,16 +14,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from heba import splits
-from heba.adapters import Adapters
-from heba.model import (
-    AdaptedCLIP,
-    class_features,
-    clip_from_openai_weights,
-    load_adapter_tensors,
-)
-from heba.towers import encode_text_plain, pack, text_lengths
-from heba.training import (
+from heba.clip.features import class_features
+from heba.clip.openai import clip_from_openai_weights
+from heba.clip.towers import encode_text_plain, pack, text_lengths
+from heba.data import splits
+from heba.methods.heba.adapters import Adapters
+from heba.methods.heba.model import AdaptedCLIP, load_adapter_tensors
+from heba.methods.heba.training import (
     Settings,
     Step,
     TextBank,

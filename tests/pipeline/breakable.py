@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from pipeline.warm import SERVER
+from pipeline.runner.warm import SERVER
 from tests.pipeline.repository import ROOT, copy_code, environment, initialise, wait_for
 
 TRAIN, TRAINED = "train@dtd-1", "out/train/dtd/base_to_novel-1"

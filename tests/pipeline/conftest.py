@@ -1,4 +1,4 @@
-"""The stages that tests run start in forks of one process that has imported everything (pipeline/warm.py)."""
+"""The stages that tests run start in forks of one process that has imported everything (pipeline/runner/warm.py)."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.warm import SERVER, stage_server
+from pipeline.runner.warm import SERVER, stage_server
 from tests.pipeline.repository import ROOT, wait_for
 
 # Where the tests run in the background of a script, ctrl-C is ignored, and what they start would inherit that.

@@ -17,11 +17,13 @@ import yaml
 from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
 from typer.testing import CliRunner
 
-from pipeline import ablate, processes, tracking
-from pipeline.cli import app
-from pipeline.params import ParamsError, load_params
+from pipeline.commands import ablate
+from pipeline.commands.cli import app
+from pipeline.core.params import ParamsError, load_params
 from pipeline.report import ablation, render
-from pipeline.store import client
+from pipeline.runner import processes
+from pipeline.tracking import log as tracking
+from pipeline.tracking.store import client
 from tests.pipeline import small
 from tests.pipeline.repository import (
     ROOT,
@@ -309,7 +311,7 @@ def test_the_table_needs_no_training_to_be_rendered(tmp_path):
     initialise(tmp_path)
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     code = (
-        "from tests.pipeline.test_ablate import log; from pipeline.params import load_params; "
+        "from tests.pipeline.test_ablate import log; from pipeline.core.params import load_params; "
         "log(load_params(), 'dtd', 1, 60.0)"
     )
     env = {"MLFLOW_TRACKING_URI": uri, "PYTHONPATH": str(ROOT)}

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from heba.data.catalog import load_catalog
 from heba.embedded.model import load_tiny_clip
-from heba.model import AdaptedCLIP
-from pipeline.cli import app
-from pipeline.cost import adapter_parameters, table
-from pipeline.params import ParamsError, load_params
+from heba.methods.heba.model import AdaptedCLIP
+from heba.sources.catalog import load_catalog
+from pipeline.commands.cli import app
+from pipeline.commands.cost import adapter_parameters, table
+from pipeline.core.params import ParamsError, load_params
 
 PAPER = Path(__file__).parents[2] / "pipeline" / "presets" / "paper.yaml"
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 import yaml
 
-from pipeline import doctor as doctor_module
+from pipeline.commands import doctor as doctor_module
 from tests.pipeline import small
 from tests.pipeline.repository import ROOT, noted, noting
 

@@ -14,8 +14,8 @@ import pytest
 import requests
 import yaml
 
-from pipeline.background import PATIENCE
-from pipeline.warm import stage_server
+from pipeline.runner.warm import stage_server
+from pipeline.tracking.background import PATIENCE
 from tests.pipeline import breakable
 from tests.pipeline.breakable import TRAIN, TRAINED
 from tests.pipeline.repository import ROOT, call, stage, wait_for, working_in
@@ -249,7 +249,7 @@ def test_a_damaged_checkpoint_is_named(broken, server):
 
 @pytest.mark.parametrize("part", ["test", "train"])
 def test_a_truncated_image_is_named(broken, server, part):
-    from heba.splits import read_split
+    from heba.data.splits import read_split
 
     images = broken / "data" / "embedded" / "dtd" / "images"
     sample = broken / ("out/split/dtd/2-1.json" if part == "train" else "data/embedded/dtd/split.json")
@@ -348,7 +348,7 @@ def test_a_copied_repository_writes_nothing_into_the_original(whole, server, tmp
     assert len(copies) == 2
     # Also what was logged before is the copy's own: the original may go.
     shutil.rmtree(original)
-    code = "from pipeline.models import fetch_adapter; print(fetch_adapter('models:/textures/1'))"
+    code = "from pipeline.tracking.models import fetch_adapter; print(fetch_adapter('models:/textures/1'))"
     fetched = call(repo, sys.executable, "-c", code)
     assert fetched.returncode == 0, fetched.stderr
     assert Path(fetched.stdout.strip()).is_relative_to(repo)

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from heba.splits import read_split
-from pipeline.cli import app
-from pipeline.params import ParamsError, load_params
+from heba.data.splits import read_split
+from pipeline.commands.cli import app
+from pipeline.core.params import ParamsError, load_params
 from pipeline.report import render, tables
 from tests.heba.test_own import folder_of_classes, image
 from tests.pipeline.repository import ROOT, call, copy_code, initialise, stage

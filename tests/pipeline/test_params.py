@@ -9,8 +9,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import presets
-from pipeline.params import ParamsError, load_params
+from pipeline.commands import presets
+from pipeline.core.params import ParamsError, load_params
 from tests.pipeline.repository import ROOT, environment, stage
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from pipeline.store import SHA_TAG
+from pipeline.tracking.store import SHA_TAG
 from tests.pipeline import small
 from tests.pipeline.repository import wait_for
 

@@ -9,10 +9,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from pipeline import presets
-from pipeline.cli import app
-from pipeline.params import load_params
-from pipeline.paths import evaluate_path
+from pipeline.commands import presets
+from pipeline.commands.cli import app
+from pipeline.core.params import load_params
+from pipeline.core.paths import evaluate_path
 from pipeline.report import render, selection, tables
 from tests.pipeline.repository import ROOT
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 import yaml
 
-from pipeline import processes
+from pipeline.runner import processes
 from tests.pipeline import small
 from tests.pipeline.repository import noted, noting, wait_for, working_in
 
@@ -217,7 +217,7 @@ def half(data, stream):
 
 _yaml._dump = half
 sys.argv = ["dvc", "repro", "--single-item", "b@1"]
-runpy.run_module("pipeline.safe_dvc", run_name="__main__")
+runpy.run_module("pipeline.runner.safe_dvc", run_name="__main__")
 """
 
 
@@ -252,7 +252,7 @@ def test_what_a_killed_process_leaves_of_dvcs_files_stops_nobody(tmp_path):
 def test_the_next_run_removes_what_a_killed_process_left(tmp_path):
     repo = small.make(tmp_path / "repo")
     subprocess.run(["dvc", "repro", "-q", "a"], cwd=repo, env=small.environment(), check=True)
-    again = [sys.executable, "-m", "pipeline.safe_dvc", "repro", "-q", "--force", "--single-item", "b@1"]
+    again = [sys.executable, "-m", "pipeline.runner.safe_dvc", "repro", "-q", "--force", "--single-item", "b@1"]
     for clean in (
         lambda: subprocess.run(again, cwd=repo, env=small.environment(), check=True),
         lambda: small.repro(repo),

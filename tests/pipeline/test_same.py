@@ -7,8 +7,8 @@ import sys
 import pytest
 import yaml
 
-from pipeline.download import describe_folder
-from pipeline.warm import stage_server
+from pipeline.runner.warm import stage_server
+from pipeline.stages.download import describe_folder
 from tests.pipeline import breakable
 from tests.pipeline.breakable import TRAINED
 from tests.pipeline.repository import ROOT, call, stage

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 
 import heba
-from heba import backbone
+from heba.clip import backbone
 from heba.embedded.model import load_tiny_clip
-from heba.model import AdaptedCLIP, save_adapter
+from heba.methods.heba.model import AdaptedCLIP, save_adapter
 from heba.predict import save_classifier
-from pipeline import served
-from pipeline.models import save_model
+from pipeline.tracking import served
+from pipeline.tracking.models import save_model
 from tests.pipeline.serving import serving
 
 NAMES = [f"class {i}" for i in range(20)]

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from pipeline.params import ParamsError
+from pipeline.core.params import ParamsError
 from tests.pipeline.repository import ROOT, call, copy_code, initialise, stage
 
 
@@ -184,7 +184,7 @@ def test_help_teaches():
 
 
 def test_training_images_that_do_not_fit_into_memory_are_refused_before_they_are_read(tmp_path):
-    from pipeline.train import refuse_too_large
+    from pipeline.stages.train import refuse_too_large
 
     path = tmp_path / "a.png"
     Image.new("1", (9000, 9000)).save(path)

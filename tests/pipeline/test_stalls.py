@@ -12,7 +12,8 @@ import pytest
 import requests
 from filelock import FileLock
 
-from pipeline import background, tracking
+from pipeline.tracking import background
+from pipeline.tracking import log as tracking
 from tests.pipeline.repository import ROOT, wait_for, working_in
 from tests.pipeline.test_report import record
 from tests.pipeline.test_tracking import CONFIG, RECORD, trained

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 import pytest
 from filelock import FileLock
 
-from pipeline import background, tracking
-from pipeline.store import client
+from pipeline.tracking import background
+from pipeline.tracking import log as tracking
+from pipeline.tracking.store import client
 from tests.pipeline.repository import ROOT, environment, stage, wait_for
 from tests.pipeline.test_report import record
 
@@ -150,7 +151,7 @@ def test_evaluations_side_by_side_make_one_run_of_a_training(folder):
 
 def test_a_kill_while_the_store_is_made_leaves_none(folder):
     process = subprocess.Popen(
-        [sys.executable, "-c", "from pipeline.store import client; client()"],
+        [sys.executable, "-c", "from pipeline.tracking.store import client; client()"],
         env=environment(PYTHONPATH=str(ROOT)),
     )
     wait_for(lambda: any(path.stat().st_size for path in folder.rglob("mlflow.db")))

@@ -6,7 +6,7 @@ import sys
 
 import yaml
 
-from heba.splits import read_split
+from heba.data.splits import read_split
 from tests.pipeline.repository import ROOT, call
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

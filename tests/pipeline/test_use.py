@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 
 import heba
 from benchmarks import adapter_dtype
-from heba import backbone
-from heba.model import AdaptedCLIP, save_adapter
+from heba.clip import backbone
+from heba.data.splits import read_split
+from heba.methods.heba.model import AdaptedCLIP, save_adapter
 from heba.predict import save_classifier
-from heba.splits import read_split
-from pipeline import use
-from pipeline.backbone import load_backbone
-from pipeline.params import load_params
+from pipeline.commands import use
+from pipeline.core.params import load_params
+from pipeline.stages.backbone import load_backbone
 from tests.heba.test_backbones import SMALL, TEXT
 from tests.pipeline.repository import ROOT, call, stage
 from tests.pipeline.serving import serving

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import heba
-from heba import backbone
-from heba.model import AdaptedCLIP, save_adapter
+from heba.clip import backbone
+from heba.methods.heba.model import AdaptedCLIP, save_adapter
 from heba.predict import save_classifier
 from tests.heba.test_backbones import SMALL, TEXT
 from tests.pipeline.repository import ROOT, call, stage
@@ -80,7 +80,7 @@ def params(folder, name, pretrained):
 @pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
 def test_the_code_in_torchscript_never_runs(tmp_path):
     """The archive lies where an adapter may name files, and has the hash that the adapter tells."""
-    from pipeline.models import save_model
+    from pipeline.tracking.models import save_model
 
     mark, image = tmp_path / "mark", tmp_path / "a.png"
     Image.new("RGB", (8, 8)).save(image)
@@ -92,7 +92,17 @@ def test_the_code_in_torchscript_never_runs(tmp_path):
     sha256 = backbone.sha256(tmp_path / "evil.pt")
     evil = adapter(tmp_path / "evil", tmp_path, pretrained="evil.pt", sha256=sha256)
     named = [
-        call(tmp_path, sys.executable, "-m", "pipeline.use", "predict", "a.png", "--adapter", "evil", **ALONE)
+        call(
+            tmp_path,
+            sys.executable,
+            "-m",
+            "pipeline.commands.use",
+            "predict",
+            "a.png",
+            "--adapter",
+            "evil",
+            **ALONE,
+        )
     ]
     params(tmp_path, "small.json", "evil.pt")
     named.append(stage(tmp_path, "backbone", **ALONE))
@@ -163,7 +173,7 @@ def test_an_adapter_names_no_file_outside_its_root(tmp_path, key, how):
 def test_predict_takes_the_files_that_the_command_line_names(tmp_path):
     adapter(tmp_path / "adapter", tmp_path / "far", name="../far/small.json", pretrained="/nowhere/w.safetensors")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    command = [sys.executable, "-m", "pipeline.use", "predict", "a.png", "--adapter", "adapter"]
+    command = [sys.executable, "-m", "pipeline.commands.use", "predict", "a.png", "--adapter", "adapter"]
     refused = call(tmp_path, *command, **ALONE)
     assert refused.returncode == 1
     assert "--backbone for a JSON config" in refused.stderr
