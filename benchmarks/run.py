@@ -32,7 +32,10 @@ from heba.clip.preprocess import decode, preprocess_of
 from heba.clip.towers import text_lengths
 from heba.data.images import for_each_image, open_packed, pack_images
 from heba.data.splits import base_labels
-from heba.methods.heba.training import Settings, TextBank, select_classes, train
+from heba.fit.run import Run
+from heba.methods.heba.draws import TextBank, select_classes
+from heba.methods.heba.settings import Settings
+from heba.methods.heba.training import train
 
 
 def main(
@@ -60,7 +63,7 @@ def main(
     halves = [range(n_base), range(n_base, classes)]
     labels = [c for c in halves[0] for _ in range(shots)]
     test_labels = torch.arange(classes).repeat_interleave(test)
-    settings = Settings(epochs, 16, 0.0075, 0.9, 5e-4, 0.1, 2.25, 0.8, 5, seed=1)
+    settings = Settings(epochs=epochs)
     n_blocks = model.end - model.start + 1
     fixed = torch.full((n_blocks,), model.scale, device=device)
     start = {k: v.clone() for k, v in model.adapters.state_dict().items()}
@@ -141,7 +144,7 @@ def main(
             bank = TextBank(
                 base.to(device), text_lengths(model.clip, base), list(range(0, len(base) + 1, prompts)), None
             )
-            train(model, list(pixels), labels, bank, settings, bf16=precision == "bf16")
+            train(model, list(pixels), labels, bank, settings, Run(seed=1, bf16=precision == "bf16"))
             evaluate_ours()
 
         limit = 1e-4 if precision == "fp32" else 3e-2

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-TINY = Path(__file__).parent / "embedded" / "tiny_clip" / "config.json"
-# By the names of timm's models, whose architecture no config tells; `heba.clip.towers` looks at the layers themselves.
+TINY = Path(__file__).parent / "tiny_clip" / "config.json"
+# By the names of timm's models, whose architecture no config tells; `towers` looks at the layers themselves.
 TIMM_TOWERS = ("vit_", "eva_", "eva02_", "vitamin_")
 POST_NORM = "eva02_enormous"
 SUPPORTED = (

@@ -61,7 +61,7 @@ def load(name: str, pretrained: str, root: Path = Path()) -> Backbone:
     """
     config = read_config(name, root)
     if name == "tiny":
-        from heba.embedded.model import load_tiny_clip
+        from heba.clip.tiny import load_tiny_clip
 
         clip, tokenizer = load_tiny_clip()
         return Backbone(clip, tokenizer, preprocess_of(clip))
@@ -116,7 +116,7 @@ def weights_file(name: str, pretrained: str, root: Path = Path()) -> Path:
     cache yet. ValueError for an unknown tag, for weights that cannot be downloaded, and for those of the other
     GELU."""
     if name == "tiny":
-        from heba.embedded.model import FOLDER
+        from heba.clip.tiny import FOLDER
 
         return FOLDER / "model.safetensors"
     path = root / pretrained

@@ -1,6 +1,7 @@
-"""Accuracy, per-class accuracy and confusion of a classifier; encoding of test images."""
+"""Features of images and of prompts, and the classifier that prompts make."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,30 @@ from torch import Tensor
 
 from heba.clip.preprocess import Preprocess, normalise
 from heba.clip.towers import cut_texts, text_lengths
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What frozen CLIP makes of class names.
+
+    Attributes:
+        names: by label.
+        tokens: [n_prompts, length], of all prompts, class by class.
+        index: [n_prompts], the class of every prompt, ascending.
+        features: [n_prompts, E], of the frozen text tower, not normalised.
+    """
+
+    names: list[str]
+    tokens: Tensor
+    index: Tensor
+    features: Tensor
+
+    def select(self, labels: range) -> "Classes":
+        """The classes of `labels` alone, counted from 0."""
+        rows = (self.index >= labels.start) & (self.index < labels.stop)
+        names = [self.names[label] for label in labels]
+        return Classes(names, self.tokens[rows], self.index[rows] - labels.start, self.features[rows])
+
 
 # A CPU gains nothing from larger batches, which leave its cache.
 BATCH_SIZE = {"cpu": 64}
@@ -82,3 +107,9 @@ def class_features(features: Tensor, class_index: Tensor, n_classes: int) -> Ten
         missing = (count[:, 0] == 0).nonzero().flatten().tolist()
         raise ValueError(f"classes {missing} have no prompt")
     return F.normalize(total / count, dim=-1)
+
+
+def cosine_logits(factor: Tensor, features: Tensor, weights: Tensor) -> Tensor:
+    """factor * features @ weights.T [n, n_classes] in fp32, also under autocast; both normalised, [..., E]."""
+    with torch.autocast(features.device.type, enabled=False):
+        return factor * features.float() @ weights.float().T

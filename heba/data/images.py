@@ -4,11 +4,15 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -21,6 +25,57 @@ MAX_ASPECT = 100
 
 class LongImage(ValueError):
     """An image of which one side is more than MAX_ASPECT times the other."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images as a method reads them (`READS` of its settings); what it does not read is empty.
+
+    Attributes:
+        features: [n, E], normalised, of the frozen image tower.
+        pixels: [n, 3, size, size], preprocessed (`heba.clip.preprocess.normalise`).
+    """
+
+    features: Tensor
+    pixels: Tensor
+
+    @classmethod
+    def of_features(cls, features: Tensor) -> "Images":
+        return cls(features, torch.empty(0))
+
+    @classmethod
+    def of_pixels(cls, pixels: Tensor) -> "Images":
+        return cls(torch.empty(0), pixels)
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """The few-shot images of a training: their files, and labels from 0 on."""
+
+    files: list[Path]
+    labels: list[int]
+
+
+def decode_all(files: Sequence[Path], done: Callable[[int], object]) -> list[Tensor]:
+    """The images [3, height, width] uint8, as they are, for the crops of all epochs; `done` counts them.
+
+    ValueError names a file that cannot be read, and says so when they do not fit into the memory that is free.
+    """
+    needed = 0
+    for file in files:
+        with suppress(OSError), Image.open(file) as image:  # reads its head only; a damaged one is named below
+            needed += 3 * image.width * image.height
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(
+            f"{len(files)} training images take {needed / 1e9:.1f} GB of memory, of which {free / 1e9:.1f} GB are "
+            "free: scale them down, to a shorter side of some 500 pixels, or take fewer shots"
+        )
+    images = []
+    for image in for_each_image(lambda path: torch.from_numpy(np.array(decode(path)).transpose(2, 0, 1)), files):
+        images.append(image)
+        done(1)
+    return images
 
 
 def for_each_image(work: Callable[[Any], Any], paths: Iterable[Any]) -> Iterator[Any]:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from heba.clip.preprocess import Preprocess, normalise
+from heba.clip.tiny import TOKEN_TABLE, new_tiny_clip
 from heba.clip.towers import cut_texts
 from heba.data.prompts import build_prompts
 from heba.embedded import canvas, suite
-from heba.embedded.model import TOKEN_TABLE, new_tiny_clip
 
 GENERAL = ("a photo of a {}.", "a picture of a {}.", "a {}.", "{}")
 

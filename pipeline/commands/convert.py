@@ -2,16 +2,16 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
-from heba.data.splits import base_labels
-from heba.methods.heba.convert import from_official, to_official
-from heba.methods.heba.model import load_adapter
-from heba.predict import read_config, save_classifier
+import torch
+
+from heba import artifact, methods
 from pipeline.core.params import Params
 from pipeline.core.paths import new_folder
-from pipeline.stages.backbone import device, load_backbone, read_record, use_bf16
-from pipeline.stages.precompute import read_names
-from pipeline.stages.train import classifier, text_bank
+from pipeline.stages.backbone import computing, load_backbone, read_record, use_bf16
+from pipeline.stages.precompute import read_classes
+from pipeline.stages.train import labels_of, progress
 
 
 def run(
@@ -22,7 +22,7 @@ def run(
     Args:
         dataset: that the official adapter was trained on, whose prompts the classifier is made of.
         all_classes: it was trained on all its classes, not on the base classes alone.
-        scale: ADAPTER_SCALE_BASE of the official config; None: that of the checkpoint, which ours alone have.
+        scale: the scale of the official config; None: that of the checkpoint, which ours alone have.
     """
     if not source.exists():
         raise ValueError(f"{source} does not exist; give an official model.pth.tar-N, or an adapter's folder")
@@ -31,29 +31,52 @@ def run(
             raise ValueError(
                 "--dataset, --all-classes, --scale: are for a checkpoint; an adapter's folder tells them"
             )
-        config = read_config(source)
-        return to_official(source, target, config.get("epoch") or config["train"]["epochs"], config["scale"])
+        config = artifact.read_config(source)
+        converter = methods.part(config.method, "convert")
+        return converter.to_official(artifact.read_tensors(source), config.settings, target, source)
     if target.exists():
         raise ValueError(f"{target} exists already; name a new folder")
     if dataset is None:
         raise ValueError("--dataset: name the data set that the official adapter was trained on")
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"--scale {scale}: must be finite")
-    names = read_names(dataset)
-    labels = range(len(names)) if all_classes else base_labels(len(names))
-    config = {
-        "backbone": read_record(),
-        "bf16": use_bf16(params),
-        "class_names": [names[i] for i in labels],
-        "dataset": dataset,
-        "protocol": "few_shot" if all_classes else "base_to_novel",
-        "suite": params.suite,
-    }
-    clip, _ = load_backbone(params)
-    where = device(params)
-    with new_folder(target) as out:
-        from_official(source, out, scale, config)
-        model, _ = load_adapter(clip, out)
-        bank = text_bank(clip, dataset, len(labels), 1, where)
-        save_classifier(classifier(model.to(where).eval(), bank, use_bf16(params)), out)
+    method = converted_method()
+    tensors, settings = methods.part(method, "convert").from_official(source, scale)
+    write(params, target, method, dataset, "few_shot" if all_classes else "base_to_novel", tensors, settings)
     return target
+
+
+def converted_method() -> str:
+    """The method that has official checkpoints to convert."""
+    return next(name for name in methods.names() if methods.has_part(name, "convert"))
+
+
+def write(
+    params: Params,
+    target: Path,
+    method: str,
+    dataset: str,
+    protocol: str,
+    tensors: dict[str, torch.Tensor],
+    settings: dict[str, Any],
+) -> None:
+    """Write the folder of a method that was trained elsewhere, with the classifier of its classes."""
+    classes = read_classes(dataset)
+    classes = classes.select(labels_of(protocol, len(classes.names)))
+    config = artifact.Config(
+        method=method,
+        settings=settings,
+        class_names=classes.names,
+        backbone=artifact.Backbone(**read_record()),
+        protocol=protocol,
+        dataset=dataset,
+        suite=params.suite,
+        bf16=use_bf16(params),
+    )
+    part, (clip, _) = methods.part(method, "method"), load_backbone(params)
+    with new_folder(target) as out:
+        artifact.write_tensors(tensors, out, torch.float32)
+        artifact.write_config(config, out)
+        model, _ = artifact.load(clip, out)
+        with computing(params):
+            artifact.write_classifier(part.classifier(model, classes, config.method_settings(), True, progress), out)

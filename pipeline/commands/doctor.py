@@ -22,7 +22,7 @@ from pipeline.core.params import Params, load_params, stage_of
 from pipeline.core.paths import OUT, data_folder, main_root, train_folder
 from pipeline.runner import locks, machine, processes
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 INSTALL = "pip install -c constraints.txt -e ."
 SHOWN = ("torch", "torchvision", "open_clip_torch", "dvc", "mlflow")
 MOST_IMAGES = 50_000  # of a data set, to be counted here; the stages count them all

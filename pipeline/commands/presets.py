@@ -6,7 +6,7 @@ from pathlib import Path
 from pipeline.core.params import PARAMS_FILE, ParamsError
 from pipeline.core.paths import new_file
 
-FOLDER = Path(__file__).parent / "presets"
+FOLDER = Path(__file__).parents[1] / "presets"
 
 
 def write(name: str, target: Path = PARAMS_FILE) -> str:

@@ -13,8 +13,10 @@ import pandas as pd
 from jinja2 import Template
 from matplotlib.figure import Figure
 
+from heba.data.datasets import title
+from heba.data.protocols import PROTOCOLS
+from heba.evaluation.record import Record
 from pipeline.report import ablation, tables
-from pipeline.report.tables import Record
 
 EMBEDDED = (
     "These numbers come from the embedded suite: a tiny CLIP and small generated images. "
@@ -26,35 +28,30 @@ H_NOTE = (
     "is the harmonic mean of the averaged base and novel, as in the papers. ± is the sample standard deviation "
     "over seeds."
 )
-PROTOCOLS = {
-    "base_to_novel": "Base-to-novel generalisation",
-    "cross_dataset": "Cross-data-set transfer",
-    "domain_generalization": "Domain generalisation",
-    "few_shot": "Few-shot learning, all classes",
-}
 # Fixed, so that dvc.yaml can list them; a table without results says so in its files.
 FILES = ["README.md", "index.html", "metrics.json"] + [
     f"{name}.{e}" for name in (*PROTOCOLS, "ablation") for e in ("md", "csv", "tex")
 ]
 
 
-def numeric(records: list[Record], protocol: str) -> pd.DataFrame:
-    """The numeric table of a protocol; empty when there are no records."""
-    if not any(r["protocol"] == protocol for r in records):
+def numeric(records: list[Record], protocol: str, names: list[str]) -> pd.DataFrame:
+    """The numeric table of a protocol over the methods `names`; empty when there are no records."""
+    data = tables.long_table(records)
+    if not (data["protocol"] == protocol).any():
         return pd.DataFrame()
     if protocol == "base_to_novel":
-        return tables.base_to_novel_table(records)
+        return tables.base_to_novel_table(data, names)
     if protocol == "few_shot":
-        return tables.few_shot_table(records)
-    return tables.transfer_table(records, protocol)
+        return tables.few_shot_table(data, names)
+    return tables.transfer_table(data, protocol, names)
 
 
-def displayed(table: pd.DataFrame, protocol: str, embedded: bool) -> pd.DataFrame:
+def displayed(table: pd.DataFrame, protocol: str, names: list[str], embedded: bool) -> pd.DataFrame:
     if protocol == "base_to_novel":
-        return tables.display_base_to_novel(table, embedded)
+        return tables.display_base_to_novel(table, names, embedded)
     if protocol == "few_shot":
-        return tables.display_few_shot(table, embedded)
-    return tables.display_transfer(table, embedded)
+        return tables.display_few_shot(table, names, embedded)
+    return tables.display_transfer(table, names, embedded)
 
 
 def notes(table: pd.DataFrame, protocol: str, embedded: bool) -> list[str]:
@@ -66,9 +63,9 @@ def notes(table: pd.DataFrame, protocol: str, embedded: bool) -> list[str]:
     )
     fewer = tables.incomplete(table)
     if fewer:
-        found.append("Fewer seeds than the others: " + ", ".join(map(tables.title, fewer)) + ".")
+        found.append("Fewer seeds than the others: " + ", ".join(map(title, fewer)) + ".")
     averaged, own = tables.benchmarks(table), tables.own_data(table)
-    absent = [tables.TITLES[d] for d in tables.COMPLETE[protocol] if d not in averaged]
+    absent = [title(d) for d in PROTOCOLS[protocol].complete if d not in averaged]
     if absent and averaged:
         found.append("Not in this table, nor in its average: " + ", ".join(absent) + ".")
     if own:
@@ -92,23 +89,28 @@ def bars(table: pd.DataFrame, columns: list[tuple[str, str]], embedded: bool, la
     return png(figure)
 
 
-def curves(table: pd.DataFrame, embedded: bool) -> str:
-    """Accuracy over the number of shots, a small plot per row of `table`, with zero-shot CLIP at 0."""
-    shots = tables.shots_of(table)
+def curves(table: pd.DataFrame, names: list[str], embedded: bool) -> str:
+    """Accuracy over the number of shots, a small plot per row of `table` and a curve per method that learns, with
+    the first method, which takes no shots, at 0."""
     columns = min(4, len(table))
     rows = -(-len(table) // columns)
     figure = Figure(figsize=(9, 2.4 * rows), layout="constrained")
     plots = figure.subplots(rows, columns, squeeze=False).flat
+    first = names[0]
+    shots: list[int] = []
     for (dataset, row), axes in zip(table.iterrows(), plots, strict=False):
-        values = [row["zero_shot"], *(row[f"heba_{k}"] for k in shots)]
-        spread = [0.0, *(row[f"heba_{k}_std"] for k in shots)]
-        axes.errorbar([0, *shots], values, yerr=[0 if pd.isna(s) else s for s in spread], marker="o", markersize=3)
-        axes.axhline(row["zero_shot"], color="grey", linestyle=":", linewidth=1)
+        for name in names[1:]:
+            shots = tables.shots_of(table, name)
+            values = [row[first], *(row[f"{name}_{k}"] for k in shots)]
+            spread = [0.0, *(row[f"{name}_{k}_std"] for k in shots)]
+            errors = [0 if pd.isna(s) else s for s in spread]
+            axes.errorbar([0, *shots], values, yerr=errors, marker="o", markersize=3)
+        axes.axhline(row[first], color="grey", linestyle=":", linewidth=1)
         axes.set_title(tables.row_title(str(dataset), table, embedded), fontsize="small")
         axes.set_xticks([0, *shots])
     for axes in list(plots):
         axes.set_axis_off()
-    figure.supxlabel("shots (0: CLIP)", fontsize="small")
+    figure.supxlabel(f"shots (0: {tables.method_title(first)})", fontsize="small")
     figure.supylabel("accuracy, %", fontsize="small")
     return png(figure)
 
@@ -120,18 +122,16 @@ def png(figure: Figure) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def figures(table: pd.DataFrame, protocol: str, embedded: bool) -> list[str]:
+def figures(table: pd.DataFrame, protocol: str, names: list[str], embedded: bool) -> list[str]:
+    titles = {name: tables.method_title(name) for name in names}
     if protocol == "base_to_novel":
-        methods = (("zero_shot", "CLIP"), ("heba", "HeBA"))
-        columns = [(f"{m}_{g}", f"{n} {g}") for g in ("base", "novel") for m, n in methods]
+        columns = [(f"{name}_{g}", f"{titles[name]} {g}") for g in ("base", "novel") for name in names]
         gains = [(f"difference_{g}", g) for g in ("base", "novel")]
-        return [
-            bars(table, columns, embedded, "accuracy, %"),
-            bars(table, gains, embedded, "HeBA minus CLIP, points"),
-        ]
+        gain = f"{titles[names[-1]]} minus {titles[names[0]]}, points"
+        return [bars(table, columns, embedded, "accuracy, %"), bars(table, gains, embedded, gain)]
     if protocol == "few_shot":
-        return [curves(table, embedded)]
-    return [bars(table, [("zero_shot", "CLIP"), ("heba", "HeBA")], embedded, "accuracy, %")]
+        return [curves(table, names, embedded)]
+    return [bars(table, list(titles.items()), embedded, "accuracy, %")]
 
 
 PAGE = Template(
@@ -196,6 +196,7 @@ def write_table(
 
 def render_report(
     records: list[Record],
+    names: list[str],
     out: Path,
     published: bool,
     ablations: pd.DataFrame | None = None,
@@ -204,20 +205,21 @@ def render_report(
     """Write all report files into `out`.
 
     Args:
+        names: of the methods, in the order of the tables.
         published: whether published figures appear, as rows of their own.
         ablations: lines of ablation.csv.
         settings: by protocol, a line about the trainings for under its table.
     """
-    suites = {r["suite"] for r in records} | set([] if ablations is None else ablations["suite"])
+    suites = {r.suite for r in records} | set([] if ablations is None else ablations["suite"])
     embedded = "embedded" in suites
     sections: list[dict[str, Any]] = []
     summary = ["# Results", ""] + ([f"**{EMBEDDED}**", ""] if embedded else [])
-    for protocol, title in PROTOCOLS.items():
-        table = numeric(records, protocol)
+    for protocol, about in PROTOCOLS.items():
+        table = numeric(records, protocol, names)
         if table.empty:
             no_table(out, protocol)
             continue
-        shown = displayed(table, protocol, embedded)
+        shown = displayed(table, protocol, names, embedded)
         below = notes(table, protocol, embedded)
         if settings and protocol in settings:
             below.insert(0, settings[protocol])
@@ -232,15 +234,15 @@ def render_report(
                 other.fillna("").to_markdown(index=False, disable_numparse=True),
                 "",
             ]
-        write_table(out, protocol, title, table, shown, text, below)
-        summary += [f"## {title}", "", *text]
+        write_table(out, protocol, about.title, table, shown, text, below)
+        summary += [f"## {about.title}", "", *text]
         sections.append(
             {
-                "title": title,
+                "title": about.title,
                 "table": shown.to_html(index=False, border=0),
                 "averaged": "average" in table.index,
                 "notes": [html.escape(line, quote=False) for line in below],
-                "figures": figures(table, protocol, embedded),
+                "figures": figures(table, protocol, names, embedded),
                 "published": None if other is None else other.fillna("").to_html(index=False, border=0),
             }
         )
@@ -258,14 +260,14 @@ def render_report(
     (out / "README.md").write_text("\n".join(summary), encoding="utf-8")
     page = PAGE.render(sections=sections, embedded=EMBEDDED if embedded else "")
     (out / "index.html").write_text(page + "\n", encoding="utf-8")
-    (out / "metrics.json").write_text(json.dumps(metrics(records), indent=1) + "\n")
+    (out / "metrics.json").write_text(json.dumps(metrics(records, names), indent=1) + "\n")
 
 
-def metrics(records: list[Record]) -> dict[str, Any]:
+def metrics(records: list[Record], names: list[str]) -> dict[str, Any]:
     """The averages, and every data set, for `dvc metrics show`."""
     found: dict[str, Any] = {}
     for protocol in PROTOCOLS:
-        table = numeric(records, protocol).round(2)
+        table = numeric(records, protocol, names).round(2)
         if table.empty:
             continue
         rows = {d: row.drop("seeds").dropna().to_dict() for d, row in table.iterrows()}
@@ -274,11 +276,11 @@ def metrics(records: list[Record]) -> dict[str, Any]:
     return found
 
 
-def summary_text(records: list[Record]) -> str:
+def summary_text(records: list[Record], names: list[str]) -> str:
     """The base-to-novel table for the terminal."""
-    table = numeric(records, "base_to_novel")
+    table = numeric(records, "base_to_novel", names)
     if table.empty:
         return "no base_to_novel results"
-    embedded = any(r["suite"] == "embedded" for r in records)
-    shown = displayed(table, "base_to_novel", embedded)
+    embedded = any(r.suite == "embedded" for r in records)
+    shown = displayed(table, "base_to_novel", names, embedded)
     return shown.to_string(index=False) + (f"\n{EMBEDDED}" if embedded else "")

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 SERVER = "HEBA_STAGE_SERVER"  # in the environment: the server's socket
+SERVE = "serve-stages"  # the first argument of the server's process
 CODE = 1  # bytes of an exit code on the socket
 LENGTH = 8  # bytes of a length or process id
 LIBRARIES = (
@@ -47,7 +48,7 @@ def stage_server(root: Path) -> Iterator[dict[str, str]]:
         return
     with tempfile.TemporaryDirectory(prefix="heba-") as folder:
         address = str(Path(folder) / "stages")
-        command = [sys.executable, "-m", "pipeline.runner.warm", address]
+        command = [sys.executable, "-m", "pipeline", SERVE, address]
         # A session of its own: ctrl-C reaches a stage through its command, once.
         process = subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, start_new_session=True)
         try:
@@ -96,8 +97,9 @@ def _receive(connection: socket.socket, n: int) -> bytes:
     return received
 
 
-def _serve(address: str) -> None:
-    """Answer commands until standard input ends, which is when the process that started this one has ended."""
+def serve(address: str, main: Callable[[], None]) -> None:
+    """Run `main` with the arguments of each command that comes to `address`, in a fork, until standard input ends,
+    which is when the process that started this one has ended."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # it would start a thread, which no fork has
     for library in LIBRARIES:
         importlib.import_module(library)
@@ -114,14 +116,14 @@ def _serve(address: str) -> None:
             listener.close()
             code = 1
             try:
-                code = _run_stage(connection)
+                code = _run_stage(connection, main)
                 connection.sendall(code.to_bytes(CODE, "big"))
             finally:
                 os._exit(code)
         connection.close()
 
 
-def _run_stage(connection: socket.socket) -> int:
+def _run_stage(connection: socket.socket, main: Callable[[], None]) -> int:
     """In the fork: take over the command's arguments, folder, environment and files, and run it."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     head, files, _, _ = socket.recv_fds(connection, LENGTH, 3)
@@ -139,8 +141,6 @@ def _run_stage(connection: socket.socket) -> int:
         torch.set_num_threads(int(threads))  # OpenMP has read the server's environment
     connection.sendall(os.getpid().to_bytes(LENGTH, "big"))
     threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
-    from pipeline.commands.cli import main
-
     return _exit_code(main)
 
 
@@ -167,6 +167,3 @@ def _exit_code(command: Callable[[], None]) -> int:
         sys.stderr.flush()
     return 0
 
-
-if __name__ == "__main__":
-    _serve(sys.argv[1])

@@ -6,7 +6,8 @@ weights depends on it.
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,11 @@ def be_deterministic() -> None:
 def use_bf16(params: Params) -> bool:
     """bf16 autocast where params say so; auto means on a GPU."""
     return params.precision == "bf16" or (params.precision == "auto" and device(params).type == "cuda")
+
+
+@contextmanager
+def computing(params: Params) -> Iterator[None]:
+    """Without gradients, in the precision of params."""
+    where = device(params)
+    with torch.no_grad(), torch.autocast(where.type, torch.bfloat16, enabled=use_bf16(params)):
+        yield

@@ -1,144 +1,170 @@
-"""The stages `evaluate*`: HeBA against zero-shot CLIP on the test images.
+"""The stages `evaluate*`: every training on the test images of a data set; records whose inputs are what they were
+stay.
 
-Each writes a folder with a record per training and data set, as `pipeline.report` reads them.
+out/evaluate/<dataset>/<method>/<protocol>-<shots>-<seed>.json                 tested on the data set it trained on
+out/evaluate-{cross,domain}/<seed>/<dataset>/<method>/<protocol>-<shots>-<seed>.json   the source model on another
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
-from heba.clip.features import class_features, encode_images, encode_prompts
-from heba.clip.preprocess import preprocess_of
+from heba import artifact, methods
+from heba.clip.features import BATCH_SIZE, Classes
+from heba.clip.preprocess import normalise, preprocess_of
+from heba.data.images import Images
+from heba.data.protocols import PROTOCOLS
 from heba.data.splits import base_labels
-from heba.evaluation.metrics import harmonic_mean
+from heba.evaluation.record import Group, Record, read_record, write_record
 from heba.evaluation.report import classification_report
-from heba.methods.heba.model import AdaptedCLIP, load_adapter
+from pipeline.core import code
 from pipeline.core.params import Params
-from pipeline.core.paths import OUT, TRANSFER_STAGES, evaluate_path, new_folder, train_folder
-from pipeline.stages.backbone import device, load_backbone, use_bf16
-from pipeline.stages.precompute import read_names, read_test, read_texts
-from pipeline.stages.split import read_trainings
-from pipeline.tracking import log as tracking
-from pipeline.tracking.store import adapter_sha256
+from pipeline.core.paths import new_file, writable
+from pipeline.core.trainings import Evaluation, Training, evaluate_folder, tested_on, train_folder, transfer_folder
+from pipeline.stages.backbone import computing, device, load_backbone, use_bf16
+from pipeline.stages.precompute import TestImages, folder_of, read_classes, read_test
+from pipeline.stages.train import progress
+from pipeline.tracking import log
 
 
 def run(params: Params, dataset: str) -> None:
-    """Evaluate all trainings on `dataset`, for base_to_novel and few_shot, on its own test images."""
-    jobs = [(protocol, dataset, seed, shots) for protocol, seed, shots in read_trainings(dataset)]
-    _evaluate_all(params, jobs, OUT / "evaluate" / dataset)
+    """Evaluate all trainings on `dataset` that are tested on it too."""
+    found = [t for t in trained_on(dataset) if not PROTOCOLS[t.protocol].transfer]
+    evaluate_all(params, [Evaluation(t.protocol, dataset, t) for t in found], evaluate_folder(dataset))
 
 
 def run_transfer(params: Params, protocol: str, seed: int) -> None:
-    """Evaluate the source's training of `seed` on the test images of all targets or variants."""
-    tests = params.transfer.targets if protocol == "cross_dataset" else params.transfer.variants
-    jobs = [(protocol, dataset, seed, params.shots) for dataset in tests]
-    _evaluate_all(params, jobs, OUT / TRANSFER_STAGES[protocol] / str(seed))
+    """Evaluate the source's trainings of `seed` on the test images of all targets or variants."""
+    source = params.transfer.source
+    found = [t for t in trained_on(source) if t.protocol == PROTOCOLS[protocol].trained_as and t.seed == seed]
+    jobs = [Evaluation(protocol, d, t) for d in tested_on(params, protocol, source) for t in found]
+    evaluate_all(params, jobs, transfer_folder(protocol, seed))
 
 
-def _evaluate_all(params: Params, jobs: list[tuple[str, str, int, int]], folder: Path) -> None:
-    clip = load_backbone(params)[0] if jobs else None
-    records = [(evaluate(params, clip, *job), train_folder(*job)) for job in jobs]
-    with new_folder(folder) as out:
-        for job, (record, _) in zip(jobs, records, strict=True):
-            text = json.dumps(record, ensure_ascii=False, indent=1) + "\n"
-            (out / evaluate_path(*job).name).write_text(text, encoding="utf-8")
+def trained_on(dataset: str) -> list[Training]:
+    """The trainings that out/train has of a data set."""
+    configs = train_folder(dataset).glob(f"*/[!.]*/{artifact.CONFIG_FILE}")
+    return sorted(Training.of_folder(config.parent) for config in configs)
+
+
+def evaluate_all(params: Params, jobs: list[Evaluation], folder: Path) -> None:
+    """Bring the records under `folder` up to date with `jobs`, and log them."""
+    with writable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_others(folder, {job.path for job in jobs})
+    clip = None
+    records = []
+    for job in jobs:
+        config = artifact.read_config(job.training.folder)
+        digest = inputs_sha256(params, job)
+        record = kept(job.path, digest)
+        if record is None:
+            clip = clip or load_backbone(params)[0]
+            record = evaluate(params, clip, job, config, digest)
+            with new_file(job.path) as path:
+                write_record(record, path)
+            shown = ", ".join(f"{group} {value:.1f} %" for group, value in record.accuracies().items())
+            print(f"{job.path}: {shown}")
+        records.append((record, job.training.folder))
     if records:
-        tracking.log_evaluations(records)
+        log.log_evaluations(records)
 
 
-def evaluate(params: Params, clip: Any, protocol: str, dataset: str, seed: int, shots: int) -> dict[str, Any]:
-    """The record of one training on the test images of `dataset`."""
-    source = protocol in TRANSFER_STAGES
-    adapter = params.transfer.adapter if source else params.adapter
-    trained = train_folder(protocol, dataset, seed, shots)
-    names = read_names(dataset)
-    novel_scale = adapter.scale if adapter.scale_novel is None else adapter.scale_novel
-    if protocol != "base_to_novel":
-        # In transfer the target's classes are new to the model, but the protocol has no scale of its own for them.
-        groups = {"all": (range(len(names)), adapter.scale)}
-    else:
-        n_base = len(base_labels(len(names)))
-        groups = {
-            "base": (range(n_base), adapter.scale),
-            "novel": (range(n_base, len(names)), novel_scale),
-        }
-    model, config = load_adapter(clip, trained)
+def remove_others(folder: Path, wanted: set[Path]) -> None:
+    """Remove what an earlier params.yaml has left in `folder`."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_file() and path not in wanted:
+            path.unlink()
+        elif path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+
+def kept(path: Path, digest: str) -> Record | None:
     try:
-        model.to(device(params)).eval()
-        results = compare(model, dataset, names, groups, device(params), use_bf16(params))
-    finally:
-        model.detach()
-    record: dict[str, Any] = {
-        "protocol": protocol,
-        "suite": params.suite,
-        "dataset": dataset,
-        "source": params.transfer.source if source else None,
-        "seed": seed,
-        "shots": config["shots"],
-        "backbone": params.backbone.model_dump(),
-        "adapter_sha256": adapter_sha256(trained),
-        "scale_novel": novel_scale if protocol == "base_to_novel" else None,
-        "groups": results,
-    }
+        record = read_record(path)
+    except ValueError:  # none, or a damaged one
+        return None
+    return record if record.evaluated_sha256 == digest else None
+
+
+def inputs_sha256(params: Params, job: Evaluation) -> str:
+    """The hash of all that a record depends on."""
+    what = [job.protocol, job.dataset, params.backbone.model_dump(), use_bf16(params), params.threads]
+    what.append(code.sha256(*code.EVALUATE, code.of_method(job.training.method)))
+    digest = hashlib.sha256(json.dumps(what).encode())
+    trained, precomputed = job.training.folder, folder_of(job.dataset)
+    files = [trained / name for name in artifact.FILES]
+    for file in [*files, precomputed / "text.safetensors", precomputed / "test.safetensors"]:
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:32]
+
+
+def groups_of(protocol: str, n_classes: int) -> dict[str, tuple[range, bool]]:
+    """By group: the labels of its classes, and whether these are those of the training."""
     if protocol == "base_to_novel":
-        for method in ("zero_shot", "heba"):
-            accuracy = {g: results[g][method]["accuracy"] for g in ("base", "novel")}
-            record[f"{method}_harmonic_mean"] = harmonic_mean(accuracy["base"], accuracy["novel"])
-    return record
+        n_base = len(base_labels(n_classes))
+        return {"base": (range(n_base), True), "novel": (range(n_base, n_classes), False)}
+    return {"all": (range(n_classes), not PROTOCOLS[protocol].transfer)}
 
 
-def compare(
-    model: AdaptedCLIP,
-    dataset: str,
-    names: list[str],
-    groups: dict[str, tuple[range, float]],
-    where: torch.device,
-    bf16: bool,
-) -> dict[str, Any]:
-    """Zero-shot CLIP and the adapted model on the test images of each group of classes, among these classes.
+def evaluate(params: Params, clip: Any, job: Evaluation, config: artifact.Config, digest: str) -> Record:
+    """The record of one training on one data set's test images."""
+    training = job.training
+    about, method = methods.part(config.method, "settings"), methods.part(config.method, "method")
+    classes, test = read_classes(job.dataset), read_test(job.dataset, preprocess_of(clip))
+    model, _ = artifact.load(clip, training.folder)
+    groups = {}
+    try:
+        for group, (labels, trained) in groups_of(job.protocol, len(classes.names)).items():
+            if not trained and not about.NEW_CLASSES:
+                continue
+            part = classes.select(labels)
+            with computing(params):
+                if trained:
+                    classifier = artifact.read_classifier(training.folder, len(labels))
+                else:
+                    classifier = method.classifier(model, part, config.method_settings(), False, progress)
+                predicted, targets = predict(model, config.method, classifier, test, labels, device(params))
+            groups[group] = Group(**classification_report(predicted, targets, part.names))
+    finally:
+        method.detach(model)
+    return Record(
+        protocol=job.protocol,
+        dataset=job.dataset,
+        method=training.method,
+        shots=training.shots,
+        seed=training.seed,
+        source=training.dataset if PROTOCOLS[job.protocol].transfer else None,
+        suite=params.suite,
+        backbone=params.backbone.model_dump(),
+        settings={key: config.settings[key] for key in sorted(about.EVALUATION)},
+        adapter_sha256=artifact.sha256(training.folder),
+        inputs_sha256=config.inputs_sha256 or "",
+        evaluated_sha256=digest,
+        groups=groups,
+    )
 
-    Args:
-        names: of all the classes of `dataset`.
-        groups: labels of the classes, and s, of each group; groups of equal s are encoded in one pass.
-    """
-    preprocess = preprocess_of(model.clip)
-    texts, (packed, test) = read_texts(dataset), read_test(dataset, preprocess.size)
-    images, prompts = torch.empty_like(test["features"]), torch.empty_like(texts["features"])
-    image_label, prompt_label = test["labels"], texts["class_index"]
-    for scale in sorted({scale for _, scale in groups.values()}):
 
-        def image(batch: torch.Tensor, s: float = scale) -> torch.Tensor:
-            with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
-                return model.encode_image(batch, s)
-
-        def text(batch: torch.Tensor, s: float = scale) -> torch.Tensor:
-            with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
-                return model.encode_text(batch, s)
-
-        wanted = torch.tensor([label for labels, s in groups.values() if s == scale for label in labels])
-        rows, which = torch.isin(image_label, wanted), torch.isin(prompt_label, wanted)
-        some = None if rows.all() else rows.nonzero().flatten().numpy()
-        with tqdm(total=int(rows.sum()), desc=f"test images of {dataset}", delay=2, unit="image") as bar:
-            images[rows] = encode_images(packed, preprocess, image, where, some, progress=bar.update)
-        with tqdm(total=int(which.sum()), desc=f"prompts of {dataset}", delay=2, unit="prompt") as bar:
-            prompts[which] = encode_prompts(model.clip, texts["tokens"][which], text, where, progress=bar.update)
-    results = {}
-    for group, (labels, _) in groups.items():
-        first, last = labels.start, labels.stop - 1
-        rows, which = (
-            (image_label >= first) & (image_label <= last),
-            (prompt_label >= first) & (prompt_label <= last),
-        )
-        classifier = class_features(prompts[which], prompt_label[which] - first, len(labels))
-        chosen, targets = names[first : last + 1], image_label[rows] - first
-        zero_shot = texts["classifier"][first : last + 1]
-        results[group] = {
-            "n_images": len(targets),
-            "classnames": chosen,
-            "zero_shot": classification_report(test["features"][rows], zero_shot, targets, chosen),
-            "heba": classification_report(images[rows], classifier, targets, chosen),
-        }
-    return results
+def predict(
+    model: Any, name: str, classifier: dict[str, Tensor], test: TestImages, labels: range, where: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The predicted and the true labels [n], from 0, of the test images of the classes `labels`, by the method
+    `name`."""
+    method, reads = methods.part(name, "method"), methods.part(name, "settings").READS
+    rows = torch.isin(test.labels, torch.tensor(labels)).nonzero().flatten()
+    classifier = {key: tensor.to(where) for key, tensor in classifier.items()}
+    found = []
+    with progress(len(rows), "test images") as done:
+        for batch in rows.split(BATCH_SIZE.get(where.type, 256)):
+            if reads == "pixels":
+                pixels = torch.from_numpy(test.packed[batch.numpy()]).to(where)
+                images = Images.of_pixels(normalise(pixels, test.preprocess))
+            else:
+                images = Images.of_features(test.features[batch].to(where))
+            found.append(method.logits(model, classifier, images).argmax(dim=-1).cpu())
+            done(len(batch))
+    return torch.cat(found), test.labels[rows] - labels.start

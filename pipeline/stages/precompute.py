@@ -2,24 +2,26 @@
 
 out/precompute/<dataset>/
     prompts.json       class names, prompts, classes without descriptions, prompts that had to be cut
-    text.safetensors   tokens, class_index, features of all prompts, the zero-shot classifier, and
-                       hidden.<start>: frozen states of all prompts below the first adapted block
+    text.safetensors   tokens, index, features of all prompts
     images.npy         [n, 3, size, size] uint8: test images, decoded, resized and cropped
     test.safetensors   labels and the zero-shot image features of the test images
 """
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from tqdm import tqdm
 
-from heba.clip.features import class_features, encode_images, encode_prompts
-from heba.clip.preprocess import preprocess_of
-from heba.clip.towers import cut_texts, embed_tokens, encode_text_plain
+from heba.clip.features import Classes, encode_images, encode_prompts
+from heba.clip.preprocess import Preprocess, preprocess_of
+from heba.clip.towers import cut_texts, encode_text_plain
+from heba.data.datasets import TABLE
 from heba.data.images import open_packed, pack_images
 from heba.data.prompts import build_prompts, read_descriptions, tokenize
 from heba.data.splits import class_names, read_split
@@ -28,11 +30,26 @@ from pipeline.core.paths import OUT, new_folder, reading
 from pipeline.stages.backbone import device, load_backbone, use_bf16
 from pipeline.stages.download import template_of, verified_folder
 
-TEXT_BATCH = 256
+
+@dataclass(frozen=True)
+class TestImages:
+    """The test images of a data set.
+
+    Attributes:
+        packed: [n, 3, size, size] uint8, on disk.
+        features: [n, E], normalised, of the frozen image tower. labels: [n].
+        preprocess: how the model wants them.
+    """
+
+    packed: np.ndarray
+    features: Tensor
+    labels: Tensor
+    preprocess: Preprocess
 
 
 def folder_of(dataset: str) -> Path:
-    return OUT / "precompute" / dataset
+    """Own data lies apart: what depends on all benchmarks does not depend on it."""
+    return OUT / ("precompute" if dataset in TABLE else "precompute-own") / dataset
 
 
 def read_names(dataset: str) -> list[str]:
@@ -45,19 +62,21 @@ def read_names(dataset: str) -> list[str]:
     return names
 
 
-def read_texts(dataset: str) -> dict[str, torch.Tensor]:
-    """The tensors of text.safetensors."""
+def read_classes(dataset: str) -> Classes:
+    """All classes, with what frozen CLIP makes of their prompts."""
+    names = read_names(dataset)
     path = folder_of(dataset) / "text.safetensors"
     with reading(path, stage_of("precompute", dataset)):
         tensors = load_file(path)
-        n = len(tensors["class_index"])
-        if len(tensors["tokens"]) != n or len(tensors["features"]) != n:
-            raise ValueError("tokens, class_index and features have different lengths")
-    return tensors
+        classes = Classes(names, tensors["tokens"], tensors["index"], tensors["features"])
+        n = len(classes.index)
+        if len(classes.tokens) != n or len(classes.features) != n:
+            raise ValueError("tokens, index and features have different lengths")
+    return classes
 
 
-def read_test(dataset: str, size: int) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
-    """The packed test images [n, 3, size, size], and the tensors of test.safetensors."""
+def read_test(dataset: str, preprocess: Preprocess) -> TestImages:
+    """The test images as `preprocess` wants them."""
     packed, path = folder_of(dataset) / "images.npy", folder_of(dataset) / "test.safetensors"
     with reading(path, stage_of("precompute", dataset)):
         test = load_file(path)
@@ -65,10 +84,10 @@ def read_test(dataset: str, size: int) -> tuple[np.ndarray, dict[str, torch.Tens
         if len(test["features"]) != n:
             raise ValueError("labels and features have different lengths")
     with reading(packed, stage_of("precompute", dataset)):
-        images = open_packed(packed)
+        images, size = open_packed(packed), preprocess.size
         if images.shape != (n, 3, size, size) or images.dtype != np.uint8:
             raise ValueError(f"{images.dtype} {images.shape}, for {n} images of {size} x {size} pixels")
-    return images, test
+    return TestImages(images, test["features"], test["labels"], preprocess)
 
 
 def run(params: Params, dataset: str) -> None:
@@ -99,30 +118,9 @@ def _texts(params: Params, dataset: str, names: list[str], data: Path, clip, tok
 
     with tqdm(total=len(tokens), desc=f"texts of {dataset}", delay=2, unit="prompt") as bar:
         features = encode_prompts(clip, tokens, encode, where, progress=bar.update)
-    tensors = {
-        "tokens": tokens.contiguous(),
-        "class_index": index,
-        "features": features,
-        "classifier": class_features(features, index, len(names)),
-    } | {f"hidden.{start}": frozen_states(clip, tokens, start, where) for start in trained_from(params, dataset)}
-    save_file(tensors, out / "text.safetensors")
+    save_file({"tokens": tokens.contiguous(), "index": index, "features": features}, out / "text.safetensors")
     info = {"class_names": names, "prompts": prompts.texts, "fallback": prompts.fallback, "cut": cut}
     (out / "prompts.json").write_text(json.dumps(info, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-
-
-def trained_from(params: Params, dataset: str) -> list[int]:
-    """The first adapted blocks, above 1, of the trainings on `dataset`."""
-    starts = {params.adapter.start} if dataset in [*params.datasets, *params.own] else set()
-    if dataset == params.transfer.source:
-        starts.add(params.transfer.adapter.start)
-    return sorted(start for start in starts if start > 1)
-
-
-@torch.no_grad()
-def frozen_states(clip, tokens: torch.Tensor, start: int, where: torch.device) -> torch.Tensor:
-    """Hidden states [n, length, width] (fp32, on the CPU) of `tokens` [n, length] below block `start`."""
-    parts = [embed_tokens(clip, batch.to(where), start - 1).float().cpu() for batch in tokens.split(TEXT_BATCH)]
-    return torch.cat(parts)
 
 
 def _images(params: Params, test: list, folder: Path, clip, out: Path) -> None:

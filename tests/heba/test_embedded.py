@@ -9,11 +9,11 @@ import torch
 
 from heba.clip.features import class_features, encode_images
 from heba.clip.preprocess import preprocess_of
+from heba.clip.tiny import FOLDER, known_tokens, load_tiny_clip
 from heba.clip.towers import encode_text_plain
 from heba.data.prompts import build_prompts
 from heba.data.splits import class_names, read_split
 from heba.embedded import canvas, suite
-from heba.embedded.model import FOLDER, known_tokens, load_tiny_clip
 
 
 def digest(folder: Path) -> dict[str, str]:

@@ -14,22 +14,17 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from heba.artifact import load_tensors
 from heba.clip.features import class_features
 from heba.clip.openai import clip_from_openai_weights
 from heba.clip.towers import encode_text_plain, pack, text_lengths
 from heba.data import splits
+from heba.fit.loop import cosine, make_optimizer
 from heba.methods.heba.adapters import Adapters
-from heba.methods.heba.model import AdaptedCLIP, load_adapter_tensors
-from heba.methods.heba.training import (
-    Settings,
-    Step,
-    TextBank,
-    learning_rate,
-    make_optimizer,
-    select_classes,
-    step_loss,
-    train_epoch,
-)
+from heba.methods.heba.draws import Step, TextBank, select_classes
+from heba.methods.heba.model import AdaptedCLIP
+from heba.methods.heba.settings import Settings
+from heba.methods.heba.training import step_loss, train_epoch
 
 SHARED = Path(os.environ.get("HEBA_SHARED", Path(__file__).parents[3] / "shared"))
 SUBSET = Path(__file__).parent / "data"
@@ -56,7 +51,7 @@ def build(forward, clip, adapter, case):
         case["adapter_end"],
         case["scale"],
     )
-    load_adapter_tensors(model, adapter, "oracle")
+    load_tensors(model.adapters, adapter, "oracle")
     return model
 
 
@@ -189,15 +184,14 @@ def test_trajectory(forward, name):
         scale_factor=case["scale_factor"],
         slow_ratio=case["slow_fast_ratio"],
         neg_ratio=case["neg_sampling_ratio"],
-        seed=0,
     )
-    optimizer = make_optimizer(model, settings)
+    optimizer = make_optimizer(model.adapters, settings.lr, settings.momentum, settings.weight_decay)
     bank = bank_of(model, data["tokens"])
     losses = []
     for epoch in range(4):
         records = [r for r in case["steps"] if r["epoch"] == epoch]
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, epoch)
+            group["lr"] = cosine(settings.lr, epoch, settings.epochs)
         assert group["lr"] == pytest.approx(records[0]["lr"], rel=1e-12)
         batches = [
             (

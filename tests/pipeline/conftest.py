@@ -1,4 +1,4 @@
-"""The stages that tests run start in forks of one process that has imported everything (pipeline/runner/warm.py)."""
+"""The stages that tests run start in forks of one process that has imported all (pipeline/runner/warm.py)."""
 
 import os
 import signal

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from heba.embedded.model import load_tiny_clip
+from heba.clip.tiny import load_tiny_clip
 from heba.methods.heba.model import AdaptedCLIP
 from heba.sources.catalog import load_catalog
 from pipeline.commands.cli import app

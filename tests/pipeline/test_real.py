@@ -70,7 +70,7 @@ def change(repo, file, edit):
 def test_what_needs_an_account_says_what_is_missing_where_to_get_it_and_where_to_put_it(tmp_path):
     repo = repository(tmp_path, ["eurosat", "dtd"], [])
     train, val, devkit = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
-    entry = yaml.safe_load((ROOT / "heba" / "data" / "catalog.yaml").read_text())["imagenet"]
+    entry = yaml.safe_load((ROOT / "heba" / "sources" / "catalog.yaml").read_text())["imagenet"]
     archives = repo / "data" / "archives" / "imagenet"
     archives.mkdir(parents=True)
     entry["descriptions"] = replicas.publish(archives, "imagenet.py", b'prompts = {"tench": ["which swims."]}')

@@ -109,7 +109,7 @@ def test_changing_shots_leaves_download_and_precompute_alone(repo):
 
 def test_a_failed_stage_stops_what_depends_on_it_and_nothing_else(repo):
     """Side by side: all of precompute runs again, and fails for dtd, one of whose images is damaged."""
-    code = repo / "pipeline" / "precompute.py"
+    code = repo / "pipeline" / "stages" / "precompute.py"
     image = next((repo / "data" / "embedded" / "dtd" / "images").rglob("*.png"))
     kept = image.read_bytes()
     code.write_text(code.read_text() + "# changed\n")

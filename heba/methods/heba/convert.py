@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from heba.methods.heba.adapters import HEBA
-from heba.methods.heba.model import ADAPTER_FILE, write_adapter
+from heba.methods.heba.settings import Settings
 
 OFFICIAL_RATIO = 4
 MODEL_NAME = "adapter_learner"  # the folder of the official checkpoints
@@ -69,43 +68,32 @@ def read_official(path: Path) -> tuple[dict[str, Tensor], int, float | None]:
     return tensors, checkpoint["epoch"], scale
 
 
-def from_official(
-    checkpoint: Path,
-    folder: Path,
-    scale: float | None,
-    config: dict[str, Any],
-    dtype: torch.dtype = torch.float32,
-) -> None:
-    """Write our adapter folder for an official checkpoint.
+def from_official(checkpoint: Path, scale: float | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The adapters' tensors of an official checkpoint, and its settings. Those that it does not tell are the
+    defaults, which are the official code's.
 
-    Args:
-        scale: ADAPTER_SCALE_BASE of the official config; None: that of the checkpoint, if `to_official` wrote it.
-        config: what else goes into config.json, such as class_names and backbone.
-        dtype: of the tensors on disk; with float32 nothing is lost.
+    `scale`: ADAPTER_SCALE_BASE of the official config; None: that of the checkpoint, if `to_official` wrote it.
     """
     tensors, epoch, told = read_official(checkpoint)
     scale = told if scale is None else scale
     if scale is None:
         raise ValueError(f"{checkpoint}: does not tell its scale; give ADAPTER_SCALE_BASE of its config (--scale)")
     start, end = _span(tensors, checkpoint)
-    own = {"start": start, "end": end, "ratio": _ratio(tensors, checkpoint), "scale": scale, "epoch": epoch}
-    write_adapter(tensors, folder, own | asdict(HEBA) | config, dtype)
+    own = {"start": start, "end": end, "ratio": _ratio(tensors, checkpoint), "scale": scale, "epochs": epoch}
+    return tensors, Settings(**own, **asdict(HEBA)).model_dump()
 
 
-def to_official(folder: Path, run: Path, epoch: int, scale: float) -> Path:
-    """Write the adapters of our `folder`, of this `scale`, as the official checkpoint of `epoch` under the folder
-    `run`, in fp32; returns its path. ValueError for an ablation, whose adapters the official code can not have."""
-    source = folder / ADAPTER_FILE
-    if not source.is_file():
-        raise ValueError(f"there is no file {source}; a training writes it")
-    tensors = {k: v.float() for k, v in load_file(source).items()}
+def to_official(tensors: dict[str, Tensor], settings: dict[str, Any], run: Path, source: Path) -> Path:
+    """Write adapters as an official checkpoint under the folder `run`, in fp32; returns its path. ValueError, with
+    the name `source`, for an ablation, whose adapters the official code cannot have."""
     _span(tensors, source)
     if _ratio(tensors, source) != OFFICIAL_RATIO:
         raise ValueError(f"{source}: the official code's adapters have the ratio {OFFICIAL_RATIO} and no other")
+    epoch = settings["epochs"]
     path = run / MODEL_NAME / f"model.pth.tar-{epoch}"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    torch.save({"state_dict": tensors, "epoch": epoch, "scale": scale}, temporary)
+    torch.save({"state_dict": tensors, "epoch": epoch, "scale": settings["scale"]}, temporary)
     temporary.replace(path)
     return path
 

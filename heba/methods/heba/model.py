@@ -1,23 +1,17 @@
 """CLIP with adapters: a model made by open_clip, its weights frozen and untouched, plus `Adapters`.
 
-The adapters are attached with forward hooks on layers of the chosen blocks (`heba.clip.towers`), so open_clip's and
-timm's code is neither edited nor copied, and `detach` gives the plain model back. The hooks belong to the CLIP,
+The adapters are attached with forward hooks on layers of the chosen blocks (`heba.clip.towers`), so the code of
+open_clip and timm is neither edited nor copied, and `detach` gives the plain model back. The hooks belong to the CLIP,
 which many threads and other adapters may use; what a call needs belongs to the call (`_Call`).
 """
 
-import json
-import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from heba.clip.activation import QuickGELU
@@ -34,11 +28,6 @@ from heba.clip.towers import (
     whole_context,
 )
 from heba.methods.heba.adapters import HEBA, Adapters, Variant
-
-ADAPTER_FILE = "adapter.safetensors"
-CONFIG_FILE = "config.json"
-REMEDY = "train again, or restore its folder with `dvc checkout --force FOLDER`"
-
 
 @dataclass(frozen=True)
 class _Call:
@@ -94,7 +83,7 @@ class AdaptedCLIP(nn.Module):
         deepest = min(len(text.blocks), len(visual.blocks))
         if not 1 <= start <= end <= deepest:
             raise ValueError(
-                f"adapter.start {start} and adapter.end {end} must satisfy 1 <= start <= end <= {deepest}, "
+                f"start {start} and end {end} must satisfy 1 <= start <= end <= {deepest}, "
                 f"the depth of the shallower tower (text {len(text.blocks)}, image {len(visual.blocks)})"
             )
         self.start, self.end, self.scale, self.ratio, self.variant = start, end, scale, ratio, variant
@@ -191,78 +180,3 @@ class AdaptedCLIP(nn.Module):
         """exp(logit_scale), the inverse temperature of CLIP. SigLIP adds a logit_bias to all logits alike, which
         changes neither a softmax nor a prediction."""
         return self.clip.logit_scale.exp()
-
-
-def load_adapter_tensors(model: AdaptedCLIP, tensors: dict[str, Tensor], source: str) -> None:
-    """Copy `tensors` into the model's adapters; a missing, extra or misshapen tensor is a ValueError that
-    lists them all and names `source`."""
-    own = model.adapters.state_dict()
-    problems = [f"missing {name}" for name in own if name not in tensors]
-    problems += [f"unexpected {name}" for name in tensors if name not in own]
-    problems += [
-        f"{name} has shape {tuple(tensors[name].shape)}, the model needs {tuple(own[name].shape)}"
-        for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
-    ]
-    if problems:
-        raise ValueError(f"{source} does not fit the model:\n  " + "\n  ".join(problems))
-    model.adapters.load_state_dict(tensors)
-
-
-def save_adapter(
-    model: AdaptedCLIP, folder: Path, config: dict[str, Any], dtype: torch.dtype = torch.float32
-) -> None:
-    """Write the adapters of `model` and `config` into `folder` (`write_adapter`)."""
-    config = {
-        "start": model.start,
-        "end": model.end,
-        "ratio": model.ratio,
-        "scale": model.scale,
-        **asdict(model.variant),
-        **config,
-    }
-    write_adapter(model.adapters.state_dict(), folder, config, dtype)
-
-
-def write_adapter(tensors: dict[str, Tensor], folder: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
-    """Write adapters (safetensors in `dtype`, official parameter names) and `config` (JSON) into `folder`.
-
-    ValueError when a value does not fit into `dtype`; nothing is written then.
-    """
-    tensors = {k: v.detach().cpu().to(dtype).contiguous() for k, v in tensors.items()}
-    overflowed = [k for k, v in tensors.items() if not v.isfinite().all()]
-    if overflowed:
-        raise ValueError(f"{', '.join(overflowed)}: not finite as {dtype}; save the adapters in fp32")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, write in (
-        (ADAPTER_FILE, lambda path: save_file(tensors, path)),
-        (CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")),
-    ):
-        temporary = folder / f".{name}.tmp"
-        write(temporary)
-        os.replace(temporary, folder / name)
-
-
-def load_adapter(clip: Any, folder: Path) -> tuple[AdaptedCLIP, dict[str, Any]]:
-    """Attach the adapters saved in `folder` to `clip`; returns the model and the saved config.
-
-    ValueError names the file and the key or tensor that is wrong.
-    """
-    path = folder / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        variant = Variant.of(config)
-        for key, kinds in (("start", (int,)), ("end", (int,)), ("ratio", (int,)), ("scale", (int, float))):
-            if type(config.get(key)) not in kinds or not 0 < config[key] < math.inf:
-                raise ValueError(f"{key}: {config.get(key)!r} must be a number above 0")
-        model = AdaptedCLIP(
-            clip, config["start"], config["end"], config["scale"], config["ratio"], variant=variant
-        )
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}; {REMEDY}") from None
-    try:
-        tensors = {k: v.float() for k, v in load_file(folder / ADAPTER_FILE).items()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder / ADAPTER_FILE}: damaged ({error}); {REMEDY}") from None
-    load_adapter_tensors(model, tensors, str(folder / ADAPTER_FILE))
-    return model, config

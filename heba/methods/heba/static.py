@@ -10,17 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from heba.clip.towers import Packing, embed_tokens
+from heba.methods.heba.draws import Step, TextBank
 from heba.methods.heba.model import AdaptedCLIP
-from heba.methods.heba.training import Settings, Step, TextBank
+from heba.methods.heba.settings import Settings, most_classes
 
 LENGTH_STEP = 8  # text lengths are rounded up to its multiples: a graph each
-
-
-def most_classes(n_classes: int, batch_size: int, neg_ratio: int) -> int:
-    """The largest number of classes that a step of `batch_size` images can have (`training.select_classes`)."""
-    if n_classes <= batch_size or neg_ratio == 0:
-        return n_classes
-    return min(n_classes, batch_size * (1 + neg_ratio))
 
 
 def masked_cross_entropy(logits: Tensor, targets: Tensor, valid: Tensor, label_smoothing: float) -> Tensor:

@@ -1,0 +1,11 @@
+"""What a training costs."""
+
+from typing import NamedTuple
+
+
+class Work(NamedTuple):
+    """steps: of the training. images, prompts: that a step takes forward and backward through the towers."""
+
+    steps: int
+    images: int
+    prompts: int
