@@ -8,9 +8,7 @@ def main() -> None:
     try:
         from pipeline.commands import cli
     except ModuleNotFoundError as error:
-        sys.exit(
-            f"error: the package {error.name} is missing; pip install -c constraints.txt -e '.[pipeline]'"
-        )
+        sys.exit(f"error: the package {error.name} is missing; pip install -c constraints.txt -e '.[pipeline]'")
     cli.main()
 
 

@@ -7,6 +7,7 @@ settings.py   what the pipeline must know without running the method; imports no
     NEW_CLASSES                   whether it classifies classes that it was not trained on
     DRAWS                         whether its results depend on the seed
     EVALUATION                    settings that change no training, only what is made of it
+    problems(settings, depth, width)      what does not fit together, or not the backbone
     work(settings, n_images, n_classes)   what a training costs
 method.py     the method; its docstring has the equations
     build(clip, n_classes, settings, seed) -> nn.Module       the model, on the device of `clip`

@@ -7,7 +7,6 @@ takes a training that was done before from its cache, and then no run has that n
 
 import json
 import shlex
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.core.params import Params, ParamsError
+from heba import methods
+from pipeline.core.params import Params, ParamsError, settings_of
 from pipeline.core.paths import new_file
 from pipeline.report.ablation import BASELINE, COLUMNS
 from pipeline.runner import processes
@@ -27,7 +27,7 @@ SHOWN = 3  # trainings that a message names
 
 
 @dataclass(frozen=True)
-class Setting:
+class Row:
     """A row of the ablation table.
 
     Attributes:
@@ -40,43 +40,29 @@ class Setting:
     change: dict[str, Any]
 
 
-def _each(name: str, label: str, key: str, values: Iterable[Any]) -> list[Setting]:
-    return [Setting(f"{name}-{value}", f"{label}: {value}", {key: value}) for value in values]
+def ablated_method(params: Params) -> str:
+    """The first method of params.yaml that has ablations."""
+    for method in params.methods:
+        if methods.has_part(method, "ablations"):
+            return method
+    raise ParamsError(f"methods: none of {', '.join(params.methods)} has ablations")
 
 
-SETTINGS = {
-    "init": _each("init", "Initialisation", "adapter.init", ("kaiming", "zero")),
-    "visual_block": _each("visual_block", "Visual block", "adapter.visual_block", ("conv", "linear")),
-    "text_block": _each("text_block", "Text block", "adapter.text_block", ("linear", "conv1d")),
-    "ratio": _each("ratio", "Ratio", "adapter.ratio", (1, 2, 4, 8)),
-    "expansion": [
-        Setting(
-            "expansion-2", "Inverted bottleneck: twice the width", {"adapter.ratio": 1, "adapter.expansion": 2}
-        )
-    ],
-    "slow_fast": [Setting("slow_fast-off", "Slow-fast: off", {"adapter.slow_ratio": 1.0})],
-    "label_smoothing": _each("label_smoothing", "Label smoothing", "train.label_smoothing", (0.0, 0.1)),
-    "negatives": [
-        Setting("negatives-all", "Negatives: all classes", {"train.neg_ratio": 0}),
-        *_each("negatives", "Negatives per class", "train.neg_ratio", (1, 5)),
-    ],
-    "gradient_scale": [
-        Setting("gradient_scale-on", "Gradient scale: on", {"adapter.gradient_scale": True}),
-        Setting("gradient_scale-off", "Gradient scale: off", {"adapter.gradient_scale": False}),
-    ],
-    "towers": _each("towers", "Adapted towers", "adapter.towers", ("both", "image", "text")),
-}
-
-
-def settings(params: Params, only: list[str]) -> list[Setting]:
-    """The rows: params.yaml as it stands, then what differs from it, of the ablations in `only` or of all."""
-    unknown = [name for name in only if name not in SETTINGS]
+def rows(params: Params, only: list[str]) -> list[Row]:
+    """params.yaml as it stands, then what differs from it, of the ablations in `only` or of all."""
+    method = ablated_method(params)
+    known = methods.part(method, "ablations").ABLATIONS
+    unknown = [name for name in only if name not in known]
     if unknown:
-        raise ParamsError(f"--only: there is no ablation {', '.join(unknown)}; known are {', '.join(SETTINGS)}")
-    own = tracking.flat_params(params.model_dump())
-    rows = [row for name in only or SETTINGS for row in SETTINGS[name]]
-    differing = [row for row in rows if any(own[key] != str(value) for key, value in row.change.items())]
-    return [Setting("baseline", BASELINE, {}), *differing]
+        raise ParamsError(f"--only: there is no ablation {', '.join(unknown)}; known are {', '.join(known)}")
+    own = settings_of(params, method, PROTOCOL).model_dump()
+    changes = [change for name in only or known for change in known[name]]
+    differing = [c for c in changes if any(own[key] != value for key, value in c.settings.items())]
+    dotted = [{f"{method}.{key}": value for key, value in c.settings.items()} for c in differing]
+    return [
+        Row("baseline", BASELINE, {}),
+        *(Row(c.name, c.label, change) for c, change in zip(differing, dotted, strict=True)),
+    ]
 
 
 def chosen(params: Params, datasets: list[str]) -> list[str]:
@@ -90,10 +76,11 @@ def chosen(params: Params, datasets: list[str]) -> list[str]:
     return datasets or params.datasets
 
 
-def command(params: Params, row: Setting, datasets: list[str]) -> list[str]:
+def command(params: Params, row: Row, datasets: list[str]) -> list[str]:
     """The arguments of `dvc` that queue a row: base_to_novel alone, on `datasets` alone."""
     source = params.transfer.source
     change = row.change | {
+        "methods": [ablated_method(params)],
         "datasets": datasets,
         "transfer.source": source if source in datasets else datasets[0],
         "transfer.targets": [],
@@ -107,7 +94,7 @@ def command(params: Params, row: Setting, datasets: list[str]) -> list[str]:
     return ["exp", "run", "--queue", "-n", experiment(row), *(p for o in overrides for p in ("-S", o))]
 
 
-def experiment(row: Setting) -> str:
+def experiment(row: Row) -> str:
     """The name of a row's DVC experiment."""
     return f"ablate-{row.name}"
 
@@ -126,36 +113,39 @@ def dvc(args: list[str]) -> str:
     return done.stdout
 
 
-def queue(params: Params, rows: list[Setting], datasets: list[str]) -> None:
-    """Queue the experiments of `rows`, or none: DVC would refuse a name that an experiment has already."""
-    names = [experiment(row) for row in rows]
+def queue(params: Params, table: list[Row], datasets: list[str]) -> None:
+    """Queue the experiments of `table`, or none: DVC would refuse a name that an experiment has already."""
+    names = [experiment(row) for row in table]
     present = [name for name in dvc(["exp", "list", "--name-only"]).split() if name in names]
     if present:
         raise ParamsError(
             f"{', '.join(present)}: there are experiments of these names already; their runs stay in MLflow when "
             f"you remove them with `dvc exp remove {' '.join(present)}`"
         )
-    for row in rows:
+    for row in table:
         args = command(params, row, datasets)
         print(shlex.join(["dvc", *args]), flush=True)
         dvc(args)
 
 
-def wanted_params(params: Params, row: Setting, dataset: str, seed: int) -> dict[str, str]:
+def wanted_params(params: Params, row: Row, dataset: str, seed: int) -> dict[str, str]:
     """The params by which MLflow knows the training of a row, as strings: all but those of the machine."""
-    config = params.model_dump(include={"shots", "suite", "backbone", "train"})
-    config |= {"adapter": params.adapter.model_dump(exclude={"scale_novel"})}  # which evaluation alone reads
-    config |= {"protocol": PROTOCOL, "dataset": dataset, "seed": seed}
+    method = ablated_method(params)
+    settings = settings_of(params, method, PROTOCOL).model_dump(
+        exclude=set(methods.part(method, "settings").EVALUATION)
+    )
+    config = params.model_dump(include={"shots", "suite", "backbone"})
+    config |= {"method": method, "settings": settings, "protocol": PROTOCOL, "dataset": dataset, "seed": seed}
     return tracking.flat_params(config) | {key: str(value) for key, value in row.change.items()}
 
 
 def collect(
-    params: Params, rows: list[Setting], datasets: list[str], queueing: str
+    params: Params, table: list[Row], datasets: list[str], queueing: str
 ) -> tuple[pd.DataFrame, list[str], list[str]]:
-    """What MLflow has of the trainings of `rows`, on `datasets`, for the seeds of params.yaml.
+    """What MLflow has of the trainings of `table`, on `datasets`, for the seeds of params.yaml.
 
-    A training is evaluated when the last evaluation of its run used the novel scale of params.yaml. `queueing` is
-    the command that queues `rows` on `datasets`, for a message.
+    A training is evaluated when the last evaluation of its run used the settings of params.yaml. `queueing` is the
+    command that queues `table` on `datasets`, for a message.
 
     Returns: a line per evaluated training, from its newest finished run; the names of those that are trained but
     not evaluated; the labels of rows without any. ValueError when none is evaluated.
@@ -167,17 +157,20 @@ def collect(
         query = f"attributes.status = 'FINISHED' and params.suite = '{params.suite}'"
         ids, newest_first = [found_experiment.experiment_id], ["attributes.start_time DESC"]
         runs = store.search_runs(ids, query, max_results=50000, order_by=newest_first)
-    adapter = params.adapter
-    evaluation = {"scale_novel": adapter.scale if adapter.scale_novel is None else adapter.scale_novel}.items()
+    method = ablated_method(params)
+    settings = settings_of(params, method, PROTOCOL).model_dump(
+        include=set(methods.part(method, "settings").EVALUATION)
+    )
+    evaluation = (tracking.EVALUATION_TAG, tracking.evaluation_tag(settings))
     lines, unevaluated, absent = [], [], []
-    for row in rows:
+    for row in table:
         trained = False
         for dataset, seed in product(datasets, params.seeds):
             wanted = wanted_params(params, row, dataset, seed).items()
             same = [run.data for run in runs if wanted <= run.data.params.items()]
-            metrics = next((data.metrics for data in same if evaluation <= data.metrics.items()), None)
+            metrics = next((data.metrics for data in same if evaluation in data.tags.items()), None)
             if metrics is not None:
-                values = (metrics["heba_base"], metrics["heba_novel"])
+                values = (metrics["base"], metrics["novel"])
                 lines.append((row.label, params.suite, dataset, seed, params.shots, *values))
             elif same:
                 unevaluated.append(f"{row.label}, {dataset}, seed {seed}")
@@ -196,7 +189,7 @@ def unevaluated_text(names: list[str]) -> str:
     """One line that counts trainings that lack an evaluation and names the first ones."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return (
-        f"trained, but not evaluated at the novel scale of params.yaml, or at another one since: {len(names)} "
+        f"trained, but not evaluated with the settings of params.yaml, or with others since: {len(names)} "
         f"({'; '.join(names[:SHOWN])}{more})"
     )
 

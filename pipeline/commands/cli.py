@@ -10,8 +10,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from heba.data.protocols import PROTOCOLS
 from pipeline.core.params import MOST, MOST_SEED, Params, ParamsError, load_params
-from pipeline.core.paths import TRANSFER_STAGES, new_folder
+from pipeline.core.paths import new_folder
 
 app = typer.Typer(
     help="The stages of the HeBA pipeline. `dvc repro` runs them in order; each runs alone too, "
@@ -23,12 +24,6 @@ app = typer.Typer(
 MOST_JOBS = 1024
 Dataset = Annotated[str, typer.Option(help="A data set of params.yaml, such as eurosat.")]
 Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the few-shot sample and of the training.")]
-Source = Annotated[
-    bool, typer.Option("--source", help="For the transfer protocols: all classes of transfer.source.")
-]
-FewShots = Annotated[
-    int | None, typer.Option("--shots", min=1, max=MOST, help="For few_shot: images per class, all classes.")
-]
 
 
 def _params(dataset: str | None = None, argument: str = "--dataset") -> Params:
@@ -111,25 +106,29 @@ def precompute(dataset: Dataset) -> None:
 
 @app.command()
 def train(
-    seed: Seed,
-    dataset: Annotated[str | None, typer.Option(help="A data set; may be left out with --source.")] = None,
-    source: Source = False,
-    shots: FewShots = None,
+    dataset: Dataset,
+    method: Annotated[str, typer.Option(help="A method of params.yaml, such as heba.")],
+    protocol: Annotated[
+        str | None, typer.Option(help="Of this protocol alone: base_to_novel, cross_dataset or few_shot.")
+    ] = None,
+    shots: Annotated[int | None, typer.Option(min=1, max=MOST, help="With this many shots alone.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=MOST_SEED, help="Of this seed alone.")] = None,
 ) -> None:
-    """Train the adapters: on the base classes; with --source or --shots on all classes."""
+    """Train a method on a data set, for all protocols, shots and seeds of params.yaml or for chosen ones.
+
+    A training that is there, with the same inputs, stays.
+    """
     params = _params(dataset)
-    if source and shots:
-        raise ParamsError(f"--shots {shots}: does not go with --source")
-    if dataset is None and not source:
-        raise ParamsError("--dataset: missing, which only --source does without")
+    if method not in params.methods:
+        raise ParamsError(f"--method {method}: not in params.yaml, which has {', '.join(params.methods)}")
     from pipeline.stages import train
 
-    train.run(params, dataset or params.transfer.source, seed, source, shots)
+    train.run(params, dataset, method, protocol, shots, seed)
 
 
 @app.command()
 def evaluate(dataset: Dataset) -> None:
-    """Measure HeBA and zero-shot CLIP on a data set's test images, for all trainings on it."""
+    """Measure all trainings on a data set on its test images."""
     params = _params(dataset)
     from pipeline.stages import evaluate
 
@@ -142,8 +141,9 @@ def evaluate_transfer(
 ) -> None:
     """Measure the source's training on the test images of all targets or variants."""
     params = _params()
-    if protocol not in TRANSFER_STAGES:
-        raise ParamsError(f"--protocol {protocol}: not one of {', '.join(TRANSFER_STAGES)}")
+    known = [name for name, about in PROTOCOLS.items() if about.transfer]
+    if protocol not in known:
+        raise ParamsError(f"--protocol {protocol}: not one of {', '.join(known)}")
     from pipeline.stages import evaluate
 
     evaluate.run_transfer(params, protocol, seed)
@@ -151,18 +151,10 @@ def evaluate_transfer(
 
 @app.command()
 def protocols() -> None:
-    """Make the folders of all protocols' results, also of those that are switched off."""
-    from pipeline.core import paths
+    """Make the folders of all protocols' results, also of those that are turned off."""
+    from pipeline.core import trainings
 
-    params = _params()
-    transfer = params.transfer
-    on = {
-        "base_to_novel": bool(params.seeds),
-        "cross_dataset": bool(transfer.seeds and transfer.targets),
-        "domain_generalization": bool(transfer.seeds and transfer.variants),
-        "few_shot": bool(params.few_shot.seeds and params.few_shot.datasets and params.few_shot.shots),
-    }
-    paths.mark_protocols(on)
+    trainings.mark_protocols(_params())
 
 
 @app.command()
@@ -176,8 +168,9 @@ def report() -> None:
         print(selection.left_out_text(left_out), file=sys.stderr)
     with new_folder(Path("reports")) as folder:
         ablations = ablation.read(ablation.FILE, params.suite)
-        render.render_report(records, folder, params.suite == "real", ablations, selection.settings(params))
-    print(render.summary_text(records))
+        real, below = params.suite == "real", selection.settings(params)
+        render.render_report(records, params.methods, folder, real, ablations, below)
+    print(render.summary_text(records, params.methods))
 
 
 @app.command()
@@ -254,7 +247,7 @@ def ablate(
         raise ParamsError("--table: does not go with --run or --dry-run")
     wanted, ablations = _names(datasets), _names(only)
     names = ablate.chosen(params, wanted)
-    rows = ablate.settings(params, ablations)
+    rows = ablate.rows(params, ablations)
     given = "".join(f" --{k} {','.join(v)}" for k, v in (("datasets", wanted), ("only", ablations)) if v)
     if table:
         lines, unevaluated, absent = ablate.collect(params, rows, names, f"python -m pipeline ablate{given}")
@@ -323,12 +316,12 @@ def track(
 ) -> None:
     """Log to MLflow every training and evaluation that its store lacks (after an outage, or after
     `dvc repro` took results from its cache)."""
-    params = _params()
+    _params()
     from pipeline.tracking import log as tracking
     from pipeline.tracking import store
 
     with store.answering():
-        print(f"{tracking.track(out, params.own)} evaluations are in {store.shown_uri()}")
+        print(f"{tracking.track(out)} evaluations are in {store.shown_uri()}")
 
 
 @app.command(hidden=True)

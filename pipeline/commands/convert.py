@@ -79,4 +79,6 @@ def write(
         artifact.write_config(config, out)
         model, _ = artifact.load(clip, out)
         with computing(params):
-            artifact.write_classifier(part.classifier(model, classes, config.method_settings(), True, progress), out)
+            artifact.write_classifier(
+                part.classifier(model, classes, config.method_settings(), True, progress), out
+            )

@@ -1,8 +1,8 @@
 """`python -m pipeline cost`: an estimate of the compute and disk that params.yaml needs on the real benchmarks;
 own data is not counted.
 
-The operations of one image and of one prompt, forward and in training, are counted by torch while each method's own
-model runs on one of each. Everything else is products of counts in params.yaml and the catalogue:
+The operations of one image and of one prompt, forward and in training, are counted by torch while the model of a
+method runs on one of each. Everything else is products of counts in params.yaml and the catalogue:
 
     step      = (images per step * image_train + prompts per step * text_train) / throughput + overhead
     training  = steps * step

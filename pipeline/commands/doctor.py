@@ -19,7 +19,8 @@ from typing import NamedTuple
 from urllib.parse import unquote, urlparse
 
 from pipeline.core.params import Params, load_params, stage_of
-from pipeline.core.paths import OUT, data_folder, main_root, train_folder
+from pipeline.core.paths import OUT, data_folder, main_root
+from pipeline.core.trainings import trainings
 from pipeline.runner import locks, machine, processes
 
 ROOT = Path(__file__).parents[2]
@@ -152,7 +153,7 @@ def _cache() -> Path:
 def _real_needs(params: Params, data: Path) -> list[tuple[Path, float]]:
     """Bytes by folder: what is not here of archives with their images, of packed images, and of adapters."""
     from heba.clip.architecture import read_config
-    from pipeline.commands.cost import adapter_parameters
+    from pipeline.commands.cost import adapter_bytes
     from pipeline.stages.download import bytes_needed, catalog_entry, mirror_of
 
     side = read_config(params.backbone.name, main_root())["vision_cfg"].get("image_size", 224)
@@ -164,27 +165,14 @@ def _real_needs(params: Params, data: Path) -> list[tuple[Path, float]]:
             fetched += bytes_needed(name, entry, data / "archives", mirror_of(params))
         if not (OUT / "precompute" / name).exists():
             packed += entry.counts.test * 3 * side**2
-    few, transfer = params.few_shot, params.transfer
-    trainings = [
-        *(
-            (params.adapter, train_folder("base_to_novel", d, s, params.shots))
-            for d in params.datasets
-            for s in params.seeds
-        ),
-        *(
-            (transfer.adapter, train_folder("cross_dataset", transfer.source, s, params.shots))
-            for s in transfer.seeds
-        ),
-        *(
-            (params.adapter, train_folder("few_shot", d, s, k))
-            for d in few.datasets
-            for s in few.seeds
-            for k in few.shots
-        ),
-    ]
-    size = 2 if params.adapter_dtype == "fp16" else 4
-    sizes = {id(a): size * adapter_parameters(params.backbone.name, a) for a in (params.adapter, transfer.adapter)}
-    adapters = sum(sizes[id(adapter)] for adapter, folder in trainings if not folder.exists())
+    adapters = 0
+    sizes: dict[tuple[str, str], int] = {}
+    for training in trainings(params):
+        if not training.folder.exists():
+            key = (training.method, training.protocol)
+            if key not in sizes:
+                sizes[key] = adapter_bytes(params, training)
+            adapters += sizes[key]
     return [(data, fetched), (_cache(), packed + adapters)]
 
 

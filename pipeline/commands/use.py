@@ -1,4 +1,4 @@
-"""The command `heba`: name images with an adapter or with CLIP alone, and tell what an adapter is."""
+"""The command `heba`: classify images with an adapter or with CLIP alone, and tell what an adapter is."""
 
 import json
 import sys
@@ -6,17 +6,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 
 import heba
+from heba import artifact
 from heba.data.prompts import TEMPLATE, read_descriptions
+from heba.evaluation.record import read_record
 from heba.sources.own import IMAGE_SUFFIXES, is_hidden
 from pipeline.commands.cli import run_app
-from pipeline.core.params import PARAMS_FILE, load_params, stage_of
-from pipeline.core.paths import OUT, reading
+from pipeline.core.params import PARAMS_FILE, load_params
+from pipeline.core.paths import OUT
 
 app = typer.Typer(
-    help="Name images with adapted CLIP. Train an adapter with `dvc repro`, then: heba predict photo.jpg "
-    "--adapter out/train/eurosat/base_to_novel-1",
+    help="Classify images with adapted CLIP. Train an adapter with `dvc repro`, then: heba predict photo.jpg "
+    "--adapter out/train/eurosat/heba/base_to_novel-16-1",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -35,7 +38,7 @@ Descriptions = Annotated[
 Template = Annotated[
     str, typer.Option(help="Prompt of those of --classes that have no description, with {} for the class.")
 ]
-Top = Annotated[int, typer.Option(help="How many classes to print for an image.")]
+Top = Annotated[int | None, typer.Option(min=1, help="How many classes to print for an image. Default: 5.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one line an image.")]
 Root = Annotated[
     Path, typer.Option(help="Folder that a backbone's own files (weights, JSON config) are relative to.")
@@ -50,11 +53,13 @@ def predict(
     classes: Classes = None,
     descriptions: Descriptions = None,
     template: Template = TEMPLATE,
-    scale: Annotated[
-        float | None,
-        typer.Option(help="s of the adapters, for --classes. Default: that of the training."),
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="A setting of the method for --classes, such as scale_novel=0.05. May be repeated."
+        ),
     ] = None,
-    top: Top = heba.TOP,
+    top: Top = None,
     as_json: AsJson = False,
     device: Device = None,
     root: Root = Path(),
@@ -65,11 +70,19 @@ def predict(
         str | None, typer.Option(help="The file of its weights, where it is not that which the training names.")
     ] = None,
 ) -> None:
-    """Name images with a trained adapter."""
+    """Classify images with a trained adapter."""
     files = find_images(images)
     names = split_names(classes)
     classifier = heba.load(
-        adapter_folder(adapter), names, read(descriptions), template, scale, device, root, backbone, pretrained
+        adapter_folder(adapter),
+        names,
+        read(descriptions),
+        template,
+        settings(setting),
+        device,
+        root,
+        backbone,
+        pretrained,
     )
     show(classifier, files, top, as_json)
 
@@ -86,12 +99,12 @@ def zero_shot(
     pretrained: Annotated[
         str | None, typer.Option(help="A tag of open_clip or a file of weights. Default: that of params.yaml.")
     ] = None,
-    top: Top = heba.TOP,
+    top: Top = None,
     as_json: AsJson = False,
     device: Device = None,
     root: Root = Path(),
 ) -> None:
-    """Name images with CLIP alone."""
+    """Classify images with CLIP alone."""
     files = find_images(images)
     if (backbone is None) != (pretrained is None) and backbone != "tiny":
         raise ValueError("--backbone and --pretrained go together")
@@ -124,27 +137,21 @@ def info(
 
 def about(folder: Path) -> dict[str, Any]:
     """What is known of the adapter in `folder`, from its config, its evaluation under out/ and MLflow."""
-    from heba.methods.heba.model import CONFIG_FILE, REMEDY
-    from heba.predict import read_config
     from pipeline.tracking.models import commit_of
-    from pipeline.tracking.store import adapter_sha256
 
-    config = read_config(folder)
-    lacking = {"dataset", "suite", "protocol", "start", "end", "ratio"} - set(config)
-    if lacking:
-        raise ValueError(f"{folder / CONFIG_FILE}: damaged (no {', '.join(sorted(lacking))}); {REMEDY}")
-    sha = adapter_sha256(folder)
+    config, sha = artifact.read_config(folder), artifact.sha256(folder)
     return {
         "adapter": str(folder),
+        "method": config.method,
         "sha256": sha,
-        "backbone": f"{config['backbone']['name']}, {config['backbone']['pretrained']}",
-        "backbone sha256": config["backbone"]["sha256"],
-        "trained on": f"{config['dataset']} ({config['suite']}), {config['protocol']}",
-        "classes": config["class_names"],
-        "shots": config.get("shots"),
-        "seed": config.get("seed"),
-        "blocks": f"{config['start']} to {config['end']}, scale {config['scale']}, ratio {config['ratio']}",
-        **accuracy_of(sha),
+        "backbone": f"{config.backbone.name}, {config.backbone.pretrained}",
+        "backbone sha256": config.backbone.sha256,
+        "trained on": f"{config.dataset} ({config.suite}), {config.protocol}",
+        "classes": config.class_names,
+        "shots": config.shots,
+        "seed": config.seed,
+        "settings": [f"{name} {value}" for name, value in config.settings.items()] or None,
+        **accuracy_of(sha, config.inputs_sha256),
         "git commit": commit_of(sha),
     }
 
@@ -158,21 +165,17 @@ def adapter_folder(adapter: str) -> Path:
     return fetch_adapter(adapter)
 
 
-def accuracy_of(sha256: str) -> dict[str, float]:
-    """Accuracies, in %, of the evaluation for base_to_novel or few_shot under out/ of the adapter with this hash;
-    an evaluation that is damaged is named and left out."""
-    for path in sorted(OUT.glob("evaluate/*/*.json")):
+def accuracy_of(sha256: str, inputs_sha256: str | None) -> dict[str, float]:
+    """Accuracies, in %, of the evaluation for base_to_novel or few_shot under out/ of the training with these
+    hashes; an evaluation that is damaged is named and left out."""
+    for path in sorted(OUT.glob("evaluate/*/*/*.json")):
         try:
-            with reading(path, stage_of("evaluate", path.parent.name)):
-                record = json.loads(path.read_text(encoding="utf-8"))
-                if record["adapter_sha256"] == sha256:
-                    return {
-                        f"{method} {group}, %": round(values[method]["accuracy"], 2)
-                        for group, values in dict(record["groups"]).items()
-                        for method in ("heba", "zero_shot")
-                    }
+            record = read_record(path)
         except ValueError as error:
             print(f"note: {error}", file=sys.stderr)
+            continue
+        if (record.adapter_sha256, record.inputs_sha256) == (sha256, inputs_sha256):
+            return {f"{group}, %": round(value, 2) for group, value in record.accuracies().items()}
     return {}
 
 
@@ -192,6 +195,17 @@ def find_images(paths: list[Path]) -> list[Path]:
     return files
 
 
+def settings(pairs: list[str] | None) -> dict[str, Any]:
+    """name=value pairs, with values as in YAML."""
+    found = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set {pair}: write name=value")
+        found[name.strip()] = yaml.safe_load(value)
+    return found
+
+
 def split_names(classes: str | None) -> list[str] | None:
     return None if classes is None else [name.strip() for name in classes.split(",")]
 
@@ -200,7 +214,7 @@ def read(descriptions: Path | None) -> dict[str, list[str]] | None:
     return None if descriptions is None else read_descriptions(descriptions)
 
 
-def show(classifier: Any, files: list[Path], top: int, as_json: bool) -> None:
+def show(classifier: Any, files: list[Path], top: int | None, as_json: bool) -> None:
     """Print the predictions; exit code 1 when a file could not be read."""
     from tqdm import tqdm
 
@@ -208,7 +222,7 @@ def show(classifier: Any, files: list[Path], top: int, as_json: bool) -> None:
     width = max(len(str(file)) for file in files)
     # On a terminal the lines themselves show how far it is.
     with tqdm(total=len(files), desc="predict", delay=2, unit="image", disable=sys.stdout.isatty()) as bar:
-        for prediction in classifier.predict(files, top, bar.update):
+        for prediction in classifier.predict(files, top or heba.TOP, bar.update):
             failed += prediction.error is not None
             _print(prediction, width, as_json)
     if failed:

@@ -7,42 +7,25 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from heba import methods
 from heba.clip.architecture import depth, read_config, width
+from heba.data.datasets import BENCHMARKS, VARIANTS
 from heba.data.prompts import TEMPLATE, TEMPLATE_PATTERN
+from heba.data.protocols import PROTOCOLS
 from heba.data.strict_yaml import read_yaml
 from pipeline.core.paths import main_root
 
 PARAMS_FILE = Path("params.yaml")
 
-BENCHMARKS = (
-    "imagenet",
-    "caltech101",
-    "oxford_pets",
-    "stanford_cars",
-    "oxford_flowers",
-    "food101",
-    "fgvc_aircraft",
-    "sun397",
-    "dtd",
-    "eurosat",
-    "ucf101",
-)
-VARIANTS = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
-
 # Beyond all that makes sense, and within what torch, the threads of a machine and the names of files take.
 MOST = 1_000_000
 MOST_SEED = 2**32 - 1
 MOST_THREADS = 1024
-MOST_EXPANSION = 64
-LEAST = 1e-9
 LONGEST_TEXT = 4096
 LONGEST_NAME = 64
 SHOWN = 50  # problems of a message, and LONGEST_LINE of its letters in each
 LONGEST_LINE = 400
 
-Positive = Annotated[float, Field(ge=LEAST, le=MOST)]
-NotNegative = Annotated[float, Field(ge=0, le=MOST)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=MOST)]
 Seeds = list[Annotated[int, Field(ge=0, le=MOST_SEED)]]
 Text = Annotated[str, Field(min_length=1, max_length=LONGEST_TEXT, pattern="^[^\0]*$")]
@@ -57,39 +40,11 @@ class Backbone(_Strict):
     pretrained: Text
 
 
-class Adapter(_Strict):
-    start: Count
-    end: Count
-    ratio: Count
-    scale: Positive
-    scale_novel: NotNegative | None
-    scale_factor: Positive
-    slow_ratio: Fraction
-    init: Literal["kaiming", "zero"]
-    visual_block: Literal["conv", "linear"]
-    text_block: Literal["linear", "conv1d"]
-    expansion: Annotated[int, Field(ge=1, le=MOST_EXPANSION)]
-    gradient_scale: bool
-    towers: Literal["both", "image", "text"]
-
-
-class Train(_Strict):
-    epochs: Count
-    batch_size: Count
-    lr: Positive
-    momentum: Annotated[float, Field(ge=0, lt=1)]
-    weight_decay: NotNegative
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
-    neg_ratio: Annotated[int, Field(ge=0, le=MOST)]
-
-
 class Transfer(_Strict):
     source: str
     targets: list[str]
     variants: list[str]
     seeds: Seeds
-    adapter: Adapter
-    train: Train
 
 
 class FewShot(_Strict):
@@ -129,10 +84,20 @@ class Params(_Strict):
     cuda_graphs: bool
     deterministic: bool
     adapter_dtype: Literal["fp16", "fp32"]
-    adapter: Adapter
-    train: Train
+    methods: Annotated[list[str], Field(min_length=1)]
     transfer: Transfer
     few_shot: FewShot
+    blocks: dict[str, Any]  # by method, what params.yaml has under its name
+
+
+def settings_of(params: Params, method: str, protocol: str) -> Any:
+    """The Settings of a method for the trainings of a protocol: its block, with what `overrides` has for it."""
+    return methods.part(method, "settings").Settings.model_validate(_merged(params.blocks[method], protocol))
+
+
+def _merged(block: dict[str, Any], protocol: str) -> dict[str, Any]:
+    own = {key: value for key, value in block.items() if key != "overrides"}
+    return own | block.get("overrides", {}).get(protocol, {})
 
 
 def stage_of(stage: str, dataset: str) -> str:
@@ -160,8 +125,11 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
         raise ParamsError(f"{path} must map names to values; restore it with `python -m pipeline preset demo`")
     problems: list[str] = []
     params = None
+    # A method's block is there when the method is listed, and may be there when it is not.
+    blocks = {name: raw[name] for name in methods.names() if name in raw}
+    rest = {key: value for key, value in raw.items() if key not in blocks}
     try:
-        params = Params.model_validate(raw)
+        params = Params.model_validate(rest | {"blocks": blocks})
     except ValidationError as error:
         problems += [_describe(dict(e)) for e in error.errors()]
     problems += _impossible(raw)
@@ -208,6 +176,7 @@ def _impossible(raw: dict[str, Any]) -> list[str]:
         (("transfer", "seeds"), None),
         (("few_shot", "seeds"), None),
         (("few_shot", "shots"), None),
+        (("methods",), None),
     ):
         values, key = get(*keys), ".".join(keys)
         if not isinstance(values, list):
@@ -237,10 +206,6 @@ def _impossible(raw: dict[str, Any]) -> list[str]:
         problems.append("seeds, transfer.seeds, few_shot.seeds: all empty, so that no protocol is left")
     if isinstance(targets, list) and source in targets:
         problems.append(f"transfer.targets: {source!r} is the source")
-    if get("transfer", "adapter", "scale_novel") is not None:
-        problems.append(
-            "transfer.adapter.scale_novel: must be null, the transfer protocols use transfer.adapter.scale"
-        )
     name, suite, pretrained = get("backbone", "name"), get("suite"), get("backbone", "pretrained")
     if isinstance(name, str):
         if (suite == "embedded") != (name == "tiny") and suite in ("embedded", "real"):
@@ -258,25 +223,49 @@ def _impossible(raw: dict[str, Any]) -> list[str]:
             deepest, narrowest = depth(config), width(config)
         except ValueError as error:
             problems.append(f"backbone.name: {error}")
-        for section in ((), ("transfer",)):
-            start, end, ratio, expansion = (
-                get(*section, "adapter", part) for part in ("start", "end", "ratio", "expansion")
-            )
-            key = ".".join((*section, "adapter"))
-            if deepest and isinstance(end, int) and end > deepest:
-                problems.append(f"{key}.end: {end} is beyond the last layer, {deepest}, of {name}")
-            if isinstance(start, int) and isinstance(end, int) and start > end:
-                problems.append(f"{key}.start: {start} is above {key}.end {end}")
-            if (
-                narrowest
-                and isinstance(ratio, int)
-                and isinstance(expansion, int)
-                and ratio > narrowest * expansion
-            ):
-                problems.append(f"{key}.ratio: {ratio} leaves nothing of the width {narrowest} of {name}")
+        problems += _impossible_methods(raw, deepest, narrowest)
     if isinstance(name, str) and pretrained == "openai" and not name.endswith(("-quickgelu", ".json")):
         problems.append(f"backbone.name: OpenAI's weights were trained with QuickGELU: use {name}-quickgelu")
     return problems
+
+
+def _impossible_methods(raw: dict[str, Any], depth: int | None, width: int | None) -> list[str]:
+    """What is wrong with the methods and their blocks; `depth` and `width` are the backbone's, where known."""
+    problems = []
+    listed = raw.get("methods")
+    for name in dict.fromkeys([n for n in listed if isinstance(n, str)] if isinstance(listed, list) else []):
+        if name not in methods.names():
+            problems.append(f"methods: there is no method {name!r}; known are {', '.join(methods.names())}")
+        elif name not in raw:
+            problems.append(f"{name}: missing; it is listed in methods and needs a block, {{}} for its defaults")
+    for name in methods.names():
+        block = raw.get(name, {})
+        overrides = block.get("overrides", {}) if isinstance(block, dict) else None
+        if not isinstance(overrides, dict) or not all(isinstance(o, dict) for o in overrides.values()):
+            problems.append(f"{name}: must map settings to values, and {name}.overrides protocols to such")
+            continue
+        known = {protocol.trained_as for protocol in PROTOCOLS.values()}
+        problems += [
+            f"{name}.overrides: {p!r} is not one of {', '.join(sorted(known))}"
+            for p in overrides
+            if p not in known
+        ]
+        own = _settings_problems(name, _merged(block, ""), depth, width)
+        problems += [f"{name}.{setting}" for setting in own]
+        for protocol in known & set(overrides):
+            found = _settings_problems(name, _merged(block, protocol), depth, width)
+            problems += [f"{name}.overrides.{protocol}.{setting}" for setting in found if setting not in own]
+    return problems
+
+
+def _settings_problems(method: str, settings: dict[str, Any], depth: int | None, width: int | None) -> list[str]:
+    """A line, which begins with the setting, for all that is wrong with one method's settings."""
+    about = methods.part(method, "settings")
+    try:
+        found = about.problems(about.Settings.model_validate(settings), depth, width)
+    except ValidationError as error:
+        return [_describe(dict(e)) for e in error.errors()]
+    return [f"{key}: {text}" for key, text in found.items()]
 
 
 def _impossible_own(own: dict[Any, Any]) -> list[str]:

@@ -15,35 +15,6 @@ from safetensors import SafetensorError
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 OUT = Path("out")
-TRANSFER_STAGES = {"cross_dataset": "evaluate-cross", "domain_generalization": "evaluate-domain"}
-
-
-def train_folder(protocol: str, dataset: str, seed: int, shots: int) -> Path:
-    """What a training writes; those of the transfer protocols are on the source, whatever the `dataset`."""
-    if protocol in TRANSFER_STAGES:
-        return OUT / "train-source" / str(seed)
-    name = f"few_shot-{shots}-{seed}" if protocol == "few_shot" else f"{protocol}-{seed}"
-    return OUT / "train" / dataset / name
-
-
-def evaluate_path(protocol: str, dataset: str, seed: int, shots: int) -> Path:
-    """The record of a training's evaluation on a data set."""
-    if protocol in TRANSFER_STAGES:
-        return OUT / TRANSFER_STAGES[protocol] / str(seed) / f"{dataset}.json"
-    return OUT / "evaluate" / dataset / f"{train_folder(protocol, dataset, seed, shots).name}.json"
-
-
-def mark_protocols(on: dict[str, bool]) -> None:
-    """Write .protocols, the names of those that are on, into the folder of every evaluation stage.
-
-    The report depends on all these folders, and DVC refuses a dependency that does not exist.
-    """
-    for stage in ("evaluate", *TRANSFER_STAGES.values()):
-        names = [
-            protocol for protocol in on if on[protocol] and TRANSFER_STAGES.get(protocol, "evaluate") == stage
-        ]
-        with new_file(OUT / stage / ".protocols") as path:
-            path.write_text("".join(f"{name}\n" for name in names))
 
 
 def mark_params() -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 from heba import methods
 from heba.data.protocols import PROTOCOLS
 from pipeline.core.params import Params
-from pipeline.core.paths import OUT
+from pipeline.core.paths import OUT, new_file
 
 Sample = tuple[str, int, int]  # protocol, shots, seed
 
 
 @dataclass(frozen=True, order=True)
 class Training:
-    """A training of `method` on `dataset`, for a protocol that trains (`heba.data.protocols.Protocol.trained_as`)."""
+    """A training of `method` on `dataset`, for a protocol that trains (`Protocol.trained_as`)."""
 
     protocol: str
     dataset: str
@@ -46,10 +46,10 @@ class Evaluation:
     def path(self) -> Path:
         """Its record."""
         training = self.training
-        folder = evaluate_folder(self.dataset)
+        folder = stage_folder(self.protocol)
         if PROTOCOLS[self.protocol].transfer:
-            folder = transfer_folder(self.protocol, training.seed) / self.dataset
-        return folder / training.method / f"{self.protocol}-{training.shots}-{training.seed}.json"
+            folder /= str(training.seed)
+        return folder / self.dataset / training.method / f"{self.protocol}-{training.shots}-{training.seed}.json"
 
 
 def train_folder(dataset: str) -> Path:
@@ -57,16 +57,10 @@ def train_folder(dataset: str) -> Path:
     return OUT / "train" / dataset
 
 
-def evaluate_folder(dataset: str) -> Path:
-    """The records of the trainings on a data set, on its own test images."""
-    return OUT / "evaluate" / dataset
-
-
-def transfer_folder(protocol: str, seed: int) -> Path:
-    """The records of the source model of a seed on the test images of other data sets."""
-    return (
-        OUT / {"cross_dataset": "evaluate-cross", "domain_generalization": "evaluate-domain"}[protocol] / str(seed)
-    )
+def stage_folder(protocol: str) -> Path:
+    """What the evaluation stages of a protocol write, for all data sets and seeds."""
+    transfer = {"cross_dataset": "evaluate-cross", "domain_generalization": "evaluate-domain"}
+    return OUT / transfer.get(protocol, "evaluate")
 
 
 def samples(params: Params, dataset: str) -> list[Sample]:
@@ -113,3 +107,15 @@ def evaluations(params: Params) -> list[Evaluation]:
         if about.trained_as == training.protocol
         for dataset in tested_on(params, protocol, training.dataset)
     ]
+
+
+def mark_protocols(params: Params) -> None:
+    """Write .protocols, the names of those that are on, into the folder of every evaluation stage.
+
+    The report depends on all these folders, and DVC refuses a dependency that does not exist.
+    """
+    on = {evaluation.protocol for evaluation in evaluations(params)}
+    for folder in dict.fromkeys(map(stage_folder, PROTOCOLS)):
+        names = [name for name in PROTOCOLS if name in on and stage_folder(name) == folder]
+        with new_file(folder / ".protocols") as path:
+            path.write_text("".join(f"{name}\n" for name in names))

@@ -86,9 +86,9 @@ def averages_by_seed(frame: pd.DataFrame, averaged: list[str]) -> pd.DataFrame:
 
 
 def base_to_novel_table(data: pd.DataFrame, names: list[str]) -> pd.DataFrame:
-    """Rows: data sets and `average`, which there is when there are benchmarks. Columns: <method>_{base,novel,h} of
-    the methods `names`, <method>_{base,novel,h}_std, difference_{base,novel,h} of the last method to the first, seeds.
-    std is NaN with one seed."""
+    """Rows: data sets and, of the benchmarks, `average`. Columns: <method>_{base,novel,h} of the methods `names`,
+    <method>_{base,novel,h}_std (NaN with one seed), difference_{base,novel,h} of the last method to the first, and
+    seeds."""
     frame = by_seed(data[data["protocol"] == "base_to_novel"], ["method", "group"])
     table, spread = means(frame), stds(with_h(frame.copy(), names))
     averaged = benchmarks(table)
@@ -140,8 +140,8 @@ def transfer_table(data: pd.DataFrame, protocol: str, names: list[str]) -> pd.Da
 
 def few_shot_table(data: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     """Rows: data sets and, of the benchmarks, `average`. Columns: <method>_<k> and <method>_<k>_std for every
-    number of shots k, or <method> alone where there are no draws; seeds, the fewest over k. The average of a k that
-    a data set lacks is NaN."""
+    number of shots k, or <method> alone where there are no draws; seeds, the fewest over k. The average of a k
+    that a data set lacks is NaN."""
     part = data[data["protocol"] == "few_shot"]
     frame = by_seed(part, ["method", "shots"])
     table, spread = means(frame), stds(frame)

@@ -166,4 +166,3 @@ def _exit_code(command: Callable[[], None]) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
     return 0
-

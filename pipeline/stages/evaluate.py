@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from heba import artifact, methods
-from heba.clip.features import BATCH_SIZE, Classes
+from heba.clip.features import BATCH_SIZE
 from heba.clip.preprocess import normalise, preprocess_of
 from heba.data.images import Images
 from heba.data.protocols import PROTOCOLS
@@ -24,7 +24,7 @@ from heba.evaluation.report import classification_report
 from pipeline.core import code
 from pipeline.core.params import Params
 from pipeline.core.paths import new_file, writable
-from pipeline.core.trainings import Evaluation, Training, evaluate_folder, tested_on, train_folder, transfer_folder
+from pipeline.core.trainings import Evaluation, Training, stage_folder, tested_on, train_folder
 from pipeline.stages.backbone import computing, device, load_backbone, use_bf16
 from pipeline.stages.precompute import TestImages, folder_of, read_classes, read_test
 from pipeline.stages.train import progress
@@ -34,7 +34,9 @@ from pipeline.tracking import log
 def run(params: Params, dataset: str) -> None:
     """Evaluate all trainings on `dataset` that are tested on it too."""
     found = [t for t in trained_on(dataset) if not PROTOCOLS[t.protocol].transfer]
-    evaluate_all(params, [Evaluation(t.protocol, dataset, t) for t in found], evaluate_folder(dataset))
+    evaluate_all(
+        params, [Evaluation(t.protocol, dataset, t) for t in found], stage_folder("base_to_novel") / dataset
+    )
 
 
 def run_transfer(params: Params, protocol: str, seed: int) -> None:
@@ -42,7 +44,7 @@ def run_transfer(params: Params, protocol: str, seed: int) -> None:
     source = params.transfer.source
     found = [t for t in trained_on(source) if t.protocol == PROTOCOLS[protocol].trained_as and t.seed == seed]
     jobs = [Evaluation(protocol, d, t) for d in tested_on(params, protocol, source) for t in found]
-    evaluate_all(params, jobs, transfer_folder(protocol, seed))
+    evaluate_all(params, jobs, stage_folder(protocol) / str(seed))
 
 
 def trained_on(dataset: str) -> list[Training]:
@@ -57,21 +59,21 @@ def evaluate_all(params: Params, jobs: list[Evaluation], folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         remove_others(folder, {job.path for job in jobs})
     clip = None
-    records = []
+    made = []
     for job in jobs:
         config = artifact.read_config(job.training.folder)
         digest = inputs_sha256(params, job)
-        record = kept(job.path, digest)
-        if record is None:
-            clip = clip or load_backbone(params)[0]
-            record = evaluate(params, clip, job, config, digest)
-            with new_file(job.path) as path:
-                write_record(record, path)
-            shown = ", ".join(f"{group} {value:.1f} %" for group, value in record.accuracies().items())
-            print(f"{job.path}: {shown}")
-        records.append((record, job.training.folder))
-    if records:
-        log.log_evaluations(records)
+        if kept(job.path, digest):
+            continue
+        clip = clip or load_backbone(params)[0]
+        record = evaluate(params, clip, job, config, digest)
+        with new_file(job.path) as path:
+            write_record(record, path)
+        shown = ", ".join(f"{group} {value:.1f} %" for group, value in record.accuracies().items())
+        print(f"{job.path}: {shown}")
+        made.append(record)
+    if made:
+        log.log_evaluations(made)
 
 
 def remove_others(folder: Path, wanted: set[Path]) -> None:
@@ -83,12 +85,12 @@ def remove_others(folder: Path, wanted: set[Path]) -> None:
             path.rmdir()
 
 
-def kept(path: Path, digest: str) -> Record | None:
+def kept(path: Path, digest: str) -> bool:
+    """Whether the record at `path` is of these inputs."""
     try:
-        record = read_record(path)
+        return read_record(path).evaluated_sha256 == digest
     except ValueError:  # none, or a damaged one
-        return None
-    return record if record.evaluated_sha256 == digest else None
+        return False
 
 
 def inputs_sha256(params: Params, job: Evaluation) -> str:

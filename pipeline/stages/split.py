@@ -1,7 +1,7 @@
 """Stage `split`: CoOp's few-shot samples of a data set, one file per number of shots and seed, for all protocols.
 
 out/split/<dataset>/<shots>-<seed>.json   a sample
-out/split/<dataset>/trainings.json        (protocol, shots, seed) of the trainings on it, which the stage train goes by
+out/split/<dataset>/trainings.json        (protocol, shots, seed) of the trainings on it, for the stage `train`
 """
 
 import json

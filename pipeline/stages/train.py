@@ -60,12 +60,15 @@ def run(
         for folder in own.iterdir():
             if folder not in [t.folder for t in listed]:
                 shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
-    clip = None
-    for training in wanted:
-        config = config_of(params, training)
-        if not keep(config, training.folder):
-            clip = clip or load(params)
-            train(params, clip, training, config)
+    clip, tracker = None, log.StageLog()
+    try:
+        for training in wanted:
+            config = config_of(params, training)
+            if not keep(config, training.folder):
+                clip = clip or load(params)
+                train(params, clip, training, config, tracker)
+    finally:
+        tracker.finish()
 
 
 def load(params: Params) -> Any:
@@ -116,7 +119,7 @@ def config_of(params: Params, training: Training) -> artifact.Config:
 
 
 def keep(config: artifact.Config, folder: Path) -> bool:
-    """Whether `folder` has this training already; settings that only an evaluation reads are brought up to date."""
+    """Whether `folder` has this training. Settings that only an evaluation reads are brought up to date."""
     try:
         found = artifact.read_config(folder)
         if found.inputs_sha256 != config.inputs_sha256:
@@ -149,7 +152,7 @@ def progress(total: int, what: str) -> Iterator[Callable[[int], object]]:
         yield bar.update
 
 
-def train(params: Params, clip: Any, training: Training, config: artifact.Config) -> None:
+def train(params: Params, clip: Any, training: Training, config: artifact.Config, tracker: log.StageLog) -> None:
     """Train, and write the training's folder."""
     start = time.monotonic()
     dataset = training.dataset
@@ -164,7 +167,7 @@ def train(params: Params, clip: Any, training: Training, config: artifact.Config
     if checkpoint.exists():
         print(f"resuming from {checkpoint}", file=sys.stderr)
     history: list[dict[str, float]] = []
-    tracker = log.start_training(config)
+    tracker.begin(config)
 
     def on_epoch(record: dict[str, float]) -> None:
         history.append(record)
@@ -195,7 +198,7 @@ def train(params: Params, clip: Any, training: Training, config: artifact.Config
         if model is not None:
             method.detach(model)
     checkpoint.unlink(missing_ok=True)
-    tracker.finish(training.folder)
+    tracker.outs(training.folder)
     loss = f"loss {history[-1]['loss']:.3f}, " if history else ""
     print(f"{training.folder}: {loss}{time.monotonic() - start:.1f} s")
 

@@ -10,32 +10,38 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from pipeline.core.paths import TRANSFER_STAGES, main_root, train_folder
+from heba import artifact, methods
+from heba.data.protocols import PROTOCOLS
+from heba.evaluation.record import Group, Record, read_record, write_record
+from pipeline.core.paths import main_root
+from pipeline.core.trainings import Training
 from pipeline.tracking import background, runs
 from pipeline.tracking.background import Background
 from pipeline.tracking.models import log_model, share_adapter
-from pipeline.tracking.store import SHA_TAG, adapter_sha256, client, experiment_id
+from pipeline.tracking.store import SHA_TAG, client, experiment_id
 
 INPUTS_TAG = "heba.inputs_sha256"
-REMEDY = "train again, or restore its folder with `dvc checkout --force FOLDER`"  # of heba.methods.heba.model, which imports torch
+EVALUATION_TAG = "heba.evaluation"
 
 
 def run_name(config: dict[str, Any]) -> str:
-    return f"{config['dataset']}-{config['shots']}shot-seed{config['seed']}"
+    return f"{config['dataset']}-{config['method']}-{config['shots']}shot-seed{config['seed']}"
 
 
 def flat_params(config: dict[str, Any]) -> dict[str, str]:
+    """A config's values as MLflow's params; settings by the name of their method, as in params.yaml."""
     flat: dict[str, str] = {}
     for key, value in config.items():
         if isinstance(value, dict):
-            flat |= {f"{key}.{k}": str(v) for k, v in value.items()}
+            section = config["method"] if key == "settings" else key
+            flat |= {f"{section}.{k}": str(v) for k, v in value.items()}
         elif key != "class_names":
             flat[key] = str(value)
     return flat
@@ -57,33 +63,41 @@ def tags(config: dict[str, Any]) -> dict[str, str]:
     return {k: v for k, v in found.items() if v}
 
 
-class TrainingRun:
-    """One training's MLflow run, which a process beside the training logs."""
+class StageLog:
+    """The MLflow runs of a stage's trainings, logged by one process beside it, which starts with the first."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self) -> None:
         self.previous = time.monotonic()
-        self.log = Background()
-        self.log.send("begin", {"config": config, "time": time.time()})
+        self.log: Background | None = None
+
+    def begin(self, config: artifact.Config) -> None:
+        """Open the run of a training."""
+        self.previous = time.monotonic()
+        self.log = self.log or Background()
+        self.log.send("begin", {"config": config.model_dump(exclude={"class_names"}), "time": time.time()})
 
     def epoch(self, record: dict[str, float]) -> None:
         """Log an epoch's loss, learning rate and wall time in seconds."""
         now = time.monotonic()
         seconds, self.previous = now - self.previous, now
-        self.log.send("epoch", record | {"seconds": seconds, "time": time.time()})
+        self._send("epoch", record | {"seconds": seconds, "time": time.time()})
 
-    def finish(self, folder: Path) -> None:
-        """Log the adapter and its hash, and close the run. Waits for it."""
-        self.log.send("outs", str(folder.resolve()))
-        self.log.finish()
+    def outs(self, folder: Path) -> None:
+        """Log the adapter and its hash, and close the run."""
+        self._send("outs", str(folder.resolve()))
 
     def fail(self) -> None:
-        """Close the run as failed, if the store lets. Waits for it."""
-        self.log.send("fail", None)
-        self.log.finish()
+        """Close the run as failed, if the store lets."""
+        self._send("fail", None)
 
+    def finish(self) -> None:
+        """Wait until all is logged, `background.PATIENCE` at most."""
+        if self.log:
+            self.log.finish()
 
-def start_training(config: dict[str, Any]) -> TrainingRun:
-    return TrainingRun(config)
+    def _send(self, name: str, argument: Any) -> None:
+        if self.log:
+            self.log.send(name, argument)
 
 
 class Logger:
@@ -111,6 +125,7 @@ class Logger:
             if self.run:
                 log_outs(self.store, self.run.id, Path(folder))
                 self.run.end()
+                self.run = None
 
     def fail(self, _: list[None]) -> None:
         self.close_failed()
@@ -118,13 +133,14 @@ class Logger:
     def close_failed(self) -> None:
         if self.run:
             self.run.end("FAILED")
+            self.run = None
 
     def evaluations(self, evaluations: list[dict[str, Any]]) -> None:
         for evaluation in evaluations:
             trained = Path(evaluation["trained"])
             run_id = find_or_create_run(self.store, trained)
             share_adapter(self.store, run_id, trained)
-            _log_evaluation(self.store, run_id, evaluation["metrics"], evaluation["files"])
+            _log_evaluation(self.store, run_id, evaluation)
 
 
 def serve() -> None:
@@ -168,20 +184,7 @@ def log_epochs(store: Any, run_id: str, records: list[dict[str, float]]) -> None
 def log_outs(store: Any, run_id: str, folder: Path) -> None:
     """Log the adapter as a model of the run, and its hash."""
     log_model(store, run_id, folder)
-    store.set_tag(run_id, SHA_TAG, adapter_sha256(folder))
-
-
-def _read_history(path: Path) -> list[dict[str, float]]:
-    """The epochs of a training, as `log_epochs` takes them; ValueError when the file is damaged."""
-    import pandas as pd
-
-    try:
-        records = pd.read_csv(path).astype(float).to_dict("records")
-        if not records or "epoch" not in records[0]:
-            raise ValueError("no epochs")
-    except (OSError, ValueError):
-        raise ValueError(f"{path} is damaged; {REMEDY}") from None
-    return [{str(key): value for key, value in record.items()} for record in records]
+    store.set_tag(run_id, SHA_TAG, artifact.sha256(folder))
 
 
 def find_or_create_run(store: Any, folder: Path) -> str:
@@ -189,115 +192,117 @@ def find_or_create_run(store: Any, folder: Path) -> str:
 
     The adapter's alone is not enough: with few classes, for one, any `neg_ratio` gives the same.
     """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        protocol, inputs = config["protocol"], config["inputs_sha256"]
-    except (OSError, ValueError, LookupError, TypeError):
-        raise ValueError(f"{path} is damaged; {REMEDY}") from None
-    experiment = experiment_id(store, protocol)
-    same = f"tags.`{SHA_TAG}` = '{adapter_sha256(folder)}' AND tags.`{INPUTS_TAG}` = '{inputs}'"
+    config = artifact.read_config(folder)
+    experiment = experiment_id(store, config.protocol)
+    same = f"tags.`{SHA_TAG}` = '{artifact.sha256(folder)}' AND tags.`{INPUTS_TAG}` = '{config.inputs_sha256}'"
     # Two evaluations of one training may run side by side, and each would make it.
     with FileLock(main_root() / ".heba" / "track.lock"):
         found = store.search_runs([experiment], same, max_results=1)
         if found:
             return found[0].info.run_id
-        history = _read_history(folder / "history.csv")
-        run = begin_run(store, config)
+        history = artifact.read_history(folder)
+        run = begin_run(store, config.model_dump())
         log_epochs(store, run.id, history)
         log_outs(store, run.id, folder)
         run.end()
         return run.id
 
 
-def evaluation_metrics(record: dict[str, Any]) -> dict[str, float]:
-    """The metrics of an evaluation, by their names in MLflow."""
-    prefix = f"{record['dataset']}_" if record["protocol"] in TRANSFER_STAGES else ""
-    metrics = {
-        f"{prefix}{method}_{group}": values[method]["accuracy"]
-        for group, values in record["groups"].items()
-        for method in ("zero_shot", "heba")
+def evaluation_metrics(record: Record) -> dict[str, float]:
+    """The metrics of an evaluation, by their names in MLflow: base, novel and h; all; or the name of a data set
+    that the model was not trained on."""
+    return {record.dataset if record.source else name: value for name, value in record.accuracies().items()}
+
+
+def evaluation_tag(settings: dict[str, Any]) -> str:
+    """The settings of an evaluation, as the run's tag EVALUATION_TAG has them. An evaluation with others replaces
+    the metrics of the one before, of the same training."""
+    return json.dumps(settings, sort_keys=True)
+
+
+def trained_folder(record: Record) -> Path:
+    """The training that a record is about."""
+    trained_as = PROTOCOLS[record.protocol].trained_as
+    source = record.source or record.dataset
+    return Training(trained_as, source, record.method, record.shots, record.seed).folder
+
+
+def _message(record: Record, trained: Path, files: Path) -> dict[str, Any]:
+    """What `Logger.evaluations` takes."""
+    write_evaluation(record, files)
+    return {
+        "trained": str(trained.resolve()),
+        "files": str(files),
+        "metrics": evaluation_metrics(record),
+        "tag": evaluation_tag(record.settings),
     }
-    for method in ("zero_shot", "heba"):
-        if f"{method}_harmonic_mean" in record:
-            metrics[f"{method}_h"] = record[f"{method}_harmonic_mean"]
-    # An evaluation at another scale replaces the metrics of the one before, of the same training.
-    if record.get("scale_novel") is not None:
-        metrics["scale_novel"] = record["scale_novel"]
-    return metrics
 
 
-def log_evaluations(evaluations: list[tuple[dict[str, Any], Path]]) -> None:
-    """Add evaluations, each with its training's folder, to the trainings' runs: metrics, the record, the confusion
-    matrices as pictures."""
+def log_evaluations(records: list[Record]) -> None:
+    """Add evaluations to the trainings' runs: metrics, the record, the confusion matrices as pictures."""
     log = Background()
     try:
         with tempfile.TemporaryDirectory(prefix="heba-") as temporary:
-            for number, (record, trained) in enumerate(evaluations):
-                files = Path(temporary) / str(number)
-                write_evaluation(record, files)
-                evaluation = {"trained": str(trained.resolve()), "files": str(files)}
-                log.send("evaluation", evaluation | {"metrics": evaluation_metrics(record)})
+            for number, record in enumerate(records):
+                log.send("evaluation", _message(record, trained_folder(record), Path(temporary) / str(number)))
             log.finish()
     except Exception as error:  # a full disk, say; the stage is done
         background.warn(background.told(error))
 
 
-def write_evaluation(record: dict[str, Any], folder: Path) -> None:
+def write_evaluation(record: Record, folder: Path) -> None:
     """Write what an evaluation's run shows, into the new folder `folder`."""
     folder.mkdir()
-    path = folder / f"{record['protocol']}-{record['dataset']}.json"
-    path.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
-    for group, values in record["groups"].items():
-        draw_confusion(values, path.with_name(f"confusion-{record['dataset']}-{group}.png"))
+    write_record(record, folder / f"{record.protocol}-{record.dataset}.json")
+    for name, group in record.groups.items():
+        draw_confusion(record.method, group, folder / f"confusion-{record.dataset}-{name}.png")
 
 
-def _log_evaluation(store: Any, run_id: str, metrics: dict[str, float], files: str) -> None:
-    from mlflow.entities import Metric
+def _log_evaluation(store: Any, run_id: str, evaluation: dict[str, Any]) -> None:
+    from mlflow.entities import Metric, RunTag
 
     now = int(time.time() * 1000)
-    store.log_batch(run_id, metrics=[Metric(k, v, now, 0) for k, v in metrics.items()])
-    store.log_artifacts(run_id, files, "evaluation")
+    metrics = [Metric(key, value, now, 0) for key, value in evaluation["metrics"].items()]
+    store.log_batch(run_id, metrics=metrics, tags=[RunTag(EVALUATION_TAG, evaluation["tag"])])
+    store.log_artifacts(run_id, evaluation["files"], "evaluation")
 
 
-def draw_confusion(values: dict[str, Any], path: Path) -> None:
-    """The confusion matrix of HeBA as a picture; class names only where they can be read."""
+def draw_confusion(method: str, group: Group, path: Path) -> None:
+    """The confusion matrix as a picture; class names only where they can be read."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.subplots()
-    shown = axes.imshow(values["heba"]["confusion"], cmap="Blues")
-    names = values["classnames"]
+    shown = axes.imshow(group.confusion, cmap="Blues")
+    names = group.class_names
     if len(names) <= 30:
         axes.set_xticks(range(len(names)), names, rotation=90)
         axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="predicted", ylabel="true", title=f"HeBA, {values['heba']['accuracy']:.1f} %")
+    title = f"{methods.part(method, 'settings').TITLE}, {group.accuracy:.1f} %"
+    axes.set(xlabel="predicted", ylabel="true", title=title)
     figure.colorbar(shown)
     figure.savefig(path, dpi=100)
 
 
-def track(out: Path, own: Collection[str]) -> int:
+def track(out: Path) -> int:
     """Log every training and evaluation under `out` that the store lacks; returns how many evaluations are in it
-    then. `own`: names of own data. Unlike the stages, this raises when the store can not be reached."""
-    from pipeline.report.tables import load_record
-
+    then. Unlike the stages, this raises when the store cannot be reached."""
     store = client()
     runs.close_abandoned(store)
-    for path in sorted(out.glob("train*/**/config.json")):
+    for path in sorted(out.glob(f"train/*/*/[!.]*/{artifact.CONFIG_FILE}")):
         find_or_create_run(store, path.parent)
     tracked = 0
-    for path in sorted(out.glob("evaluate*/*/*.json")):
-        record = load_record(path, own)
-        folder = train_folder(record["protocol"], record["dataset"], record["seed"], record["shots"])
-        if not folder.exists() or adapter_sha256(folder) != record.get("adapter_sha256"):
+    for path in sorted(out.glob("evaluate*/**/[!.]*.json")):
+        record = read_record(path)
+        folder = trained_folder(record)
+        if not folder.exists() or artifact.read_config(folder).inputs_sha256 != record.inputs_sha256:
             logging.getLogger("heba").warning("%s: left out, %s has another adapter now", path, folder)
             continue
         run_id = find_or_create_run(store, folder)
-        logged, metrics = store.get_run(run_id).data.metrics, evaluation_metrics(record)
-        if any(logged.get(k) != v for k, v in metrics.items()):
+        data, metrics = store.get_run(run_id).data, evaluation_metrics(record)
+        same = data.tags.get(EVALUATION_TAG) == evaluation_tag(record.settings)
+        if not same or any(data.metrics.get(k) != v for k, v in metrics.items()):
             with tempfile.TemporaryDirectory(prefix="heba-") as temporary:
-                files = Path(temporary) / "evaluation"
-                write_evaluation(record, files)
-                _log_evaluation(store, run_id, metrics, str(files))
+                _log_evaluation(store, run_id, _message(record, folder, Path(temporary) / "evaluation"))
         tracked += 1
     return tracked

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import heba
+from heba import artifact
+from heba.artifact import ADAPTER_FILE
 from pipeline.core.paths import temporary_name
-from pipeline.tracking.store import ADAPTER_FILE, SHA_TAG, adapter_sha256, client, has_store, shown_uri, store_uri
+from pipeline.tracking.store import SHA_TAG, client, has_store, shown_uri, store_uri
 
 SERVED = Path(__file__).with_name("served.py")
 # What heba imports to name images; MLflow adds itself.
@@ -169,7 +171,7 @@ def register(adapter: str, name: str) -> str:
     store = client()
     run_id = adapter
     if Path(adapter).exists():
-        run = _find_run(store, adapter_sha256(Path(adapter)))
+        run = _find_run(store, artifact.sha256(Path(adapter)))
         if run is None:
             raise ValueError(f"{adapter}: not in {shown_uri()}; log it with `python -m pipeline track`")
         run_id = run.info.run_id

@@ -1,6 +1,5 @@
 """The MLflow store, and the hash by which it knows an adapter."""
 
-import hashlib
 import logging
 import os
 import re
@@ -16,7 +15,6 @@ from filelock import FileLock, Timeout
 from pipeline.core.paths import main_root, temporary_name
 
 SHA_TAG = "heba.adapter_sha256"
-ADAPTER_FILE = "adapter.safetensors"  # of heba.methods.heba.model, which imports torch
 PATIENCE = 20.0  # seconds for another process to give a lock back
 ADDRESSES = {  # where MLflow keeps absolute addresses of artifacts: columns by table
     "experiments": ["artifact_location"],
@@ -160,8 +158,3 @@ def experiment_id(store: Any, name: str) -> str:
         if found is None:
             raise
         return found.experiment_id
-
-
-def adapter_sha256(folder: Path) -> str:
-    """The content hash by which MLflow runs and evaluations know a training."""
-    return hashlib.sha256((folder / ADAPTER_FILE).read_bytes()).hexdigest()

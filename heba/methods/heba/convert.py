@@ -79,7 +79,13 @@ def from_official(checkpoint: Path, scale: float | None) -> tuple[dict[str, Tens
     if scale is None:
         raise ValueError(f"{checkpoint}: does not tell its scale; give ADAPTER_SCALE_BASE of its config (--scale)")
     start, end = _span(tensors, checkpoint)
-    own = {"start": start, "end": end, "ratio": _ratio(tensors, checkpoint), "scale": scale, "epochs": epoch}
+    own: dict[str, Any] = {
+        "start": start,
+        "end": end,
+        "ratio": _ratio(tensors, checkpoint),
+        "scale": scale,
+        "epochs": epoch,
+    }
     return tensors, Settings(**own, **asdict(HEBA)).model_dump()
 
 

@@ -1,8 +1,8 @@
 """CLIP with adapters: a model made by open_clip, its weights frozen and untouched, plus `Adapters`.
 
 The adapters are attached with forward hooks on layers of the chosen blocks (`heba.clip.towers`), so the code of
-open_clip and timm is neither edited nor copied, and `detach` gives the plain model back. The hooks belong to the CLIP,
-which many threads and other adapters may use; what a call needs belongs to the call (`_Call`).
+open_clip and timm is neither edited nor copied, and `detach` gives the plain model back. The hooks belong to the
+CLIP, which many threads and other adapters may use; what a call needs belongs to the call (`_Call`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,6 +28,7 @@ from heba.clip.towers import (
     whole_context,
 )
 from heba.methods.heba.adapters import HEBA, Adapters, Variant
+
 
 @dataclass(frozen=True)
 class _Call:

@@ -12,7 +12,8 @@ NEW_CLASSES = True
 DRAWS = True
 EVALUATION = frozenset({"scale_novel"})
 
-Positive = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+# Beyond all that makes sense, and within what torch takes.
+Positive = Annotated[float, Field(ge=1e-9, le=1e6, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
@@ -46,7 +47,7 @@ class Settings(BaseModel):
     init: Literal["kaiming", "zero"] = "kaiming"
     visual_block: Literal["conv", "linear"] = "conv"
     text_block: Literal["linear", "conv1d"] = "linear"
-    expansion: Count = 1
+    expansion: Annotated[int, Field(ge=1, le=64)] = 1
     gradient_scale: bool = True
     towers: Literal["both", "image", "text"] = "both"
     epochs: Count = 30
