@@ -9,8 +9,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from heba.data.images import MAX_ASPECT, LongImage
-
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 
 
@@ -19,6 +17,11 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # What Pillow raises at files that are no images, or damaged, or too large.
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+# The longer side of an image to its shorter one. Resizing takes memory in proportion to it: a line of one pixel by
+# 65500, which is a small file, takes 13 GB at 224.
+MAX_ASPECT = 100
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,10 @@ def preprocess_of(clip: Any) -> Preprocess:
 
 class DeepImage(ValueError):
     """An image of 16 or more bits a channel, which Pillow would make white in RGB without a word."""
+
+
+class LongImage(ValueError):
+    """An image of which one side is more than MAX_ASPECT times the other."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -18,14 +18,6 @@ from torch.nn.functional import interpolate
 
 from heba.clip.preprocess import Preprocess, decode, normalise, resize_and_crop
 
-# The longer side of an image to its shorter one. Resizing takes memory in proportion to it: a line of one pixel by
-# 65500, which is a small file, takes 13 GB at 224.
-MAX_ASPECT = 100
-
-
-class LongImage(ValueError):
-    """An image of which one side is more than MAX_ASPECT times the other."""
-
 
 @dataclass(frozen=True)
 class Images:

@@ -28,8 +28,7 @@ from mlflow.pyfunc import PythonModel
 from PIL import Image
 
 import heba
-from heba.clip.preprocess import UNREADABLE, DeepImage, resize_and_crop, to_rgb
-from heba.data.images import LongImage
+from heba.clip.preprocess import UNREADABLE, DeepImage, LongImage, resize_and_crop, to_rgb
 
 # Not TIFF: a small file of it may ask for tiles of any size.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "WEBP")

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from open_clip.transform import image_transform_v2
 from PIL import Image
 
-from heba.clip.preprocess import DeepImage, Preprocess, decode, normalise, resize_and_crop, to_rgb
-from heba.data.images import LongImage, crop_batch, open_packed, pack_images, sample_crop
+from heba.clip.preprocess import DeepImage, LongImage, Preprocess, decode, normalise, resize_and_crop, to_rgb
+from heba.data.images import crop_batch, open_packed, pack_images, sample_crop
 from heba.data.prompts import build_prompts, read_descriptions, tokenize
 from heba.evaluation.report import classification_report
 
