@@ -82,7 +82,8 @@ def averages_by_seed(frame: pd.DataFrame, averaged: list[str]) -> pd.DataFrame:
     part = frame.loc[frame.index.get_level_values("dataset").isin(averaged)]
     found = part.groupby("seed").mean()
     complete = part.groupby("seed").count().eq(len(averaged)).all()
-    return found.where(complete)
+    found.loc[:, ~complete] = float("nan")
+    return found
 
 
 def base_to_novel_table(data: pd.DataFrame, names: list[str]) -> pd.DataFrame:
@@ -109,6 +110,8 @@ def base_to_novel_table(data: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     found["seeds"] = seeds.reindex(found.index)
     if averaged:
         found.loc["average", "seeds"] = seeds[averaged].mean()
+    if (found["seeds"] % 1 == 0).all():
+        found["seeds"] = found["seeds"].astype(int)
     return found.rename_axis("dataset")
 
 
