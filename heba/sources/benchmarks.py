@@ -32,9 +32,9 @@ def prepare(entry: Benchmark, archives: list[Local], split: Split | None, folder
         for archive in archives:
             unpack(archive.path, raw, archive.file.inner)
         if split is not None:
-            root = find_root(raw, split, entry.title)
+            root = find_root(raw, split)
         elif entry.layout == "fgvc":
-            lists = _only(raw.rglob("images_variant_train.txt"), "images_variant_train.txt", entry.title).parent
+            lists = _only(raw.rglob("images_variant_train.txt"), "images_variant_train.txt").parent
             split, root = _fgvc(lists), lists / "images"
         else:
             root, split = _folders_of_classes(raw, entry)
@@ -58,7 +58,7 @@ def check_split(split: Split, entry: Benchmark, images: Path) -> None:
     if missing:
         problems.append(f"{len(missing)} images of the split are not in the archives: {', '.join(missing[:3])}")
     if problems:
-        raise ValueError(f"{entry.title}: " + "; ".join(problems))
+        raise ValueError("; ".join(problems))
 
 
 def missing_images(split: Split, images: Path) -> list[str]:
@@ -66,17 +66,17 @@ def missing_images(split: Split, images: Path) -> list[str]:
     return [file for part in PARTS for file, _, _ in split[part] if not (images / file).is_file()]
 
 
-def _only(found: Iterator[Path], name: str, title: str) -> Path:
+def _only(found: Iterator[Path], name: str) -> Path:
     path = min(found, default=None)
     if path is None:
-        raise ValueError(f"{title}: the archives contain no {name}")
+        raise ValueError(f"the archives contain no {name}")
     return path
 
 
-def find_root(raw: Path, split: Split, title: str) -> Path:
+def find_root(raw: Path, split: Split) -> Path:
     """The folder below `raw` that the paths of `split` start from, wherever a mirror has put it."""
     first = split["train"][0][0]
-    match = _only((p for p in raw.rglob(Path(first).name) if p.as_posix().endswith("/" + first)), first, title)
+    match = _only((p for p in raw.rglob(Path(first).name) if p.as_posix().endswith("/" + first)), first)
     return match.parents[len(Path(first).parts) - 1]
 
 
@@ -116,7 +116,7 @@ def _folders_of_classes(raw: Path, entry: Benchmark) -> tuple[Path, Split]:
         if path.name in names and path.is_dir():
             roots[path.parent] = roots.get(path.parent, 0) + 1
     if not roots:
-        raise ValueError(f"{entry.title}: the archives contain no folder named by {entry.layout}")
+        raise ValueError(f"the archives contain no folder named by {entry.layout}")
     root = max(roots, key=lambda r: roots[r])
     present = [key for key in keys if (root / key).is_dir()]
     test = [(f"{k}/{file}", i, names[k]) for i, k in enumerate(present) for file in _images_below(root / k)]

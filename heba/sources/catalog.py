@@ -49,17 +49,14 @@ class Benchmark(_Strict):
         layout: how the split is found: `coop` (a split file), `fgvc` (its own lists), `imagenet`, or the test sets
             of domain generalisation with folders named by `wnid` or by the `index` of a wnid.
         counts: images of the split, all classes.
-        template: the prompt of a class without descriptions.
         terms: licence or conditions, and where they are; `account` says how to get files that have no URL.
         sources: alternatives in order of preference, each a complete list of archives.
         split: CoOp's split file. descriptions: the class descriptions, as the official code ships them.
     """
 
-    title: str
     layout: Literal["coop", "fgvc", "imagenet", "wnid", "index"]
     classes: Annotated[int, Field(ge=2)]
     counts: Counts
-    template: Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")]
     terms: str
     account: str | None = None
     sources: Annotated[list[Annotated[list[File], Field(min_length=1)]], Field(min_length=1)]

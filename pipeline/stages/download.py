@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock
 from tqdm import tqdm
 
+from heba.data import datasets
 from heba.data.splits import Split, read_split
 from pipeline.core.params import Params, stage_of
 from pipeline.core.paths import OUT, data_folder, main_root, new_file, new_folder, reading, writable
@@ -86,7 +87,7 @@ def run(params: Params, dataset: str) -> None:
         with new_folder(folder) as temporary:
             if own:
                 lay_out(params, dataset, temporary)
-                about = {"title": dataset, "template": params.own[dataset].template}
+                about = {"template": params.own[dataset].template}
             elif params.suite == "embedded":
                 about = _generate(dataset, temporary)
             else:
@@ -105,17 +106,17 @@ def _locked(folder: Path) -> AbstractContextManager[object]:
 
 
 def _generate(dataset: str, folder: Path) -> dict[str, Any]:
-    """Draw a data set of the embedded suite; returns its title for the manifest."""
+    """Draw a data set of the embedded suite; returns what it shows for the manifest."""
     from heba.embedded import suite
 
     with tqdm(desc=f"draw {dataset}", delay=2, unit="image") as bar:
         suite.generate(dataset, folder, progress=bar.update)
     (folder / "descriptions.json").write_text(json.dumps(suite.descriptions(dataset), indent=0) + "\n")
-    return {"title": suite.DATASETS[dataset].title}
+    return {"shows": suite.DATASETS[dataset].title}
 
 
 def _fetch(params: Params, dataset: str, folder: Path) -> dict[str, Any]:
-    """Get a real data set; returns its title and its archives for the manifest."""
+    """Get a real data set; returns its archives for the manifest."""
     from heba.sources.benchmarks import parse_descriptions, prepare
     from heba.sources.fetch import FetchError, Local, obtain
 
@@ -157,7 +158,7 @@ def _fetch(params: Params, dataset: str, folder: Path) -> dict[str, Any]:
     if own:
         say(f"{dataset}: the archives are needed no more and may be deleted: {', '.join(own)}")
     used = [{"file": f.file.file, "bytes": f.path.stat().st_size, "sha256": f.sha256} for f in files]
-    return {"title": entry.title, "archives": used}
+    return {"archives": used}
 
 
 def _how_to_get(dataset: str, what: str, missing: list[list[str]], folder: Path, account: str | None) -> str:
@@ -186,11 +187,7 @@ def template_of(params: Params, dataset: str) -> str:
     """The prompt of a class without descriptions, with one {}."""
     if dataset in params.own:
         return json.loads(manifest_path(dataset).read_text(encoding="utf-8"))["template"]
-    if params.suite == "real":
-        return catalog_entry(params, dataset).template
-    from heba.embedded import suite
-
-    return suite.DATASETS[dataset].template
+    return datasets.template(dataset, params.suite == "embedded")
 
 
 def bytes_needed(dataset: str, entry: Any, archives: Path, mirror: str | None) -> int:

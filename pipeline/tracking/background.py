@@ -79,17 +79,18 @@ class Background:
     def finish(self) -> None:
         """Wait until all calls are done, or `PATIENCE` is over. A first ctrl-C does not break the wait off."""
         self.send(END, None)
-        if self.process is None:
+        process, until = self.process, time.monotonic() + PATIENCE
+        if process is None:
             return
-        until = time.monotonic() + PATIENCE
         try:
-            self._wait(self.process, until)
+            self._wait(process, until)
         except KeyboardInterrupt:
-            self._wait(self.process, until)
+            if self.process:
+                self._wait(process, until)
             raise
         finally:
-            if self.process and self.process.poll() is None:
-                self.process.kill()
+            if process.poll() is None:
+                process.kill()
             self.process = None
 
     def _wait(self, process: subprocess.Popen[bytes], until: float) -> None:
@@ -177,13 +178,14 @@ def limits() -> Iterator[None]:
         if process.memory_info().rss > most:
             raise Stopped(f"an answer of {shown_uri()} takes more than {MEMORY >> 30} GiB of memory")
 
-    signal.signal(signal.SIGALRM, look)
+    before = signal.signal(signal.SIGALRM, look)
     signal.setitimer(signal.ITIMER_REAL, 0.2, 0.2)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _say(reason: str) -> None:
-    os.write(1, reason.encode() + b"\n")
+    os.write(1, reason.encode(errors="replace") + b"\n")

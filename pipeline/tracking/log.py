@@ -286,9 +286,13 @@ def draw_confusion(method: str, group: Group, path: Path) -> None:
 
 def track(out: Path) -> int:
     """Log every training and evaluation under `out` that the store lacks; returns how many evaluations are in it
-    then. Unlike the stages, this raises when the store cannot be reached."""
-    store = client()
-    runs.close_abandoned(store)
+    then. Unlike the stages, this raises ValueError when the store cannot be reached, and takes the time it needs."""
+    try:
+        with background.limits():
+            store = client()
+            runs.close_abandoned(store)
+    except background.Stopped as error:
+        raise ValueError(f"MLflow's store {error}; `python -m pipeline doctor` examines it") from None
     for path in sorted(out.glob(f"train/*/*/[!.]*/{artifact.CONFIG_FILE}")):
         find_or_create_run(store, path.parent)
     tracked = 0

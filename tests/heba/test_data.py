@@ -362,8 +362,8 @@ def test_the_committed_catalogue_is_complete():
 
 def test_a_malformed_catalogue_lists_its_problems(tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text("dtd: {title: 3, layout: odd}\nx: []\n")
-    with pytest.raises(ValueError, match=r"dtd\.title") as error:
+    path.write_text("dtd: {terms: 3, layout: odd}\nx: []\n")
+    with pytest.raises(ValueError, match=r"dtd\.terms") as error:
         load_catalog(path)
     assert "dtd.layout" in str(error.value)
 

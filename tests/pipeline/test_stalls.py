@@ -125,22 +125,14 @@ def test_a_store_with_a_fault_costs_a_training_its_patience_at_most(store, tmp_p
 
 def test_an_answer_without_an_end_does_not_fill_the_memory(monkeypatch):
     monkeypatch.setattr(background, "MEMORY", 2**26)
-    before = signal.getsignal(signal.SIGALRM)
-    try:
-        with faulty("endless") as uri, pytest.raises(background.Stopped, match="of memory"), background.limits():
-            requests.get(uri, timeout=60)
-    finally:
-        signal.signal(signal.SIGALRM, before)
+    with faulty("endless") as uri, pytest.raises(background.Stopped, match="of memory"), background.limits():
+        requests.get(uri, timeout=60)
 
 
 def test_a_call_that_a_timeout_of_its_own_does_not_end_is_stopped(monkeypatch):
     monkeypatch.setattr(background, "PATIENCE", 1.0)
-    before = signal.getsignal(signal.SIGALRM)
-    try:
-        with faulty("drip") as uri, pytest.raises(background.Stopped, match="gave no answer"), background.limits():
-            requests.get(uri, timeout=5)
-    finally:
-        signal.signal(signal.SIGALRM, before)
+    with faulty("drip") as uri, pytest.raises(background.Stopped, match="gave no answer"), background.limits():
+        requests.get(uri, timeout=5)
 
 
 def test_a_process_that_does_not_read_holds_up_no_epoch(tmp_path, monkeypatch, caplog):
@@ -175,3 +167,12 @@ def test_an_evaluation_is_as_patient(fault, tmp_path, monkeypatch, caplog):
         assert time.monotonic() - begin < 3 * PATIENCE
     (warning,) = warnings(caplog)
     assert "was not done in 3 s" in warning
+
+
+def test_late_tracking_says_that_a_store_hangs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(background, "PATIENCE", PATIENCE)
+    with faulty("drip") as uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with pytest.raises(ValueError, match=f"{uri} gave no answer in 3 s"):
+            tracking.track(tmp_path, [])
