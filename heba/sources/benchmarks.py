@@ -138,7 +138,7 @@ def _imagenet(archives: list[Local], images: Path) -> Split:
     flat = images / "val"
     unpack(paths["val"], flat)
     unpack(paths["t12"], images / "devkit")
-    devkit = _only((images / "devkit").rglob("meta.mat"), "meta.mat", "ImageNet").parent
+    devkit = _only((images / "devkit").rglob("meta.mat"), "meta.mat").parent
     synsets = loadmat(devkit / "meta.mat", squeeze_me=True)["synsets"]
     wnid_of = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if int(row["num_children"]) == 0}
     truth = (devkit / "ILSVRC2012_validation_ground_truth.txt").read_text().split()

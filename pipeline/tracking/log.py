@@ -286,7 +286,7 @@ def draw_confusion(method: str, group: Group, path: Path) -> None:
 
 def track(out: Path) -> int:
     """Log every training and evaluation under `out` that the store lacks; returns how many evaluations are in it
-    then. Unlike the stages, this raises ValueError when the store cannot be reached, and takes the time it needs."""
+    then. Unlike the stages, this raises ValueError when the store cannot be reached, and takes its time."""
     try:
         with background.limits():
             store = client()

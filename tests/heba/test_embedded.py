@@ -11,6 +11,7 @@ from heba.clip.features import class_features, encode_images
 from heba.clip.preprocess import preprocess_of
 from heba.clip.tiny import FOLDER, known_tokens, load_tiny_clip
 from heba.clip.towers import encode_text_plain
+from heba.data import datasets
 from heba.data.prompts import build_prompts
 from heba.data.splits import class_names, read_split
 from heba.embedded import canvas, suite
