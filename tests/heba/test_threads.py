@@ -8,11 +8,11 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from heba.embedded.model import load_tiny_clip
 from PIL import Image
 
 from heba.clip.activation import QuickGELU
 from heba.clip.preprocess import preprocess_of
+from heba.clip.tiny import load_tiny_clip
 from heba.methods.heba.adapters import Variant
 from heba.methods.heba.model import AdaptedCLIP
 from heba.predict import Classifier

@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from heba.embedded.model import load_tiny_clip
 from PIL import Image
 
 import heba
 from heba.clip import backbone
+from heba.clip.tiny import load_tiny_clip
 from heba.methods.heba.model import AdaptedCLIP, save_adapter
 from heba.predict import save_classifier
 from pipeline.tracking import served
