@@ -46,6 +46,11 @@ def states(repo, folder):
     return {p.relative_to(repo).as_posix(): (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
 
 
+def tensors(repo):
+    """What was trained, by its file."""
+    return {path: content for path, (_, content) in states(repo, "out/train").items() if "config.json" not in path}
+
+
 def new_in(repo, folder, before):
     """The files that are new under `folder` or were written anew, and those that are gone."""
     now = states(repo, folder)
@@ -139,10 +144,7 @@ def test_another_seed_trains_and_evaluates_that_one_alone(repo):
     with changed_params(repo) as params:
         params["seeds"] = [1, 2]
     output = dvc(repo, "repro", "evaluate@dtd")
-    assert trained_in(output) == [
-        "out/train/dtd/zero_shot/base_to_novel-2-2",
-        "out/train/dtd/heba/base_to_novel-2-2",
-    ]
+    assert sorted(trained_in(output)) == [f"out/train/dtd/{n}/base_to_novel-2-2" for n in ("heba", "zero_shot")]
     new, gone = new_in(repo, "out/train", trained)
     assert {Path(path).parent.name for path in new} == {"base_to_novel-2-2"}
     assert not gone
@@ -174,45 +176,33 @@ def test_a_setting_of_a_method_makes_its_own_stages_stale(repo):
     assert not gone
 
 
-@pytest.mark.parametrize(("method", "other"), [("heba", "zero_shot"), ("zero_shot", "heba")])
-def test_an_edit_of_a_methods_code_trains_that_method_again_and_no_other(repo, method, other):
+def test_an_edit_of_a_methods_code_trains_that_method_again_and_no_other(repo):
     trained, evaluated = states(repo, "out/train/dtd"), states(repo, "out/evaluate/dtd")
-    with (repo / "heba" / "methods" / method / "method.py").open("a") as file:
+    with (repo / "heba" / "methods" / "heba" / "method.py").open("a") as file:
         file.write("# changed\n")
-    assert {name for name in stale(repo) if name.startswith("train")} == {
-        f"train@dtd-{method}",
-        f"train@imagenet-{method}",
-    }
+    assert {n for n in stale(repo) if n.startswith("train")} == {"train@dtd-heba", "train@imagenet-heba"}
     output = dvc(repo, "repro", "evaluate@dtd", **OWN_CODE)
-    assert f"Running stage 'train@dtd-{other}'" not in output
-    assert trained_in(output) == [
-        f"out/train/dtd/{method}/{name}" for name in ("base_to_novel-2-1", "few_shot-1-1")
-    ]
+    assert "Running stage 'train@dtd-zero_shot'" not in output
+    assert trained_in(output) == [TRAINED, "out/train/dtd/heba/few_shot-1-1"]
     new, gone = new_in(repo, "out/train/dtd", trained)
     assert {path for path in new if path.endswith("adapter.safetensors")}
-    assert not [path for path in new if f"/{other}/" in path]
+    assert not [path for path in new if "/zero_shot/" in path]
     assert not gone
     adapters = [path for path in trained if path.endswith("adapter.safetensors")]
     assert all((repo / path).read_bytes() == trained[path][1] for path in adapters)
     new, gone = new_in(repo, "out/evaluate/dtd", evaluated)
-    assert new == records(f"dtd/{method}/base_to_novel-2-1", f"dtd/{method}/few_shot-1-1")
+    assert new == records("dtd/heba/base_to_novel-2-1", "dtd/heba/few_shot-1-1")
     assert not gone
 
 
 def test_a_setting_of_the_evaluation_trains_nothing(repo):
     path, plain = (repo / "out/evaluate/dtd" / name / "base_to_novel-2-1.json" for name in ("heba", "zero_shot"))
-    before, evaluated = json.loads(path.read_text()), states(repo, "out/evaluate")
-    trained = {
-        path: state for path, state in states(repo, "out/train").items() if not path.endswith("config.json")
-    }
+    before, evaluated, trained = json.loads(path.read_text()), states(repo, "out/evaluate"), tensors(repo)
     with changed_params(repo) as params:
         params["heba"]["scale_novel"] = 0.0
     output = dvc(repo, "repro", "evaluate@dtd")
     assert trained_in(output) == []
-    now = {path: state for path, state in states(repo, "out/train").items() if not path.endswith("config.json")}
-    assert {path: content for path, (_, content) in now.items()} == {
-        path: content for path, (_, content) in trained.items()
-    }
+    assert tensors(repo) == trained
     new, _ = new_in(repo, "out/evaluate", evaluated)
     assert new == records("dtd/heba/base_to_novel-2-1", "dtd/heba/few_shot-1-1")
     after = json.loads(path.read_text())
@@ -236,7 +226,7 @@ def test_a_method_that_is_listed_no_more_is_not_evaluated(repo):
 
 def test_train_makes_the_chosen_trainings(repo):
     with changed_params(repo) as params:
-        params["seeds"] = [1, 2, 3]
+        params["seeds"] = [1, 2]
     dvc(repo, "repro", "split@dtd")
     shutil.rmtree(repo / TRAINED)
     done = stage(repo, "train", "--dataset", "dtd", "--method", "heba", "--seed", "2")
@@ -245,7 +235,7 @@ def test_train_makes_the_chosen_trainings(repo):
     names = {path.name for path in (repo / "out" / "train" / "dtd" / "heba").iterdir()}
     assert names == {"base_to_novel-2-2", "few_shot-1-1"}
     done = stage(repo, "train", "--dataset", "dtd", "--method", "heba")
-    assert trained_in(done.stdout) == [f"out/train/dtd/heba/base_to_novel-2-{seed}" for seed in (1, 3)]
+    assert trained_in(done.stdout) == [TRAINED]
 
 
 def test_a_damaged_training_is_made_again(repo):
@@ -253,7 +243,7 @@ def test_a_damaged_training_is_made_again(repo):
         path = repo / TRAINED / name
         kept = path.read_bytes()
         path.unlink()  # the cache may share its bytes
-        path.write_bytes(kept[: len(kept) // 2])
+        path.write_bytes(b"nonsense")
         done = stage(repo, "train", *ONE)
         assert done.returncode == 0, done.stderr
         assert trained_in(done.stdout) == [TRAINED], name
@@ -335,14 +325,8 @@ def test_errors_are_messages(repo):
         (["--dataset", "dtd", "--method", "heba", "--seed", "5"], listed),
         (["--dataset", "dtd", "--method", "heba", "--shots", "7"], listed),
         (["--dataset", "dtd", "--method", "heba", "--protocol", "cross_dataset"], listed),
-        (
-            ["--dataset", "dtd", "--method", "hebba"],
-            "--method hebba: not in params.yaml, which has zero_shot, heba",
-        ),
-        (
-            ["--dataset", "mnist", "--method", "heba"],
-            "--dataset mnist: not in params.yaml, which has imagenet, dtd",
-        ),
+        (["--dataset", "dtd", "--method", "x"], "--method x: not in params.yaml, which has zero_shot, heba"),
+        (["--dataset", "x", "--method", "heba"], "--dataset x: not in params.yaml, which has imagenet, dtd"),
     ):
         refused = stage(repo, "train", *options)
         assert refused.returncode == 1
