@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlparse
 from pipeline.core.params import Params, load_params, stage_of
 from pipeline.core.paths import OUT, data_folder, main_root
 from pipeline.core.trainings import trainings
-from pipeline.runner import locks, machine, processes
+from pipeline.runner import dvc_inside, machine, processes
 
 ROOT = Path(__file__).parents[2]
 INSTALL = "pip install -c constraints.txt -e ."
@@ -142,14 +142,6 @@ def _embedded_needs(params: Params, data: Path) -> list[tuple[Path, float]]:
     return [(data, EMBEDDED_BYTES * len(left) / max(1, len(params.datasets)))]
 
 
-def _cache() -> Path:
-    """DVC's cache, to which the outs are links."""
-    from dvc.repo import Repo
-
-    with Repo(str(main_root())) as repo:
-        return Path(repo.cache.local.path)
-
-
 def _real_needs(params: Params, data: Path) -> list[tuple[Path, float]]:
     """Bytes by folder: what is not here of archives with their images, of packed images, and of adapters."""
     from heba.clip.architecture import read_config
@@ -173,7 +165,9 @@ def _real_needs(params: Params, data: Path) -> list[tuple[Path, float]]:
             if key not in sizes:
                 sizes[key] = adapter_bytes(params, training)
             adapters += sizes[key]
-    return [(data, fetched), (_cache(), packed + adapters)]
+    with dvc_inside.repository(main_root()) as repo:
+        cache = dvc_inside.cache_folder(repo)
+    return [(data, fetched), (cache, packed + adapters)]
 
 
 def _datasets(params: Params) -> list[str]:
@@ -297,9 +291,8 @@ def dvc(params: Params | None) -> Row:
         message.cancel()
     if done.returncode:
         said = _first_line(done.stderr.replace("ERROR: ", ""))
-        if "acquire lock" in said or "is busy" in said:
-            return Row("DVC", "warn", "another DVC process runs here", "wait for its end")
-        return Row("DVC", "fail", said, locks.remedy(said, root))
+        state = "warn" if dvc_inside.is_busy(said) else "fail"
+        return Row("DVC", state, said, dvc_inside.remedy(said, root))
     changed = json.loads(done.stdout)
     if changed:
         found = f"{len(changed)} stages changed: {_some(list(changed))}"
