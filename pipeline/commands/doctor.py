@@ -24,7 +24,8 @@ from pipeline.core.trainings import trainings
 from pipeline.runner import dvc_inside, machine, processes
 
 ROOT = Path(__file__).parents[2]
-INSTALL = "pip install -c constraints.txt -e ."
+INSTALL = "pip install -c constraints.txt -e '.[pipeline]'"
+POSTGRES = INSTALL.replace("pipeline", "postgres")
 SHOWN = ("torch", "torchvision", "open_clip_torch", "dvc", "mlflow")
 MOST_IMAGES = 50_000  # of a data set, to be counted here; the stages count them all
 EMBEDDED_BYTES = 300_000_000  # data, outs and MLflow's store of the demo, which takes 0.17 GB
@@ -51,7 +52,8 @@ def packages(params: Params | None) -> Row:
     wrong = []
     if python not in Requirement(f"python{project['requires-python']}").specifier:
         return Row("packages", "fail", f"Python {python}", f"install Python {project['requires-python']}")
-    for wanted in map(Requirement, project["dependencies"]):
+    needed = [*project["dependencies"], *project["optional-dependencies"]["pipeline"]]
+    for wanted in map(Requirement, needed):
         try:
             if (version := metadata.version(wanted.name)) not in wanted.specifier:
                 wrong.append(f"{wanted.name} {version} is not {wanted.specifier}")
@@ -237,7 +239,7 @@ def store(params: Params | None) -> Row:
         else:
             _ask_database(uri)
     except ModuleNotFoundError as error:
-        return Row("MLflow", "fail", f"{name}: the package {error.name} is missing", "pip install '.[postgres]'")
+        return Row("MLflow", "fail", f"{name}: the package {error.name} is missing", POSTGRES)
     except Exception as error:  # whatever a driver raises, the store can not be used
         return Row("MLflow", "fail", f"{name}: {_first_line(without_password(str(error)))}", remedy)
     return Row("MLflow", "ok", name)

@@ -85,7 +85,7 @@ def cluster(
         import ray
     except ModuleNotFoundError:
         raise RayError(
-            "--executor ray: the package ray is missing; pip install -c constraints.txt '.[ray]'"
+            "--executor ray: the package ray is missing; pip install -c constraints.txt -e '.[ray]'"
         ) from None
     try:
         host, _, port = address.rpartition(":")

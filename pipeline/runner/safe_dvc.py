@@ -1,4 +1,4 @@
-"""`python -m pipeline.runner.safe_dvc ...`: DVC's command line, which writes dvc.lock and its rwlock as a whole."""
+"""`python -m pipeline.runner.safe_dvc ...`: DVC's command line; dvc.lock and its rwlock are written as a whole."""
 
 import signal
 import sys
