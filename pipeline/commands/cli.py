@@ -217,9 +217,9 @@ def waves() -> None:
     """Print the stages that are to run, in waves: those of a line need only those of the lines above."""
     _params()
     from pipeline.core.paths import main_root
-    from pipeline.runner import repro
+    from pipeline.runner import dvc_inside, repro
 
-    for wave in repro.waves(repro.make_plan(main_root())):
+    for wave in repro.waves(dvc_inside.make_plan(main_root())):
         print(*wave)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -160,6 +161,10 @@ def adapter_folder(adapter: str) -> Path:
     """The local folder of an adapter that the command line names."""
     if Path(adapter).exists():
         return Path(adapter)
+    if find_spec("mlflow") is None:
+        raise ValueError(
+            f"{adapter}: there is no such folder; for a run or a model of MLflow, pip install 'heba[pipeline]'"
+        )
     from pipeline.tracking.models import fetch_adapter
 
     return fetch_adapter(adapter)

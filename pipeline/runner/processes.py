@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.runner.locks import release
+from pipeline.runner.dvc_inside import SINGLE, WAIT, release
 
 DVC = [sys.executable, "-m", "pipeline.runner.safe_dvc"]
-WAIT = "--wait-for-lock"
 # The shell ends at once; what it leaves in the background has process 1 for its parent.
 GUARD = 'exec 3<&0; (cat <&3; kill -s KILL -- "-$1") &'
 GRACE = 15.0  # seconds from an interrupt to a kill: a training closes its MLflow run in between
@@ -77,7 +76,7 @@ class Child:
         self.root, self.stages = root, stages
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                [*DVC, WAIT, "repro", "--single-item", *stages],
+                [*DVC, WAIT, *SINGLE, *stages],
                 cwd=root,
                 env=environment() | env | {"PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,

@@ -18,8 +18,22 @@ from pipeline.core.paths import temporary_name
 from pipeline.tracking.store import SHA_TAG, client, has_store, shown_uri, store_uri
 
 SERVED = Path(__file__).with_name("served.py")
-# What heba imports to name images; MLflow adds itself.
-LIBRARIES = ("torch", "torchvision", "open_clip_torch", "safetensors", "numpy", "pillow", "pandas", "mlflow")
+# What heba imports to name images, and what served.py does.
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "open_clip_torch",
+    "timm",
+    "huggingface_hub",
+    "safetensors",
+    "numpy",
+    "pillow",
+    "pydantic",
+    "pyyaml",
+    "psutil",
+    "pandas",
+    "mlflow",
+)
 
 
 def requirements() -> list[str]:
