@@ -106,7 +106,7 @@ NAMED = {
 
 
 def named(source):
-    """The methods that the strings of a module name, alone or at the beginning of a column's name. The logger "heba"
+    """The methods that strings of a module name, alone or at the beginning of a column. The logger "heba"
     is no method."""
     tree = ast.parse(source)
     loggers = [
