@@ -165,6 +165,7 @@ def load(
     folder = Path(folder)
     config = artifact.read_config(folder)
     where = _device(device)
+    bf16 = config.bf16 and where.type == "cuda"
     record = config.backbone.model_dump()
     clip, tokenizer, preprocess = _load_backbone(folder, record, Path(root), name, pretrained)
     model, _ = artifact.load(clip.to(where), folder)
@@ -174,8 +175,8 @@ def load(
     else:
         names, prompts = new
         used = _with_settings(config, settings or {})
-        classifier = _new_classifier(config.method, model, _classes(clip, tokenizer, names, prompts), used)
-    bf16 = config.bf16 and where.type == "cuda"
+        with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
+            classifier = _new_classifier(config.method, model, _classes(clip, tokenizer, names, prompts), used)
     return Classifier(names, _logits(config.method, model, clip, classifier, bf16), preprocess, where, config)
 
 

@@ -130,7 +130,7 @@ def table(params: Params, tflops: float, overhead_ms: float, text_length: int) -
                 "Steps": steps,
                 "Training, h": seconds / 3600,
                 "Test passes, h": hours(tested, flops) if about.READS == "pixels" else 0.0,
-                "Adapters, GB": sum(adapter_bytes(params, own[0]) for _ in own) / 1e9,
+                "Adapters, GB": len(own) * adapter_bytes(params, own[0]) / 1e9,
             }
     rows[FROZEN, "all"] = {
         "Trainings": 0,

@@ -205,9 +205,12 @@ def settings(pairs: list[str] | None) -> dict[str, Any]:
     found = {}
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
+        try:
+            found[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
         if not equals:
             raise ValueError(f"--set {pair}: write name=value")
-        found[name.strip()] = yaml.safe_load(value)
     return found
 
 
