@@ -27,7 +27,7 @@ class TextBank:
         tokens: [n_prompts, length].
         lengths: per prompt, tokens up to and with the one that is read (`towers.text_lengths`).
         offsets: first prompt of every class, and n_prompts at the end; prompts are ordered by class.
-        hidden: frozen states [n_prompts, length, width] below adapter.start, or None to compute them.
+        hidden: frozen states [n_prompts, length, width] below block `start`, or None to compute them.
     """
 
     tokens: Tensor
