@@ -3,22 +3,23 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
-from pipeline.runner.warm import stage_server
+from pipeline.runner.warm import SERVER, stage_server
 from pipeline.stages.download import describe_folder
 from tests.pipeline import breakable
 from tests.pipeline.breakable import TRAINED
-from tests.pipeline.repository import ROOT, call, stage
+from tests.pipeline.repository import ROOT, call, stage, wait_for
 from tests.pipeline.test_real import repository
 
 
 @pytest.fixture(scope="module")
 def server():
     with stage_server(ROOT) as environment:
-        breakable.wait_for_server(environment)
+        wait_for(Path(environment[SERVER]).exists)
         yield environment
 
 
@@ -28,7 +29,7 @@ STAGES = ("backbone", "download", "split", "precompute", "train", "evaluate")
 def run(repo, server, stages=STAGES, **env):
     for name in stages:
         options = [] if name == "backbone" else ["--dataset", "dtd"]
-        options += ["--seed", "1"] if name == "train" else []
+        options += ["--method", "heba"] if name == "train" else []
         done = stage(repo, name, *options, **server, **env)
         assert done.returncode == 0, done.stderr
     return files(repo)
@@ -43,7 +44,7 @@ def folder(path, **changes):
     path.mkdir(parents=True)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params |= {"datasets": ["dtd"], "seeds": [1], "shots": 2} | changes
-    params["train"] |= {"epochs": 3, "batch_size": 4}
+    params["heba"] |= {"epochs": 3, "batch_size": 4}
     params["few_shot"]["seeds"] = params["few_shot"]["datasets"] = []
     params["transfer"] |= {"source": "dtd", "targets": [], "variants": [], "seeds": []}
     (path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
@@ -77,7 +78,14 @@ def test_deterministic_has_no_effect_on_a_cpu(first, server, tmp_path):
     other = folder(tmp_path / "other", deterministic=True)
     found = run(other, server, PYTHONPATH=str(ROOT))
     differing = {path.name for path in expected if found[path] != expected[path]}
-    assert differing == {"config.json"}  # which says so
+    assert differing == {"config.json", "base_to_novel-2-1.json"}  # which say so
+    records = [
+        json.loads((path / "out/evaluate/dtd/heba/base_to_novel-2-1.json").read_text()) for path in (repo, other)
+    ]
+    assert {key for key in records[0] if records[0][key] != records[1][key]} == {
+        "inputs_sha256",
+        "evaluated_sha256",
+    }
     config = json.loads((other / TRAINED / "config.json").read_text())
     before = json.loads((repo / TRAINED / "config.json").read_text())
     assert {key for key in config if config[key] != before[key]} == {"deterministic", "inputs_sha256"}
@@ -109,13 +117,12 @@ def test_names_that_are_not_ascii(server, tmp_path):
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | describe_folder(data, own=False)))
     run_stage("split", "--dataset", "eurosat", **server)
     run_stage("precompute", "--dataset", "eurosat", **server)
-    run_stage("train", "--dataset", "eurosat", "--seed", "1", **server)
-    trainings = repo / "out" / "train" / "eurosat" / "trainings.json"
-    trainings.write_text(json.dumps([["base_to_novel", 1, 2]]))
+    only = ("--protocol", "base_to_novel", "--seed", "1")
+    run_stage("train", "--dataset", "eurosat", "--method", "heba", *only, **server)
     ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     run_stage("evaluate", "--dataset", "eurosat", **ascii_alone)
-    record = json.loads((repo / "out/evaluate/eurosat/base_to_novel-1.json").read_text(encoding="utf-8"))
-    classes = [name for group in record["groups"].values() for name in group["classnames"]]
+    record = json.loads((repo / "out/evaluate/eurosat/heba/base_to_novel-2-1.json").read_text(encoding="utf-8"))
+    classes = [name for group in record["groups"].values() for name in group["class_names"]]
     assert sorted(classes) == sorted(new.values())
 
 
@@ -127,11 +134,10 @@ def test_the_whole_embedded_pipeline_twice(tmp_path):
         ("one by one", ["dvc", "repro"]),
         ("side by side", [sys.executable, "-m", "pipeline", "repro", "--jobs", "2"]),
     ):
-        repo = breakable.make(tmp_path / name)
-        shutil.copy(ROOT / "params.yaml", repo / "params.yaml")
+        repo = breakable.make(tmp_path / name, breakable.read_params())
         done = call(repo, *command)
         assert done.returncode == 0, done.stdout + done.stderr
         found.append(breakable.outs(repo))
         shutil.rmtree(repo / "data")
     assert found[0] == found[1]
-    assert len([name for name in found[0] if name.endswith("adapter.safetensors")]) == 26
+    assert len([n for n in found[0] if "/heba/" in n and n.endswith("adapter.safetensors")]) == 26

@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import heba
+from heba import artifact
 from heba.clip import backbone
-from heba.methods.heba.model import AdaptedCLIP, save_adapter
-from heba.predict import save_classifier
+from heba.methods.heba.model import AdaptedCLIP
+from tests.heba import artifacts
 from tests.heba.test_backbones import SMALL, TEXT
 from tests.pipeline.repository import ROOT, call, stage
 from tests.server import serve
@@ -60,10 +61,10 @@ def adapter(folder, files, **record):
     named = {"name": "small.json", "pretrained": "w.safetensors"} | record
     for key, name in (("config_sha256", "small.json"), ("sha256", "w.safetensors")):
         named.setdefault(key, backbone.sha256(files / name))
-    save_adapter(
-        AdaptedCLIP(clip, 1, 2, 0.1), folder, {"class_names": ["a", "b"], "bf16": False, "backbone": named}
-    )
-    save_classifier(nn.functional.normalize(torch.ones(2, 32), dim=-1), folder)
+    model = AdaptedCLIP(clip, 1, 2, 0.1)
+    artifacts.save(model, folder, class_names=["a", "b"], backbone=artifact.Backbone(**named))
+    weights = nn.functional.normalize(torch.ones(2, 32), dim=-1)
+    artifact.write_classifier({"weights": weights, "scale": torch.tensor(0.1)}, folder)
     return folder
 
 
@@ -72,7 +73,7 @@ def params(folder, name, pretrained):
     raw = yaml.safe_load((ROOT / "pipeline" / "presets" / "paper.yaml").read_text())
     raw["backbone"] = {"name": name, "pretrained": pretrained}
     if name == "small.json":
-        for adapted in (raw["adapter"], raw["transfer"]["adapter"]):
+        for adapted in (raw["heba"], raw["heba"]["overrides"]["cross_dataset"]):
             adapted |= {"start": 1, "end": 2}
     (folder / "params.yaml").write_text(yaml.safe_dump(raw))
 
