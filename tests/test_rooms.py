@@ -98,9 +98,10 @@ def test_the_library_knows_neither_dvc_nor_mlflow():
                 assert not {n.split(".")[0] for n in names} & {"dvc", "mlflow", "ray", "typer"}, path
 
 
-# Where the name of a method stands outside its own folder, or the word means something else.
+# Where a method is named outside its own folder, or its name means something else.
 NAMED = {
     ("heba/__init__.py", "zero_shot"),  # the function heba.zero_shot
+    ("pipeline/__main__.py", "heba"),  # the package
     ("heba/predict.py", "zero_shot"),  # PLAIN, the method of that function
 }
 
