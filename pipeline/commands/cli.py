@@ -395,8 +395,8 @@ def run_app(command: typer.Typer) -> None:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
             raise
         print(
-            f"error: {error}\nLower train.batch_size or train.neg_ratio, set precision: bf16, or run fewer jobs "
-            "on a GPU.",
+            f"error: {error}\nLower batch_size in the method's block of params.yaml, set precision: bf16, or run "
+            "fewer jobs on a GPU.",
             file=sys.stderr,
         )
         sys.exit(1)

@@ -11,7 +11,6 @@ import heba
 
 ROOT = Path(heba.__file__).parents[1]
 MODEL = ("heba/clip", "heba/data", "pipeline/stages/backbone.py")
-PRECOMPUTE = (*MODEL, "pipeline/stages/precompute.py")
 TRAIN = (*MODEL, "heba/artifact.py", "heba/fit", "pipeline/stages/train.py")
 EVALUATE = (*MODEL, "heba/artifact.py", "heba/evaluation", "pipeline/stages/evaluate.py")
 

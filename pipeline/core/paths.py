@@ -5,7 +5,7 @@ import glob
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,7 +41,24 @@ def remove_left(path: Path) -> None:
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         pid = left.name.rsplit(".", 2)[1]
         if pid.isdecimal() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            _remove(left)
+
+
+def keep_only(folder: Path, wanted: Collection[Path]) -> None:
+    """Remove what lies under `folder`, but for `wanted` and what living processes write (`temporary_name`)."""
+    for path in sorted(folder.iterdir()):
+        if path in wanted:
+            continue
+        if path.name.startswith(".") and path.suffix == ".tmp":
+            remove_left(path.with_name(path.name[1:].rsplit(".", 2)[0]))
+        elif any(kept.is_relative_to(path) for kept in wanted):
+            keep_only(path, wanted)
+        else:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def temporary_name(path: Path) -> Path:

@@ -23,7 +23,7 @@ from heba.evaluation.record import Group, Record, read_record, write_record
 from heba.evaluation.report import classification_report
 from pipeline.core import code
 from pipeline.core.params import Params
-from pipeline.core.paths import new_file, writable
+from pipeline.core.paths import keep_only, new_file, writable
 from pipeline.core.trainings import Evaluation, Training, stage_folder, tested_on, train_folder
 from pipeline.stages.backbone import computing, device, load_backbone, use_bf16
 from pipeline.stages.precompute import TestImages, folder_of, read_classes, read_test
@@ -33,7 +33,7 @@ from pipeline.tracking import log
 
 def run(params: Params, dataset: str) -> None:
     """Evaluate all trainings on `dataset` that are tested on it too."""
-    found = [t for t in trained_on(dataset) if not PROTOCOLS[t.protocol].transfer]
+    found = [t for t in trained_on(params, dataset) if not PROTOCOLS[t.protocol].transfer]
     evaluate_all(
         params, [Evaluation(t.protocol, dataset, t) for t in found], stage_folder("base_to_novel") / dataset
     )
@@ -41,48 +41,42 @@ def run(params: Params, dataset: str) -> None:
 
 def run_transfer(params: Params, protocol: str, seed: int) -> None:
     """Evaluate the source's trainings of `seed` on the test images of all targets or variants."""
-    source = params.transfer.source
-    found = [t for t in trained_on(source) if t.protocol == PROTOCOLS[protocol].trained_as and t.seed == seed]
+    source, trained_as = params.transfer.source, PROTOCOLS[protocol].trained_as
+    found = [t for t in trained_on(params, source) if (t.protocol, t.seed) == (trained_as, seed)]
     jobs = [Evaluation(protocol, d, t) for d in tested_on(params, protocol, source) for t in found]
     evaluate_all(params, jobs, stage_folder(protocol) / str(seed))
 
 
-def trained_on(dataset: str) -> list[Training]:
-    """The trainings that out/train has of a data set."""
+def trained_on(params: Params, dataset: str) -> list[Training]:
+    """The trainings on a data set, without those of a method that an earlier params.yaml had."""
     configs = train_folder(dataset).glob(f"*/[!.]*/{artifact.CONFIG_FILE}")
-    return sorted(Training.of_folder(config.parent) for config in configs)
+    found = sorted(Training.of_folder(config.parent) for config in configs)
+    return [training for training in found if training.method in params.methods]
 
 
 def evaluate_all(params: Params, jobs: list[Evaluation], folder: Path) -> None:
     """Bring the records under `folder` up to date with `jobs`, and log them."""
     with writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        remove_others(folder, {job.path for job in jobs})
+        keep_only(folder, [job.path for job in jobs])
     clip = None
     made = []
-    for job in jobs:
-        config = artifact.read_config(job.training.folder)
-        digest = inputs_sha256(params, job)
-        if kept(job.path, digest):
-            continue
-        clip = clip or load_backbone(params)[0]
-        record = evaluate(params, clip, job, config, digest)
-        with new_file(job.path) as path:
-            write_record(record, path)
-        shown = ", ".join(f"{group} {value:.1f} %" for group, value in record.accuracies().items())
-        print(f"{job.path}: {shown}")
-        made.append(record)
-    if made:
-        log.log_evaluations(made)
-
-
-def remove_others(folder: Path, wanted: set[Path]) -> None:
-    """Remove what an earlier params.yaml has left in `folder`."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_file() and path not in wanted:
-            path.unlink()
-        elif path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
+    try:
+        for job in jobs:
+            config = artifact.read_config(job.training.folder)
+            digest = inputs_sha256(params, job)
+            if kept(job.path, digest):
+                continue
+            clip = clip or load_backbone(params)[0]
+            record = evaluate(params, clip, job, config, digest)
+            with new_file(job.path) as path:
+                write_record(record, path)
+            made.append(record)
+            shown = ", ".join(f"{group} {value:.1f} %" for group, value in record.accuracies().items())
+            print(f"{job.path}: {shown}")
+    finally:  # the next run keeps these records, and would not log them
+        if made:
+            log.log_evaluations(made)
 
 
 def kept(path: Path, digest: str) -> bool:
@@ -100,7 +94,8 @@ def inputs_sha256(params: Params, job: Evaluation) -> str:
     digest = hashlib.sha256(json.dumps(what).encode())
     trained, precomputed = job.training.folder, folder_of(job.dataset)
     files = [trained / name for name in artifact.FILES]
-    for file in [*files, precomputed / "text.safetensors", precomputed / "test.safetensors"]:
+    files += [precomputed / name for name in ("prompts.json", "text.safetensors", "test.safetensors")]
+    for file in files:
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()[:32]
 

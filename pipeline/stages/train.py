@@ -22,7 +22,7 @@ from heba.data.splits import Split, base_labels, class_names, select_classes
 from heba.fit.run import Run
 from pipeline.core import code
 from pipeline.core.params import Params, ParamsError, settings_of
-from pipeline.core.paths import main_root, new_folder, temporary_name, writable
+from pipeline.core.paths import keep_only, main_root, new_folder, temporary_name, writable
 from pipeline.core.trainings import Training, train_folder, trains
 from pipeline.stages.backbone import be_deterministic, computing, device, load_backbone, read_record, use_bf16
 from pipeline.stages.download import manifest_path, verified_folder
@@ -57,9 +57,7 @@ def run(
     own = train_folder(dataset) / method
     with writable(own):
         own.mkdir(parents=True, exist_ok=True)
-        for folder in own.iterdir():
-            if folder not in [t.folder for t in listed]:
-                shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+        keep_only(own, [t.folder for t in listed])
     clip, tracker = None, log.StageLog()
     try:
         for training in wanted:
