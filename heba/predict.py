@@ -174,7 +174,7 @@ def load(
     else:
         names, prompts = new
         used = _with_settings(config, settings or {})
-        classifier = _new_classifier(config.method, model, clip, tokenizer, names, prompts, used)
+        classifier = _new_classifier(config.method, model, _classes(clip, tokenizer, names, prompts), used)
     bf16 = config.bf16 and where.type == "cuda"
     return Classifier(names, _logits(config.method, model, clip, classifier, bf16), preprocess, where, config)
 
@@ -195,16 +195,17 @@ def _with_settings(config: artifact.Config, changed: Mapping[str, Any]) -> Any:
         raise ValueError(f"settings: {found}") from None
 
 
-def _new_classifier(
-    method: str, model: Any, clip: Any, tokenizer: Tokenizer, names: list[str], prompts: Prompts, settings: Any
-) -> dict[str, Tensor]:
-    """What a method keeps of class names that it was not trained on."""
-    where = clip.logit_scale.device
+def _classes(clip: Any, tokenizer: Tokenizer, names: list[str], prompts: Prompts) -> Classes:
+    """What frozen CLIP makes of class names."""
     tokens, _ = tokenize(prompts.texts, tokenizer)
-    with torch.no_grad():
-        features = encode_prompts(clip, tokens, partial(encode_text_plain, clip), where)
-        classes = Classes(names, tokens, torch.tensor(prompts.class_index), features)
-        return methods.part(method, "method").classifier(model, classes, settings, False)
+    features = encode_prompts(clip, tokens, partial(encode_text_plain, clip), clip.logit_scale.device)
+    return Classes(names, tokens, torch.tensor(prompts.class_index), features)
+
+
+@torch.no_grad()
+def _new_classifier(method: str, model: Any, classes: Classes, settings: Any) -> dict[str, Tensor]:
+    """What a method keeps of class names that it was not trained on."""
+    return methods.part(method, "method").classifier(model, classes, settings, False)
 
 
 def _logits(
@@ -279,7 +280,7 @@ def zero_shot(
     clip.to(where)
     settings = methods.part(PLAIN, "settings").Settings()
     model = methods.part(PLAIN, "method").build(clip, len(names), settings, seed=0)
-    classifier = _new_classifier(PLAIN, model, clip, tokenizer, names, prompts, settings)
+    classifier = _new_classifier(PLAIN, model, _classes(clip, tokenizer, names, prompts), settings)
     return Classifier(names, _logits(PLAIN, model, clip, classifier, False), preprocess, where, None)
 
 

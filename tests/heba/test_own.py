@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from heba.data.splits import PARTS, class_names, read_split, write_split
-from heba.sources.check import check
+from heba.sources.check import Rules, check
 from heba.sources.own import IMAGE_SUFFIXES, given_split, make_split, read_own
 from pipeline.commands.use import find_images
 
@@ -246,7 +246,9 @@ def test_a_split_file_keeps_its_labels(tmp_path):
 
 def report(root, split=None, **options):
     split = split or read_own(root, "folder").split
-    return check(split, root, **{"descriptions": {}, "shots": 1, "allow_leaks": False} | options)
+    others = {key: options.pop(key) for key in ("progress",) if key in options}
+    descriptions = options.pop("descriptions", {})
+    return check(split, root, descriptions, Rules(**{"shots": 1, "allow_leaks": False} | options), **others)
 
 
 def found(findings):
