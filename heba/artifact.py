@@ -90,7 +90,8 @@ def read_config(folder: Path) -> Config:
         config = Config.model_validate_json(path.read_text(encoding="utf-8"))
         config.method_settings()
     except ValidationError as error:
-        found = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
+        told = [(".".join(map(str, e["loc"])), e["msg"]) for e in error.errors()]
+        found = "; ".join(f"{key}: {message}" if key else message for key, message in told)
         raise ValueError(f"{path}: damaged ({found}); {REMEDY}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged ({error}); {REMEDY}") from None

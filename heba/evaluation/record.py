@@ -74,7 +74,8 @@ def read_record(path: Path) -> Record:
     try:
         return Record.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
-        found = "; ".join(f"key '{'.'.join(map(str, e['loc']))}': {e['msg']}" for e in error.errors()[:3])
+        told = [(".".join(map(str, e["loc"])), e["msg"]) for e in error.errors()[:3]]
+        found = "; ".join(f"key '{key}': {message}" if key else message for key, message in told)
         raise ValueError(
             f"{path}: not a record of an evaluation ({found}); evaluate this data set again"
         ) from None
