@@ -11,6 +11,7 @@ from tests.pipeline.repository import call
 HOSTILE = {
     "datasets": ["dtd", "dtd; touch PWNED-datasets #"],
     "own": {"mine; touch PWNED-own #": {"kind": "folder", "path": "photos; touch PWNED-path #"}},
+    "methods": ["heba", "heba; touch PWNED-methods #"],
     "seeds": [1, "1; touch PWNED-seeds #"],
     "shots": "2; touch PWNED-shots #",
     "transfer.source": "dtd; touch PWNED-source #",
@@ -26,7 +27,7 @@ CONSTANT = {"params", "backbone", "protocols", "report"}  # stages without such 
 
 @pytest.fixture
 def repo(tmp_path):
-    folder = breakable.make(tmp_path / "repo")
+    folder = breakable.make(tmp_path / "repo", breakable.alone(breakable.small_params()))
     (folder / "photos").mkdir()
     (folder / "photos" / "notes.json").write_text("mine")
     return folder

@@ -1,7 +1,6 @@
 """MLflow runs under ctrl-C, side by side, and when the store is down."""
 
 import itertools
-import json
 import signal
 import subprocess
 import sys
@@ -11,15 +10,74 @@ from contextlib import contextmanager
 import pytest
 from filelock import FileLock
 
+from heba import artifact
+from heba.evaluation.record import Group, Record, write_record
+from pipeline.core.trainings import Evaluation, Training
 from pipeline.tracking import background
 from pipeline.tracking import log as tracking
 from pipeline.tracking.store import client
 from tests.pipeline.repository import ROOT, environment, stage, wait_for
-from tests.pipeline.test_report import record
 
-CONFIG = {"protocol": "base_to_novel", "dataset": "dtd", "shots": 2, "seed": 1, "train": {"lr": 0.1}}
-CONFIG |= {"inputs_sha256": "of its inputs"}
-RECORD = {"epoch": 0, "loss": 1.0, "lr": 0.1}
+TRAINING = Training("base_to_novel", "dtd", "zero_shot", shots=2, seed=1)
+CONFIG = artifact.Config(
+    method=TRAINING.method,
+    settings={},
+    class_names=["grass"],
+    backbone=artifact.Backbone(name="tiny", pretrained="embedded", sha256="0" * 64),
+    protocol=TRAINING.protocol,
+    dataset=TRAINING.dataset,
+    suite="embedded",
+    bf16=False,
+    seed=TRAINING.seed,
+    shots=TRAINING.shots,
+    inputs_sha256="of its inputs",
+)
+EPOCH = {"epoch": 0, "loss": 1.0, "lr": 0.1}
+
+
+def begun():
+    """What a stage logs its trainings by, with one that has begun."""
+    log = tracking.StageLog()
+    log.begin(CONFIG)
+    return log
+
+
+def trained(folder):
+    """The folder of TRAINING under `folder`, as the stage leaves it."""
+    out = folder / TRAINING.folder
+    out.mkdir(parents=True)
+    artifact.write_config(CONFIG, out)
+    (out / artifact.ADAPTER_FILE).write_bytes(b"weights")
+    artifact.write_history([EPOCH], out)
+    return out
+
+
+def evaluation(**about):
+    """A record of TRAINING."""
+    group = Group(n=1, accuracy=100.0, class_names=["grass"], per_class=[100.0], confusion=[[1]])
+    found = {
+        "protocol": TRAINING.protocol,
+        "dataset": TRAINING.dataset,
+        "method": TRAINING.method,
+        "shots": TRAINING.shots,
+        "seed": TRAINING.seed,
+        "source": None,
+        "suite": CONFIG.suite,
+        "backbone": {"name": "tiny", "pretrained": "embedded"},
+        "settings": {},
+        "adapter_sha256": "of its adapter",
+        "inputs_sha256": CONFIG.inputs_sha256,
+        "evaluated_sha256": "of its evaluation",
+        "groups": {"base": group, "novel": group},
+    }
+    return Record(**found | about)
+
+
+def evaluated(folder):
+    """The path of a record of TRAINING under `folder`."""
+    path = folder / Evaluation("base_to_novel", TRAINING.dataset, TRAINING).path
+    path.parent.mkdir(parents=True)
+    return path
 
 
 @pytest.fixture
@@ -54,16 +112,17 @@ def statuses():
 
 def train_for_ever(run):
     for epoch in itertools.count():
-        run.epoch(RECORD | {"epoch": epoch})
+        run.epoch(EPOCH | {"epoch": epoch})
         time.sleep(0.01)
 
 
 def test_ctrl_c_at_any_moment_of_a_training_leaves_a_run_that_is_closed(folder):
     for part in range(5):
-        run = tracking.start_training(CONFIG)
+        run = begun()
         with pytest.raises(KeyboardInterrupt), alarm(press_ctrl_c, 0.001 + 0.3 * part):
             train_for_ever(run)
         run.fail()
+        run.finish()
     assert statuses() == ["FAILED"] * 5
 
 
@@ -75,29 +134,32 @@ def test_ctrl_c_while_a_stage_waits_for_mlflow_lets_it_be_done(folder):
         lock.release()
         press_ctrl_c()
 
-    run = tracking.start_training(CONFIG)
+    run = begun()
+    run.outs(trained(folder))
     with pytest.raises(KeyboardInterrupt), alarm(press, 0.5):
-        run.finish(trained(folder))
+        run.finish()
     assert statuses() == ["FINISHED"]
 
 
 def test_a_second_ctrl_c_ends_the_wait_for_mlflow(folder):
     with FileLock(folder / ".heba-mlflow.lock"):
-        run = tracking.start_training(CONFIG)
+        run = begun()
+        run.outs(trained(folder))
         begin = time.monotonic()
         with pytest.raises(KeyboardInterrupt), alarm(press_ctrl_c, 0.5, 0.5):
-            run.finish(trained(folder))
+            run.finish()
         assert time.monotonic() - begin < background.PATIENCE / 2
 
 
 def test_epochs_that_a_slow_store_could_not_take_at_once_are_all_logged(folder):
     lock = FileLock(folder / ".heba-mlflow.lock")
     lock.acquire()
-    run = tracking.start_training(CONFIG)
+    run = begun()
     for epoch in range(300):
-        run.epoch(RECORD | {"epoch": epoch})
+        run.epoch(EPOCH | {"epoch": epoch})
     lock.release()
-    run.finish(trained(folder))
+    run.outs(trained(folder))
+    run.finish()
     store = client()
     (found,) = store.search_runs([e.experiment_id for e in store.search_experiments()])
     history = store.get_metric_history(found.info.run_id, "seconds")
@@ -106,14 +168,34 @@ def test_epochs_that_a_slow_store_could_not_take_at_once_are_all_logged(folder):
     assert found.info.status == "FINISHED"
 
 
-def trained(folder):
-    """An adapter's folder as a training leaves it."""
-    out = folder / "out" / "train" / "dtd" / "base_to_novel-1"
-    out.mkdir(parents=True)
-    (out / "config.json").write_text(json.dumps(CONFIG))
-    (out / "adapter.safetensors").write_bytes(b"weights")
-    (out / "history.csv").write_text("epoch,loss,lr\n0,1.0,0.1\n")
-    return out
+def test_the_trainings_of_a_stage_are_runs_of_their_own_and_no_failure_reaches_the_others(folder):
+    """One process logs them all, in order; a stage that trains nothing starts none."""
+    nothing = tracking.StageLog()
+    nothing.finish()
+    assert nothing.log is None
+    log = tracking.StageLog()
+    processes = set()
+    for seed in (1, 2, 3):
+        log.begin(CONFIG.model_copy(update={"seed": seed, "inputs_sha256": f"of seed {seed}"}))
+        processes.add(log.log.process.pid)
+        for epoch in range(seed):
+            log.epoch(EPOCH | {"epoch": epoch})
+        if seed == 2:
+            log.fail()
+        else:
+            log.outs(trained(folder / str(seed)))
+    log.finish()
+    assert len(processes) == 1
+    store = client()
+    found = store.search_runs([e.experiment_id for e in store.search_experiments()])
+    assert {run.info.run_name: run.info.status for run in found} == {
+        f"dtd-zero_shot-2shot-seed{seed}": status
+        for seed, status in ((1, "FINISHED"), (2, "FAILED"), (3, "FINISHED"))
+    }
+    for run in found:
+        seed = int(run.data.params["seed"])
+        assert run.data.tags[tracking.INPUTS_TAG] == f"of seed {seed}"
+        assert [m.step for m in store.get_metric_history(run.info.run_id, "loss")] == list(range(seed))
 
 
 def test_evaluations_side_by_side_make_one_run_of_a_training(folder):
@@ -121,11 +203,11 @@ def test_evaluations_side_by_side_make_one_run_of_a_training(folder):
     client()
     code = (
         "import sys, pathlib\n"
-        "from pipeline import tracking, store\n"
+        "from pipeline.tracking import log, store\n"
         "found = store.client()\n"
         "print('ready', flush=True)\n"
         "sys.stdin.readline()\n"
-        "print(tracking.find_or_create_run(found, pathlib.Path(sys.argv[1])))\n"
+        "print(log.find_or_create_run(found, pathlib.Path(sys.argv[1])))\n"
     )
     both = [
         subprocess.Popen(
@@ -167,24 +249,22 @@ def test_track_names_what_is_wrong(folder, tmp_path_factory):
     down = stage(folder, "track", MLFLOW_TRACKING_URI="http://me:secret@127.0.0.1:9", PYTHONPATH=str(ROOT))
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     lost = stage(elsewhere, "track", PYTHONPATH=str(ROOT))
-    config = trained(folder) / "config.json"
-    config.write_text("{")
+    out = trained(folder)
+    (out / "config.json").write_text("{")
     damaged = stage(folder, "track", PYTHONPATH=str(ROOT))
-    config.write_text(json.dumps(CONFIG))
-    history = config.with_name("history.csv")
-    history.write_text("nothing,of,it\n1,2,3\n")
+    artifact.write_config(CONFIG, out)
+    (out / "history.csv").write_text("nothing,of,it\n1,2,3\n")
     no_epochs = stage(folder, "track", PYTHONPATH=str(ROOT))
-    history.write_text("epoch,loss,lr\n0,1.0,0.1\n")
-    record = folder / "out" / "evaluate" / "dtd" / "base_to_novel-1.json"
-    record.parent.mkdir(parents=True)
+    artifact.write_history([EPOCH], out)
+    record = evaluated(folder)
     record.write_text("{}")
     empty = stage(folder, "track", PYTHONPATH=str(ROOT))
     for done, named in (
         (down, "MLflow's store http://127.0.0.1:9"),
         (lost, "params.yaml is not here"),
-        (damaged, "config.json is damaged"),
-        (no_epochs, "history.csv is damaged"),
-        (empty, f"{record.relative_to(folder)}: key 'protocol' is missing"),
+        (damaged, f"{TRAINING.folder}/config.json: damaged (Invalid JSON: "),
+        (no_epochs, f"{TRAINING.folder}/history.csv: damaged (its columns must be epoch, loss, lr)"),
+        (empty, f"{record.relative_to(folder)}: not a record of an evaluation (key 'protocol': Field required"),
     ):
         assert done.returncode == 1
         assert done.stderr.startswith("error: ") or "\nerror: " in done.stderr
@@ -196,10 +276,8 @@ def test_track_names_what_is_wrong(folder, tmp_path_factory):
 
 def test_an_evaluation_of_an_adapter_that_is_no_more_is_left_out(folder):
     trained(folder)
-    path = folder / "out" / "evaluate" / "dtd" / "base_to_novel-1.json"
-    path.parent.mkdir(parents=True)
-    other = record("dtd", 1, (50.0, 60.0), (70.0, 60.0)) | {"adapter_sha256": "of another", "scale_novel": 0.1}
-    path.write_text(json.dumps(other))
+    path = evaluated(folder)
+    write_record(evaluation(inputs_sha256="of others"), path)
     done = stage(folder, "track", PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("0 evaluations")
