@@ -189,9 +189,6 @@ def train(params: Params, clip: Any, training: Training, config: artifact.Config
                 artifact.write_classifier(method.classifier(model, classes, settings, True, progress), out)
             artifact.write_config(config, out)
             artifact.write_history(history, out)
-    except BaseException:
-        tracker.fail()
-        raise
     finally:
         if model is not None:
             method.detach(model)

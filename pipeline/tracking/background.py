@@ -78,22 +78,22 @@ class Background:
 
     def finish(self) -> None:
         """Wait until all calls are done, or `PATIENCE` is over. A first ctrl-C does not break the wait off."""
-        self.send(END, None)
         process, until = self.process, time.monotonic() + PATIENCE
-        if process is None:
-            return
         try:
-            self._wait(process, until)
+            self._wait(until)
         except KeyboardInterrupt:
-            if self.process:
-                self._wait(process, until)
+            self._wait(until)
             raise
         finally:
-            if process.poll() is None:
+            if process and process.poll() is None:
                 process.kill()
             self.process = None
 
-    def _wait(self, process: subprocess.Popen[bytes], until: float) -> None:
+    def _wait(self, until: float) -> None:
+        self.send(END, None)
+        process = self.process
+        if process is None:
+            return
         with suppress(subprocess.TimeoutExpired):
             process.wait(min(NOTED, max(until - time.monotonic(), 0)))
         if process.poll() is None:
@@ -119,27 +119,30 @@ class Stopped(BaseException):
     """A call takes too much. No Exception, which MLflow would catch and try again."""
 
 
-def serve(calls: dict[str, Callable[[list[Any]], None]], failed: Callable[[], None]) -> None:
+def serve(calls: dict[str, Callable[[list[Any]], None]], close: Callable[[], None]) -> None:
     """The process: do the `calls` that standard input names until it ends.
 
     What waits of one name is done as one call, with the list of the arguments, so that a slow store keeps up.
-    After the first failure comes the call `failed`, and then SystemExit with the reason on standard output.
+    The last call is `close`, at the end and after the first failure. After a failure comes SystemExit, with the
+    reason on standard output.
     """
     messages: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(messages,), daemon=True).start()
     with redirect_stdout(sys.stderr):  # what MLflow prints is no reason
-        for name, arguments in _taken(messages):
-            try:
+        try:
+            for name, arguments in _taken(messages):
                 with limits():
                     calls[name](arguments)
-            except Stopped as error:
-                _say(str(error))
-                sys.exit(1)
-            except Exception as error:  # whatever the store does
-                _say(told(error))
-                with suppress(Exception, Stopped), limits():
-                    failed()
-                sys.exit(1)
+            with limits():
+                close()
+        except Stopped as error:
+            _say(str(error))
+            sys.exit(1)
+        except Exception as error:  # whatever the store does
+            _say(told(error))
+            with suppress(Exception, Stopped), limits():
+                close()
+            sys.exit(1)
 
 
 def _read(messages: queue.SimpleQueue[tuple[str, Any]]) -> None:
