@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 
-from pipeline.runner.warm import stage_server
+from heba.evaluation.record import read_record
 from pipeline.stages.download import describe_folder
 from tests.pipeline import breakable
 from tests.pipeline.breakable import TRAINED
@@ -15,21 +15,14 @@ from tests.pipeline.repository import ROOT, call, stage
 from tests.pipeline.test_real import repository
 
 
-@pytest.fixture(scope="module")
-def server():
-    with stage_server(ROOT) as environment:
-        breakable.wait_for_server(environment)
-        yield environment
-
-
 STAGES = ("backbone", "download", "split", "precompute", "train", "evaluate")
 
 
-def run(repo, server, stages=STAGES, **env):
+def run(repo, stages=STAGES, **env):
     for name in stages:
         options = [] if name == "backbone" else ["--dataset", "dtd"]
-        options += ["--seed", "1"] if name == "train" else []
-        done = stage(repo, name, *options, **server, **env)
+        options += ["--method", "heba"] if name == "train" else []
+        done = stage(repo, name, *options, **env)
         assert done.returncode == 0, done.stderr
     return files(repo)
 
@@ -41,22 +34,19 @@ def files(repo):
 def folder(path, **changes):
     """A folder with params.yaml, in which stages run one by one."""
     path.mkdir(parents=True)
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params |= {"datasets": ["dtd"], "seeds": [1], "shots": 2} | changes
-    params["train"] |= {"epochs": 3, "batch_size": 4}
-    params["few_shot"]["seeds"] = params["few_shot"]["datasets"] = []
-    params["transfer"] |= {"source": "dtd", "targets": [], "variants": [], "seeds": []}
-    (path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    params = breakable.read_params() | {"seeds": [1], "shots": 2} | changes
+    params["heba"] |= {"epochs": 3, "batch_size": 4}
+    breakable.write_params(path, breakable.alone(params))
     return path
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory, server):
+def first(tmp_path_factory):
     repo = folder(tmp_path_factory.mktemp("same") / "first")
-    return repo, run(repo, server, PYTHONPATH=str(ROOT))
+    return repo, run(repo, PYTHONPATH=str(ROOT))
 
 
-def test_neither_the_order_of_files_nor_the_number_of_workers_matters(first, server, tmp_path):
+def test_neither_the_order_of_files_nor_the_number_of_workers_matters(first, tmp_path):
     """The same data set, its files made in another order, on another number of threads."""
     repo, expected = first
     other = folder(tmp_path / "other")
@@ -69,13 +59,13 @@ def test_neither_the_order_of_files_nor_the_number_of_workers_matters(first, ser
         shutil.copy(images.with_name(name), other / "data" / "embedded" / "dtd" / name)
     shutil.copytree(repo / "out" / "download", other / "out" / "download")
     env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", "PYTHONHASHSEED": "5"}
-    assert run(other, server, [s for s in STAGES if s != "download"], **env) == expected
+    assert run(other, [s for s in STAGES if s != "download"], **env) == expected
 
 
-def test_deterministic_has_no_effect_on_a_cpu(first, server, tmp_path):
+def test_deterministic_has_no_effect_on_a_cpu(first, tmp_path):
     repo, expected = first
     other = folder(tmp_path / "other", deterministic=True)
-    found = run(other, server, PYTHONPATH=str(ROOT))
+    found = run(other, PYTHONPATH=str(ROOT))
     differing = {path.name for path in expected if found[path] != expected[path]}
     assert differing == {"config.json"}  # which says so
     config = json.loads((other / TRAINED / "config.json").read_text())
@@ -83,7 +73,7 @@ def test_deterministic_has_no_effect_on_a_cpu(first, server, tmp_path):
     assert {key for key in config if config[key] != before[key]} == {"deterministic", "inputs_sha256"}
 
 
-def test_names_that_are_not_ascii(server, tmp_path):
+def test_names_that_are_not_ascii(tmp_path):
     """Spaces and many scripts in paths and classes; the last stage where the locale knows ASCII alone."""
     repo = repository(tmp_path / "ein Ordner für Bilder", ["eurosat", "dtd"], [])
 
@@ -91,8 +81,8 @@ def test_names_that_are_not_ascii(server, tmp_path):
         done = stage(repo, *args, **env)
         assert done.returncode == 0, done.stderr
 
-    run_stage("backbone", **server)
-    run_stage("download", "--dataset", "eurosat", **server)
+    run_stage("backbone")
+    run_stage("download", "--dataset", "eurosat")
     data = repo / "data" / "real" / "eurosat"
     split = json.loads((data / "split.json").read_text(encoding="utf-8"))
     names = sorted({name for part in split.values() for _, _, name in part})
@@ -107,9 +97,9 @@ def test_names_that_are_not_ascii(server, tmp_path):
     (data / "descriptions.json").write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
     manifest = repo / "out" / "download" / "eurosat.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | describe_folder(data, own=False)))
-    run_stage("split", "--dataset", "eurosat", **server)
-    run_stage("precompute", "--dataset", "eurosat", **server)
-    run_stage("train", "--dataset", "eurosat", "--seed", "1", **server)
+    run_stage("split", "--dataset", "eurosat")
+    run_stage("precompute", "--dataset", "eurosat")
+    run_stage("train", "--dataset", "eurosat", "--seed", "1")
     trainings = repo / "out" / "train" / "eurosat" / "trainings.json"
     trainings.write_text(json.dumps([["base_to_novel", 1, 2]]))
     ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
