@@ -9,11 +9,13 @@ import yaml
 from typer.testing import CliRunner
 
 from heba.data.splits import read_split
+from heba.evaluation.record import write_record
 from pipeline.commands.cli import app
 from pipeline.core.params import ParamsError, load_params
-from pipeline.report import render, tables
+from pipeline.core.trainings import Evaluation, Training
+from pipeline.report import render, selection, tables
 from tests.heba.test_own import folder_of_classes, image
-from tests.pipeline.records import METHODS, RECORDS, pair
+from tests.pipeline.records import METHODS, RECORDS, pair, record
 from tests.pipeline.repository import ROOT, call, copy_code, initialise, stage
 from tests.pipeline.test_params import write
 
@@ -66,26 +68,19 @@ def test_entries_that_can_not_be_are_named(tmp_path, change, message):
         load_params(write(tmp_path, both))
 
 
-def few(dataset, shots, heba, **about):
-    return pair(dataset, 1, (40.0,), (heba,), "few_shot", shots=shots, **about)
+def few(dataset, shots, heba):
+    return pair(dataset, 1, (40.0,), (heba,), "few_shot", shots=shots)
 
 
-def mine(**about):
-    return [
-        *pair("my_set", 1, (10.0, 10.0), (20.0, 10.0), **about),
-        *few("my_set", 1, 50.0, **about),
-        *few("my_set", 16, 70.0, **about),
-    ]
+MINE = [*pair("my_set", 1, (10.0, 10.0), (20.0, 10.0)), *few("my_set", 1, 50.0), *few("my_set", 16, 70.0)]
 
 
 def test_own_data_is_in_the_tables_and_in_no_average(tmp_path):
-    records = [*RECORDS, *few("dtd", 1, 60.0), *mine()]
-    long = tables.long_table(records)
-    table = tables.base_to_novel_table(long, METHODS)
-    alone = tables.base_to_novel_table(tables.long_table(RECORDS), METHODS)
+    records = [*RECORDS, *few("dtd", 1, 60.0), *MINE]
+    table, alone = (tables.base_to_novel_table(tables.long_table(r), METHODS) for r in (records, RECORDS))
     assert list(table.index) == ["dtd", "eurosat", "my_set", "average"]
     assert table.loc["average"].equals(alone.loc["average"])
-    shots = tables.few_shot_table(long, METHODS)
+    shots = tables.few_shot_table(tables.long_table(records), METHODS)
     assert shots.loc["average", "heba_1"] == 60
     assert shots.loc["my_set", "heba_16"] == 70
     render.render_report(records, METHODS, tmp_path, published=False)
@@ -103,13 +98,28 @@ def test_own_data_is_in_the_tables_and_in_no_average(tmp_path):
 
 
 def test_a_report_of_own_data_alone_has_no_average_and_no_published_figures(tmp_path):
-    render.render_report(mine(suite="real"), METHODS, tmp_path, published=True)
+    records = [r.model_copy(update={"suite": "real"}) for r in MINE]
+    render.render_report(records, METHODS, tmp_path, published=True)
     text = (tmp_path / "README.md").read_text()
     assert "my_set" in text
     assert "Average" not in text
     assert "ublished" not in text
     assert "Not in this table" not in text
     assert set(json.loads((tmp_path / "metrics.json").read_text())["base_to_novel"]) == {"datasets"}
+
+
+def test_the_report_is_of_the_own_data_that_params_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    params = load_params(write(tmp_path, only_own))
+    paths = []
+    for name in ("my-set", "once-mine"):
+        training = Training("base_to_novel", name, "heba", 16, 1)
+        paths.append(Evaluation("base_to_novel", name, training).path)
+        paths[-1].parent.mkdir(parents=True)
+        write_record(record("heba", name, 1, (20.0, 10.0)), paths[-1])
+    records, left_out = selection.select(params)
+    assert [r.dataset for r in records] == ["my-set"]
+    assert left_out == paths[1:]
 
 
 @pytest.fixture(scope="module")

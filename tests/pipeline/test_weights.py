@@ -61,10 +61,8 @@ def adapter(folder, files, **record):
     named = {"name": "small.json", "pretrained": "w.safetensors"} | record
     for key, name in (("config_sha256", "small.json"), ("sha256", "w.safetensors")):
         named.setdefault(key, backbone.sha256(files / name))
-    model = AdaptedCLIP(clip, 1, 2, 0.1)
-    artifacts.save(model, folder, class_names=["a", "b"], backbone=artifact.Backbone(**named))
-    weights = nn.functional.normalize(torch.ones(2, 32), dim=-1)
-    artifact.write_classifier({"weights": weights, "scale": torch.tensor(0.1)}, folder)
+    artifacts.save(AdaptedCLIP(clip, 1, 2, 0.1), folder, class_names=["a", "b"], backbone=artifact.Backbone(**named))
+    artifacts.save_classifier(torch.ones(2, 32), folder, scale=0.1)
     return folder
 
 
@@ -73,8 +71,8 @@ def params(folder, name, pretrained):
     raw = yaml.safe_load((ROOT / "pipeline" / "presets" / "paper.yaml").read_text())
     raw["backbone"] = {"name": name, "pretrained": pretrained}
     if name == "small.json":
-        for adapted in (raw["heba"], raw["heba"]["overrides"]["cross_dataset"]):
-            adapted |= {"start": 1, "end": 2}
+        raw["heba"] |= {"start": 1, "end": 2}
+        raw["heba"]["overrides"]["cross_dataset"]["start"] = 1
     (folder / "params.yaml").write_text(yaml.safe_dump(raw))
 
 
@@ -236,7 +234,7 @@ def test_a_hub_that_cannot_be_reached_is_one_message(tmp_path, silent, name, pre
 
 def test_a_tokenizer_of_a_hub_that_is_silent(tmp_path, silent):
     (tmp_path / "transformers.py").write_text("")
-    code = "from heba import backbone; backbone.load_tokenizer('ViT-B-16-SigLIP')"
+    code = "from heba.clip import backbone; backbone.load_tokenizer('ViT-B-16-SigLIP')"
     env = ALONE | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     before = time.monotonic()
     done = call(tmp_path, sys.executable, "-c", code, HF_ENDPOINT=silent, HF_HOME=str(tmp_path / "cache"), **env)
@@ -245,7 +243,7 @@ def test_a_tokenizer_of_a_hub_that_is_silent(tmp_path, silent):
     assert "no answer within 10 s" in done.stderr
 
 
-FETCH = "from heba import hub; print(hub.fetch('a/b', ['w.safetensors', 'w.bin']).read_text())"
+FETCH = "from heba.clip import hub; print(hub.fetch('a/b', ['w.safetensors', 'w.bin']).read_text())"
 
 
 def test_a_file_of_the_hub_comes_once(tmp_path):
