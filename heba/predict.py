@@ -246,7 +246,7 @@ def _load_backbone(
     try:
         if name.endswith(".json"):
             _check_hash(root / name, record.get("config_sha256"))
-        architecture.read_config(name, root)
+        architecture.read_architecture(name, root)
         weights = backbone.weights_file(name, pretrained, root)
         _check_hash(weights, record["sha256"])
     except ValueError as error:

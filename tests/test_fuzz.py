@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from heba import artifact
-from heba.clip.architecture import read_config as read_architecture
+from heba.clip.architecture import read_architecture
 from heba.data.prompts import read_descriptions
 from heba.data.splits import read_split
 from heba.fit.loop import make_optimizer, save_checkpoint

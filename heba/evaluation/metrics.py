@@ -1,4 +1,4 @@
-"""Measures that need no torch."""
+"""Metrics that need no torch."""
 
 
 def harmonic_mean(base: float, novel: float) -> float:

@@ -1,4 +1,4 @@
-"""What is in a data set, and what is wrong with it."""
+"""Check a data set: what it contains, and what is wrong with it."""
 
 import hashlib
 from collections.abc import Callable
@@ -86,7 +86,7 @@ def check(
     leak = Finding("the same bytes in more than one of train, val and test", files.leaks)
     errors = [
         Finding("fewer than two classes", [] if len(names) > 1 else names or ["none at all"]),
-        Finding("images that are missing or can not be decoded", files.broken),
+        Finding("images that are missing or cannot be decoded", files.broken),
         Finding("images of 16 or more bits a channel; convert them to 8 bit", files.deep),
         Finding("classes without test images", list(table.index[table["test"] == 0])),
         # The test sets of domain generalisation have none at all.
@@ -126,7 +126,7 @@ def _counts(split: Split, names: list[str], texts: dict[str, list[str]]) -> pd.D
 
 
 class _Files(NamedTuple):
-    """broken: images that can not be read. deep: those of more than 8 bits. Groups of the same bytes: conflicts,
+    """broken: images that cannot be read. deep: those of more than 8 bits. Groups of the same bytes: conflicts,
     in different classes; leaks, in several parts of one; twice, in one part."""
 
     broken: list[str]

@@ -1,4 +1,4 @@
-"""Files from the network or from where a user put them, used only after they were checked.
+"""Files from the network, or that the user has placed. None is used before it is checked.
 
 On requests alone: pooch, which is built on it, neither resumes nor shows that it hashes a file of many gigabytes.
 """
@@ -33,8 +33,8 @@ UNCHECKED = " (no checksum is published for it; its images are checked against t
 
 
 class FetchError(ValueError):
-    """Files that can not be had: per alternative the names of those that are `missing`, none where its files were
-    there but of no use; the message is everything that was tried."""
+    """Files that cannot be obtained. `missing`: per alternative, the names of its missing files; none where
+    they were there but unusable. The message lists everything that was tried."""
 
     def __init__(self, missing: list[list[str]], tried: list[str]) -> None:
         super().__init__("\n".join(f"  {t}" for t in tried))
@@ -50,8 +50,8 @@ class Local(NamedTuple):
 
 
 def check(path: Path, file: File) -> tuple[str, str | None]:
-    """The sha256 of `path`, and what is wrong with it: a checksum of `file` that it has not, or, where `file` has
-    none, that it is no archive at all. None when nothing is."""
+    """The sha256 of `path`, and the problem with it, or None. It must match the checksums of `file`; where there are
+    none, it must at least be an archive."""
     total = path.stat().st_size
     # git names a file by the hash of its length and content.
     digests: dict[str, Any] = {
@@ -213,8 +213,8 @@ def _store(response: requests.Response, pieces: Iterator[bytes], partial: Path, 
 
 
 def _gunzip(path: Path, plain: Path, most: int) -> bool:
-    """Write to `plain` what the gzip file `path` holds; False, and no file, when it is none or holds more than
-    `most` bytes."""
+    """Decompress the gzip file `path` to `plain`. Returns False, and writes no file, when `path` is not gzip or
+    holds more than `most` bytes."""
     done = 0
     try:
         with gzip.open(path) as stream, plain.open("wb") as out, _bar(f"decompress {path.name}", None) as bar:
@@ -231,7 +231,7 @@ def _gunzip(path: Path, plain: Path, most: int) -> bool:
 
 
 def partial_path(folder: Path, file: File, url: str) -> Path:
-    """Where the download of `file` from `url` collects: another host may have other bytes under the same name."""
+    """The partial file of the download of `file` from `url`; another host may have other bytes of that name."""
     return folder / f"{file.file}.{hashlib.sha256(url.encode()).hexdigest()[:8]}.part"
 
 
@@ -272,7 +272,7 @@ def download(file: File, url: str, folder: Path, say: Callable[[str], object]) -
 
 
 def _places(file: File, archives: Path, dataset: str, mirror: str | None) -> list[Path]:
-    """The files of that name which a user, an earlier run or a mirror's folder has put there."""
+    """The files of that name from the user, an earlier run or a mirror's folder."""
     folders = [archives / dataset, archives]
     if mirror and "://" not in mirror:
         folders.append(Path(mirror) / dataset)

@@ -116,7 +116,7 @@ def gpu(params: Params | None) -> Row:
 
 def disk(params: Params | None) -> Row:
     """Room for what params.yaml still lacks, where data, outs and DVC's cache lie."""
-    assert params is not None, "params.yaml can not be read"
+    assert params is not None, "params.yaml cannot be read"
     data = main_root() / params.data.root
     needs = _embedded_needs(params, data) if params.suite == "embedded" else _real_needs(params, data)
     found, short = [], []
@@ -146,11 +146,11 @@ def _embedded_needs(params: Params, data: Path) -> list[tuple[Path, float]]:
 
 def _real_needs(params: Params, data: Path) -> list[tuple[Path, float]]:
     """Bytes by folder: what is not here of archives with their images, of packed images, and of adapters."""
-    from heba.clip.architecture import read_config
+    from heba.clip.architecture import read_architecture
     from pipeline.commands.cost import adapter_bytes
     from pipeline.stages.download import bytes_needed, catalog_entry, mirror_of
 
-    side = read_config(params.backbone.name, main_root())["vision_cfg"].get("image_size", 224)
+    side = read_architecture(params.backbone.name, main_root())["vision_cfg"].get("image_size", 224)
 
     fetched = packed = 0
     for name in _datasets(params):
@@ -182,7 +182,7 @@ def data(params: Params | None) -> Row:
     from pipeline.stages.download import manifest_path, read_manifest, verified_folder
     from pipeline.stages.own import images_folder
 
-    assert params is not None, "params.yaml can not be read"
+    assert params is not None, "params.yaml cannot be read"
     lost = [name for name in params.own if not images_folder(params, name).is_dir()]
     if lost:
         found = "; ".join(f"own.{name}.path: there is no folder {images_folder(params, name)}" for name in lost)
@@ -233,14 +233,14 @@ def store(params: Params | None) -> Row:
             if not path.exists():
                 if os.access(path.parent, os.W_OK):
                     return Row("MLflow", "ok", f"{name}, made by the first training")
-                return Row("MLflow", "fail", f"{path.parent} can not be written to", f"chmod u+w {path.parent}")
+                return Row("MLflow", "fail", f"{path.parent} cannot be written to", f"chmod u+w {path.parent}")
             with sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=PATIENCE / 2) as connection:
                 connection.execute("SELECT count(*) FROM experiments")
         else:
             _ask_database(uri)
     except ModuleNotFoundError as error:
         return Row("MLflow", "fail", f"{name}: the package {error.name} is missing", POSTGRES)
-    except Exception as error:  # whatever a driver raises, the store can not be used
+    except Exception as error:  # whatever a driver raises, the store cannot be used
         return Row("MLflow", "fail", f"{name}: {_first_line(without_password(str(error)))}", remedy)
     return Row("MLflow", "ok", name)
 

@@ -125,7 +125,7 @@ def info(
     adapter: Annotated[str, typer.Argument(help="As --adapter of predict.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Tell what an adapter is: backbone, classes, shots, seed, accuracy, commit."""
+    """Show an adapter's backbone, classes, shots, seed, accuracy and commit."""
     found = about(adapter_folder(adapter))
     if as_json:
         print(json.dumps(found, ensure_ascii=False, indent=1))

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from heba import methods
-from heba.clip.architecture import depth, read_config, width
+from heba.clip.architecture import depth, read_architecture, width
 from heba.data.datasets import BENCHMARKS, VARIANTS
 from heba.data.prompts import TEMPLATE, TEMPLATE_PATTERN
 from heba.data.protocols import PROTOCOLS
@@ -17,7 +17,7 @@ from pipeline.core.paths import main_root
 
 PARAMS_FILE = Path("params.yaml")
 
-# Beyond all that makes sense, and within what torch, the threads of a machine and the names of files take.
+# Bounds beyond every sensible value, and within what torch, threads and file names accept.
 MOST = 1_000_000
 MOST_SEED = 2**32 - 1
 MOST_THREADS = 1024
@@ -101,7 +101,7 @@ def _merged(block: dict[str, Any], protocol: str) -> dict[str, Any]:
 
 
 def stage_of(stage: str, dataset: str) -> str:
-    """What DVC calls the `stage` of a data set, such as split-own@flowers."""
+    """DVC's name for the `stage` of a data set, such as split-own@flowers."""
     kind = "" if dataset in BENCHMARKS else "-variant" if dataset in VARIANTS else "-own"
     return f"{stage}{kind}@{dataset}"
 
@@ -234,7 +234,7 @@ def _impossible_backbone(raw: dict[str, Any]) -> list[str]:
         problems.append(f"backbone.pretrained: the tiny backbone has the weights 'embedded', not {pretrained!r}")
     deepest = narrowest = None
     try:
-        config = read_config(name, main_root())
+        config = read_architecture(name, main_root())
         deepest, narrowest = depth(config), width(config)
     except ValueError as error:
         problems.append(f"backbone.name: {error}")
@@ -284,7 +284,7 @@ def _settings_problems(method: str, settings: dict[str, Any], depth: int | None,
 
 
 def _impossible_own(own: dict[Any, Any]) -> list[str]:
-    """Names and paths of own data sets that cannot be."""
+    """Names and paths of own data sets that are not possible."""
     problems = []
     for name, entry in own.items():
         if not re.fullmatch(rf"[A-Za-z0-9][A-Za-z0-9_-]{{,{LONGEST_NAME - 1}}}", str(name)):

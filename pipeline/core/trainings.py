@@ -1,5 +1,4 @@
-"""The one list of trainings and of evaluations that params.yaml asks for. Everything else that needs to know them
-asks here."""
+"""The one list of the trainings and evaluations that params.yaml asks for. All other code takes it from here."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -47,7 +47,7 @@ def is_busy(message: str) -> bool:
 
 
 def remedy(message: str, root: Path) -> str:
-    """What to do about what DVC says of its files in the repository at `root`."""
+    """The remedy for what DVC says of its files in the repository at `root`."""
     if is_busy(message):
         return "wait for the end of the other DVC process"
     if LOCK in message:
@@ -186,7 +186,7 @@ def running_stages(root: Path) -> list[str]:
 
 
 def release(root: Path, stages: list[str]) -> None:
-    """Take out of DVC's rwlock what a process of these very stages left there when it was killed.
+    """Remove from DVC's rwlock the entries of a killed process that ran these stages.
 
     DVC does so itself where the process ran on the same machine: it looks whether the process lives. On another
     machine it would look at an unrelated process of the same number.

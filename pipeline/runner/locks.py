@@ -29,7 +29,7 @@ def alone(root: Path) -> Iterator[None]:
 
 @contextmanager
 def ordered_lock(root: Path, order: list[str]) -> Iterator[None]:
-    """Bring what comes into dvc.lock in the block into `order`, that of `dvc repro`.
+    """Sort the entries that the block adds to dvc.lock into `order`, that of `dvc repro`.
 
     What a block that was broken off has brought counts too, be it by a kill: what was there before it is in a file
     until a block ends well.

@@ -21,7 +21,7 @@ ENDING = 60.0  # seconds for a DVC that was interrupted to end
 
 
 def environment() -> dict[str, str]:
-    """Ours, where the `python` of a stage's command is this one, be the virtual environment active or not."""
+    """Our environment, in which `python` is this one, whether the virtual environment is active or not."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     return os.environ | {"PATH": path}
 
@@ -123,7 +123,7 @@ class Child:
 
 
 class Job(Protocol):
-    """Stages that run somewhere: a Child, or a task of an engine."""
+    """A running job: a Child, or a task of an engine."""
 
     def poll(self) -> int | None: ...
     def interrupt(self) -> None: ...

@@ -25,7 +25,7 @@ MOST_JOBS = 24  # by default: as many DVC processes share their lock files well
 
 
 class RayError(ValueError):
-    """Ray is not installed, or its cluster can not be reached."""
+    """Ray is not installed, or its cluster cannot be reached."""
 
 
 class Task:

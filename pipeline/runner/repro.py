@@ -129,7 +129,7 @@ class Batch:
         self.output = log.open(encoding="utf-8", errors="replace")
 
     def follow(self, progress: Progress) -> None:
-        """Tell `progress` what was printed since the last time."""
+        """Pass to `progress` what was printed since the last call."""
         *lines, self.rest = (self.rest + self.output.read()).split("\n")
         for line in lines:
             if line.startswith(NODE):
@@ -145,7 +145,7 @@ class Batch:
                     progress.starts(stage, self.where)
 
     def ended(self, code: int, progress: Progress) -> str:
-        """Close the books on a job that ended with `code`; returns the stage that failed, if one did."""
+        """Record the end of a job with exit code `code`; returns the stage that failed, if one did."""
         self.follow(progress)
         self.output.close()
         bad = ""

@@ -48,14 +48,14 @@ class TestImages:
     preprocess: Preprocess
 
 
-def folder_of(dataset: str) -> Path:
+def precompute_folder(dataset: str) -> Path:
     """Own data lies apart: what depends on all benchmarks does not depend on it."""
     return OUT / ("precompute" if dataset in TABLE else "precompute-own") / dataset
 
 
 def read_names(dataset: str) -> list[str]:
     """The names of all classes."""
-    path = folder_of(dataset) / "prompts.json"
+    path = precompute_folder(dataset) / "prompts.json"
     with reading(path, stage_of("precompute", dataset)):
         names = json.loads(path.read_text(encoding="utf-8"))["class_names"]
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -66,7 +66,7 @@ def read_names(dataset: str) -> list[str]:
 def read_classes(dataset: str) -> Classes:
     """All classes, with what frozen CLIP makes of their prompts."""
     names = read_names(dataset)
-    path = folder_of(dataset) / "text.safetensors"
+    path = precompute_folder(dataset) / "text.safetensors"
     with reading(path, stage_of("precompute", dataset)):
         tensors = load_file(path)
         classes = Classes(names, tensors["tokens"], tensors["index"], tensors["features"])
@@ -78,7 +78,7 @@ def read_classes(dataset: str) -> Classes:
 
 def read_test(dataset: str, preprocess: Preprocess) -> TestImages:
     """The test images as `preprocess` wants them."""
-    packed, path = folder_of(dataset) / "images.npy", folder_of(dataset) / "test.safetensors"
+    packed, path = precompute_folder(dataset) / "images.npy", precompute_folder(dataset) / "test.safetensors"
     with reading(path, stage_of("precompute", dataset)):
         test = load_file(path)
         n = len(test["labels"])
@@ -103,7 +103,7 @@ def run(params: Params, dataset: str) -> None:
     tokens, cut = tokenize(prompts.texts, tokenizer)
     for text in cut:
         print(f"{dataset}: longer than {tokens.shape[1]} tokens, cut: {text!r}", file=sys.stderr)
-    with new_folder(folder_of(dataset)) as out:
+    with new_folder(precompute_folder(dataset)) as out:
         info = {"class_names": names, "prompts": prompts.texts, "fallback": prompts.fallback, "cut": cut}
         text = json.dumps(info, ensure_ascii=False, indent=1)
         (out / "prompts.json").write_text(text + "\n", encoding="utf-8")

@@ -31,7 +31,7 @@ NOTED = 2.0  # seconds after which the wait is told
 
 
 def told(error: BaseException) -> str:
-    """The kind and the first line of an error."""
+    """An error's type and first line."""
     message = (without_password(str(error)).splitlines() or [""])[0][:300]
     return f"{type(error).__name__}: {message}"
 
@@ -77,7 +77,7 @@ class Background:
             self._ended(process)
 
     def finish(self) -> None:
-        """Wait until all calls are done, or `PATIENCE` is over. A first ctrl-C does not break the wait off."""
+        """Wait until all calls are done, `PATIENCE` seconds at most. A first ctrl-C does not end the wait."""
         process, until = self.process, time.monotonic() + PATIENCE
         try:
             self._wait(until)
@@ -116,13 +116,13 @@ class Background:
 
 
 class Stopped(BaseException):
-    """A call takes too much. No Exception, which MLflow would catch and try again."""
+    """A call takes too long or too much memory. Not an Exception: MLflow would catch it and try again."""
 
 
 def serve(calls: dict[str, Callable[[list[Any]], None]], close: Callable[[], None]) -> None:
     """The process: do the `calls` that standard input names until it ends.
 
-    What waits of one name is done as one call, with the list of the arguments, so that a slow store keeps up.
+    Waiting messages of one name become one call with a list of arguments, so that a slow store keeps up.
     The last call is `close`, at the end and after the first failure. After a failure comes SystemExit, with the
     reason on standard output.
     """
@@ -155,7 +155,7 @@ def _read(messages: queue.SimpleQueue[tuple[str, Any]]) -> None:
 
 
 def _taken(messages: queue.SimpleQueue[tuple[str, Any]]) -> Iterator[tuple[str, list[Any]]]:
-    """What has come, in order, with neighbours of the same name together; until the end."""
+    """The messages in order, neighbours of the same name together, until the last one."""
     while True:
         waiting = [messages.get()]
         while not messages.empty():

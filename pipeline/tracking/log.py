@@ -97,7 +97,7 @@ class StageLog:
 
 
 class Logger:
-    """What the process beside a stage does. Each call takes the list of what a stage has sent."""
+    """The process beside a stage. Each method takes the list of messages that the stage sent."""
 
     def __init__(self) -> None:
         self.run: runs.OpenRun | None = None

@@ -196,5 +196,5 @@ def register(adapter: str, name: str) -> str:
             raise ValueError(f"{adapter}: its run has logged no model")
         version = mlflow.register_model(model.model_uri, name)
     except mlflow.MlflowException as error:
-        raise ValueError(f"{adapter}: can not be registered as {name!r}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{adapter}: cannot be registered as {name!r}: {str(error).splitlines()[0]}") from None
     return f"models:/{name}/{version.version}"

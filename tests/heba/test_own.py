@@ -277,7 +277,7 @@ def test_every_problem_is_reported_at_once(tmp_path):
     (root / train[-3][0]).write_bytes((root / train[-2][0]).read_bytes())
     bad = report(root, split, shots=5, descriptions={"cat": ["x"], "mouse": ["y"]})
     errors, notes = found(bad.errors), found(bad.notes)
-    assert errors["images that are missing or can not be decoded"] == [train[0][0], train[1][0]]
+    assert errors["images that are missing or cannot be decoded"] == [train[0][0], train[1][0]]
     (leak,) = errors["the same bytes in more than one of train, val and test"]
     assert leak == f"{train[-1][0]} (train, dog) = {test[-1][0]} (test, dog)"
     (twice,) = notes["the same bytes more than once"]
@@ -292,7 +292,7 @@ def test_every_problem_is_reported_at_once(tmp_path):
     for items in [*errors.values(), *notes.values()]:
         assert all(item in bad.text() for item in items)
     allowed = report(root, split, allow_leaks=True)
-    assert set(found(allowed.errors)) == {"images that are missing or can not be decoded"}
+    assert set(found(allowed.errors)) == {"images that are missing or cannot be decoded"}
     assert leak in found(allowed.notes)["the same bytes in more than one of train, val and test"]
 
 

@@ -21,7 +21,7 @@ from heba.clip.towers import encode_text_plain, pack, text_lengths
 from heba.data import splits
 from heba.fit.loop import cosine, make_optimizer
 from heba.methods.heba.adapters import Adapters
-from heba.methods.heba.draws import Step, TextBank, select_classes
+from heba.methods.heba.draws import Step, TextBank, step_classes
 from heba.methods.heba.model import AdaptedCLIP
 from heba.methods.heba.settings import Settings
 from heba.methods.heba.training import eager_step, step_loss
@@ -216,9 +216,7 @@ def test_class_selection_follows_the_recorded_permutation(name, monkeypatch):
         monkeypatch.setattr(
             torch, "randperm", lambda n, generator=None, r=record: torch.tensor(r["randperm_full"])
         )
-        selected, targets = select_classes(
-            labels, case["n_classes"], case["neg_sampling_ratio"], torch.Generator()
-        )
+        selected, targets = step_classes(labels, case["n_classes"], case["neg_sampling_ratio"], torch.Generator())
         assert selected == record["selected_classes"]
         assert targets == record["labels_in_selection"]
 

@@ -309,14 +309,14 @@ def test_damaged_and_missing_images_stop_the_stage(repo, run, leaky):
     (outside_of(repo) / test).write_bytes(b"broken")
     code, text = run("download", "--dataset", "drawn")
     assert code == 1
-    assert f"own.drawn: images that are missing or can not be decoded:\n  {test}\n" in text
+    assert f"own.drawn: images that are missing or cannot be decoded:\n  {test}\n" in text
     lost = repo / "my photos" / "a" / "0.png"
     kept = lost.read_bytes()
     lost.unlink()
     code, text = run("download", "--dataset", "listed")
     lost.write_bytes(kept)
     assert code == 1
-    assert "own.listed: images that are missing or can not be decoded:\n  a/0.png\n" in text
+    assert "own.listed: images that are missing or cannot be decoded:\n  a/0.png\n" in text
 
 
 def test_check_data_of_a_benchmark(run, edit_params):

@@ -102,7 +102,7 @@ def test_what_needs_an_account_says_what_is_missing_where_to_get_it_and_where_to
     split = yaml.safe_load((repo / "mirror" / "catalog.yaml").read_text())["eurosat"]["split"]["file"]
     (repo / "mirror" / "eurosat" / split).unlink()
     done = stage(repo, "download", "--dataset", "eurosat")
-    assert f"its split file can not be had, for want of {split}. Put {split} into" in done.stderr
+    assert f"its split file cannot be had, for want of {split}. Put {split} into" in done.stderr
 
 
 def test_a_download_over_a_bad_network_ends_right_and_is_recorded(tmp_path):
