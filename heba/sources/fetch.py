@@ -50,8 +50,8 @@ class Local(NamedTuple):
 
 
 def check(path: Path, file: File) -> tuple[str, str | None]:
-    """The sha256 of `path`, and the problem with it, or None. It must match the checksums of `file`; where there are
-    none, it must at least be an archive."""
+    """The sha256 of `path`, and the problem with it, or None. It must match the checksums of `file`; without any,
+    it must at least be an archive."""
     total = path.stat().st_size
     # git names a file by the hash of its length and content.
     digests: dict[str, Any] = {
