@@ -14,7 +14,7 @@ from heba.clip.preprocess import preprocess_of
 from heba.evaluation.report import classification_report
 from pipeline.commands.cli import run_app
 from pipeline.core.params import Params, ParamsError, load_params
-from pipeline.core.trainings import Training, trainings
+from pipeline.core.trainings import Training, can, trainings
 from pipeline.stages.backbone import computing, device, load_backbone
 from pipeline.stages.evaluate import groups_of, predict
 from pipeline.stages.precompute import read_classes, read_test
@@ -24,14 +24,16 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 def full_and_rounded(clip: Any, params: Params, training: Training) -> list[tuple[dict, dict]]:
     """What a training predicts, as it is on disk and rounded to fp16: the reports of
-    heba.evaluation.report.classification_report for base and for novel classes."""
+    heba.evaluation.report.classification_report for base classes, and for novel ones where the method can."""
     method = methods.part(training.method, "method")
     classes, test = read_classes(training.dataset), read_test(training.dataset, preprocess_of(clip))
     model, config = artifact.load(clip, training.folder)
 
     def reports() -> list[dict]:
         found = []
-        for labels, trained in groups_of(training.protocol, len(classes.names)).values():
+        for group, (labels, trained) in groups_of(training.protocol, len(classes.names)).items():
+            if not can(training.method, training.protocol, group):
+                continue
             part = classes.select(labels)
             with computing(params):
                 classifier = method.classifier(model, part, config.method_settings(), trained)
@@ -55,7 +57,7 @@ def main() -> None:
     if params.adapter_dtype != "fp32":
         raise ParamsError("adapter_dtype: run `dvc repro` with fp32 first, else both sides are rounded")
     clip, _ = load_backbone(params)
-    wanted = [t for t in trainings(params) if t.protocol == "base_to_novel"]
+    wanted = [t for t in trainings(params) if t.protocol == "base_to_novel" and artifact.read_tensors(t.folder)]
     pairs = [pair for training in wanted for pair in full_and_rounded(clip, params, training)]
     differ = sum(full["confusion"] != rounded["confusion"] for full, rounded in pairs)
     worst = max((abs(full["accuracy"] - rounded["accuracy"]) for full, rounded in pairs), default=0.0)

@@ -33,7 +33,7 @@ from heba.clip.towers import text_lengths
 from heba.data.images import for_each_image, open_packed, pack_images
 from heba.data.splits import base_labels
 from heba.fit.run import Run
-from heba.methods.heba.draws import TextBank, select_classes
+from heba.methods.heba.draws import TextBank, step_classes
 from heba.methods.heba.settings import Settings
 from heba.methods.heba.training import train
 
@@ -98,7 +98,7 @@ def main(
             )
             for _ in range(epochs):
                 for images, batch_labels in loader:
-                    selected, targets = select_classes(batch_labels.tolist(), n_base, 5, generator)
+                    selected, targets = step_classes(batch_labels.tolist(), n_base, 5, generator)
                     scales = [torch.where(torch.rand(n_blocks) > 0.8, 2.25, 1.0).to(device) * 0.025 for _ in "ab"]
                     chosen = by_class[selected, torch.randint(0, prompts, (len(selected),))]
                     optimizer.zero_grad()

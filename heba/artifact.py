@@ -1,4 +1,4 @@
-"""What a training leaves: a folder with the settings, the trained tensors and the classifier of its own classes.
+"""The result of a training: a folder with the settings, the trained tensors and the classifier of its classes.
 
     config.json               `Config`
     adapter.safetensors       what was trained, under the official names where there are any
@@ -44,7 +44,7 @@ class Backbone(_Strict):
 
 
 class Config(_Strict):
-    """What is known of a training.
+    """The config of a training.
 
     Attributes:
         method: its name. settings: all of its settings.
@@ -141,7 +141,7 @@ def read_classifier(folder: Path, n_classes: int) -> dict[str, "Tensor"]:
         weights = classifier["weights"]
         if weights.ndim != 2 or len(weights) != n_classes:
             raise ValueError(f"shape {tuple(weights.shape)} for {n_classes} classes")
-    except Exception as error:  # whatever is wrong with the file
+    except Exception as error:  # the file may be wrong in any way
         raise ValueError(f"{path}: no classifier of this training ({error}); {REMEDY}") from None
     return classifier
 

@@ -165,6 +165,7 @@ def load(
     folder = Path(folder)
     config = artifact.read_config(folder)
     where = _device(device)
+    bf16 = config.bf16 and where.type == "cuda"
     record = config.backbone.model_dump()
     clip, tokenizer, preprocess = _load_backbone(folder, record, Path(root), name, pretrained)
     model, _ = artifact.load(clip.to(where), folder)
@@ -174,8 +175,8 @@ def load(
     else:
         names, prompts = new
         used = _with_settings(config, settings or {})
-        classifier = _new_classifier(config.method, model, clip, tokenizer, names, prompts, used)
-    bf16 = config.bf16 and where.type == "cuda"
+        with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
+            classifier = _new_classifier(config.method, model, _classes(clip, tokenizer, names, prompts), used)
     return Classifier(names, _logits(config.method, model, clip, classifier, bf16), preprocess, where, config)
 
 
@@ -195,16 +196,17 @@ def _with_settings(config: artifact.Config, changed: Mapping[str, Any]) -> Any:
         raise ValueError(f"settings: {found}") from None
 
 
-def _new_classifier(
-    method: str, model: Any, clip: Any, tokenizer: Tokenizer, names: list[str], prompts: Prompts, settings: Any
-) -> dict[str, Tensor]:
-    """What a method keeps of class names that it was not trained on."""
-    where = clip.logit_scale.device
+def _classes(clip: Any, tokenizer: Tokenizer, names: list[str], prompts: Prompts) -> Classes:
+    """What frozen CLIP makes of class names."""
     tokens, _ = tokenize(prompts.texts, tokenizer)
-    with torch.no_grad():
-        features = encode_prompts(clip, tokens, partial(encode_text_plain, clip), where)
-        classes = Classes(names, tokens, torch.tensor(prompts.class_index), features)
-        return methods.part(method, "method").classifier(model, classes, settings, False)
+    features = encode_prompts(clip, tokens, partial(encode_text_plain, clip), clip.logit_scale.device)
+    return Classes(names, tokens, torch.tensor(prompts.class_index), features)
+
+
+@torch.no_grad()
+def _new_classifier(method: str, model: Any, classes: Classes, settings: Any) -> dict[str, Tensor]:
+    """What a method keeps of class names that it was not trained on."""
+    return methods.part(method, "method").classifier(model, classes, settings, False)
 
 
 def _logits(
@@ -244,7 +246,7 @@ def _load_backbone(
     try:
         if name.endswith(".json"):
             _check_hash(root / name, record.get("config_sha256"))
-        architecture.read_config(name, root)
+        architecture.read_architecture(name, root)
         weights = backbone.weights_file(name, pretrained, root)
         _check_hash(weights, record["sha256"])
     except ValueError as error:
@@ -279,7 +281,7 @@ def zero_shot(
     clip.to(where)
     settings = methods.part(PLAIN, "settings").Settings()
     model = methods.part(PLAIN, "method").build(clip, len(names), settings, seed=0)
-    classifier = _new_classifier(PLAIN, model, clip, tokenizer, names, prompts, settings)
+    classifier = _new_classifier(PLAIN, model, _classes(clip, tokenizer, names, prompts), settings)
     return Classifier(names, _logits(PLAIN, model, clip, classifier, False), preprocess, where, None)
 
 

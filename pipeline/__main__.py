@@ -4,12 +4,14 @@ from pipeline.runner import warm
 
 
 def main() -> None:
-    # Not above: it takes longer to import than a command of the server takes to start.
     try:
-        from pipeline.commands import cli
+        from pipeline.commands import cli  # not above: it takes longer than a command of the server takes to start
+
+        cli.main()
     except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("", "heba", "pipeline"):
+            raise
         sys.exit(f"error: the package {error.name} is missing; pip install -c constraints.txt -e '.[pipeline]'")
-    cli.main()
 
 
 if sys.argv[1:2] == [warm.SERVE]:

@@ -1,10 +1,13 @@
 """Which folder may import which. A file's folder is its room."""
 
 import ast
+import re
 from pathlib import Path
 
 import networkx
 import pytest
+
+from heba import methods
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for name in ("heba", "pipeline") for path in (ROOT / name).rglob("*.py"))
@@ -93,3 +96,41 @@ def test_the_library_knows_neither_dvc_nor_mlflow():
                 names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
                 names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
                 assert not {n.split(".")[0] for n in names} & {"dvc", "mlflow", "ray", "typer"}, path
+
+
+# Where a method is named outside its own folder, or its name means something else.
+NAMED = {
+    ("heba/__init__.py", "zero_shot"),  # the function heba.zero_shot
+    ("pipeline/__main__.py", "heba"),  # the package
+    ("heba/predict.py", "zero_shot"),  # PLAIN, the method of that function
+}
+
+
+def named(source):
+    """The methods that strings of a module name, alone or at the beginning of a column. The logger "heba"
+    is no method."""
+    tree = ast.parse(source)
+    loggers = [
+        argument
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "logging.getLogger"
+        for argument in node.args
+    ]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in loggers:
+            yield from (name for name in methods.names() if re.fullmatch(rf"{name}(_\w*)?", node.value))
+
+
+def test_no_code_but_its_own_names_a_method():
+    found = {
+        (path.relative_to(ROOT).as_posix(), name)
+        for path in FILES
+        for name in named(path.read_text(encoding="utf-8"))
+        if not path.is_relative_to(ROOT / "heba" / "methods" / name)
+    }
+    assert found == NAMED
+    assert list(named('logging.getLogger("heba")\nx = {"heba": "heba_h", f"zero_shot_{g}": "hebal"}')) == [
+        "heba",
+        "heba",
+        "zero_shot",
+    ]

@@ -15,7 +15,7 @@ SUPPORTED = (
 )
 
 
-def read_config(name: str, root: Path) -> dict[str, Any]:
+def read_architecture(name: str, root: Path) -> dict[str, Any]:
     """The config of `name`: tiny, a model of open_clip, or a JSON file in open_clip's form, relative to `root`.
 
     ValueError when there is none, or when HeBA does not fit its towers.

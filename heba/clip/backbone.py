@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from heba.clip import hub
-from heba.clip.architecture import read_config
+from heba.clip.architecture import read_architecture
 from heba.clip.preprocess import Preprocess, preprocess_of
 from heba.clip.towers import check_towers
 
@@ -59,7 +59,7 @@ def load(name: str, pretrained: str, root: Path = Path()) -> Backbone:
         ValueError: an unknown or unsupported model, weights that do not fit or are TorchScript other than
             OpenAI's, or weights or a tokenizer that cannot be had.
     """
-    config = read_config(name, root)
+    config = read_architecture(name, root)
     if name == "tiny":
         from heba.clip.tiny import load_tiny_clip
 
@@ -103,7 +103,7 @@ def load_tokenizer(name: str, root: Path = Path()) -> Callable[[list[str]], Tens
             if not Path(text["hf_tokenizer_name"]).is_dir():
                 hub.fetch(text["hf_tokenizer_name"], ["tokenizer_config.json"])
         return open_clip.get_tokenizer(model, **options)
-    except Exception as error:  # whatever goes wrong in packages that are not ours
+    except Exception as error:  # packages that are not ours may raise anything
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"the tokenizer of {name} cannot be loaded: {reason}; it is one of Hugging Face, which needs "
@@ -153,8 +153,8 @@ def sha256(path: Path) -> str:
 
 
 def _preprocess_cfg(name: str, pretrained: str, config: dict[str, Any]) -> dict[str, Any]:
-    """What open_clip notes for the weights. It can not know a local file; all published weights of an architecture
-    want their images in one way, which is taken to be that of the file."""
+    """What open_clip notes for the weights. It knows nothing of a local file; all published weights of an
+    architecture want their images in one way, and the file is taken to be like them."""
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
     published = list_pretrained_tags_by_model(name)
@@ -191,7 +191,7 @@ def load_weights(clip: Any, file: Path, name: str) -> None:
         unknown = sorted(set(keys.unexpected_keys) - OPENAI_ONLY)
         if keys.missing_keys or unknown:
             raise ValueError(f"missing: {keys.missing_keys[:3]}, unknown: {unknown[:3]}")
-    except Exception as error:  # whatever is wrong with a file from outside
+    except Exception as error:  # a file from outside may be wrong in any way
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{file}: not weights of {name}: {reason}") from None
     if not quick and (torchscript or OPENAI_ONLY & set(keys.unexpected_keys)):

@@ -46,20 +46,17 @@ def encode_images(
     preprocess: Preprocess,
     encode: Callable[[Tensor], Tensor],
     device: torch.device,
-    rows: np.ndarray | None = None,
     batch_size: int | None = None,
     progress: Callable[[int], object] = lambda n: None,
 ) -> Tensor:
-    """Normalised features [n, E] (fp32, on the CPU) of packed uint8 `images` [n, 3, size, size], or of `rows`.
+    """Normalised features [n, E] (fp32, on the CPU) of packed uint8 `images` [n, 3, size, size].
 
     An array from `heba.data.images.open_packed` is read without a copy.
     """
     features = []
     batch_size = batch_size or BATCH_SIZE.get(device.type, 256)
-    n = len(images) if rows is None else len(rows)
-    for start in range(0, n, batch_size):
-        part = slice(start, start + batch_size)
-        batch = torch.from_numpy(images[part] if rows is None else images[rows[part]]).to(device)
+    for start in range(0, len(images), batch_size):
+        batch = torch.from_numpy(images[start : start + batch_size]).to(device)
         features.append(F.normalize(encode(normalise(batch, preprocess)).float(), dim=-1))
         progress(len(batch))
     return torch.cat(features).cpu() if features else torch.zeros(0, 1)

@@ -1,4 +1,4 @@
-"""Files of the Hugging Face hub, which is asked once and within a deadline: its own client tries for minutes."""
+"""Files of the Hugging Face hub. We ask it once, with a deadline; its own client retries for minutes."""
 
 import threading
 from concurrent.futures import Future

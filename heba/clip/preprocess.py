@@ -15,7 +15,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-# What Pillow raises at files that are no images, or damaged, or too large.
+# What Pillow raises for files that are not images, are damaged or are too large.
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
@@ -26,7 +26,7 @@ MAX_ASPECT = 100
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How a model wants its images; by default as OpenAI's CLIP.
+    """How a model wants its images; the defaults are those of OpenAI's CLIP.
 
     Attributes:
         size: side of the square image, in pixels.
@@ -53,7 +53,7 @@ class Preprocess:
 
 
 def preprocess_of(clip: Any) -> Preprocess:
-    """How `clip` wants its images, as open_clip notes it in the model; what it does not note is as OpenAI's."""
+    """How `clip` wants its images, as open_clip records it in the model; what it does not record is OpenAI's."""
     size = clip.visual.image_size
     height, width = size if isinstance(size, tuple | list) else (size, size)
     if height != width:
@@ -67,7 +67,7 @@ def preprocess_of(clip: Any) -> Preprocess:
 
 
 class DeepImage(ValueError):
-    """An image of 16 or more bits a channel, which Pillow would make white in RGB without a word."""
+    """An image of 16 or more bits a channel; Pillow would turn it white in RGB without a warning."""
 
 
 class LongImage(ValueError):

@@ -39,7 +39,7 @@ class Tower:
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Of what the norms and of what the linear layers give."""
+        """Widths of the two hooked outputs: of the norm, and of the first linear layer."""
         return self.linears[0].in_features, self.linears[0].out_features
 
 

@@ -1,4 +1,4 @@
-"""YAML files from outside, read without the traps of YAML: repeated keys, and aliases that explode."""
+"""Read YAML files from outside, guarding against repeated keys and exploding aliases."""
 
 from pathlib import Path
 from typing import Any

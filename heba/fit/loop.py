@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -49,22 +50,27 @@ def finite(losses: list[Tensor]) -> list[float]:
     return values
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """How long to train: `epochs` of so many `steps`; `lr` is an epoch's learning rate (epochs count from 0)."""
+
+    epochs: int
+    steps: int
+    lr: Callable[[int], float]
+
+
 def train_epochs(
     parameters: nn.Module,
     optimizer: torch.optim.SGD,
-    epochs: int,
-    steps: int,
-    lr_of: Callable[[int], float],
+    schedule: Schedule,
     run_epoch: Callable[[torch.Generator, Callable[[int], object]], list[float]],
     run: Run,
     remedy: str,
 ) -> History:
-    """Train for `epochs`, or for what a checkpoint has left of them.
+    """Train for the epochs of `schedule`, or for what a checkpoint has left of them.
 
     Args:
         parameters: the module that `optimizer` trains.
-        steps: of an epoch.
-        lr_of: an epoch's learning rate (epochs count from 0).
         run_epoch: makes the steps of an epoch, with all its draws from the generator, counts them by the function
             that it gets, and returns their losses.
         remedy: what to do about a loss that is not finite.
@@ -77,12 +83,12 @@ def train_epochs(
     history: History = []
     if run.checkpoint is not None and run.checkpoint.exists():
         history = load_checkpoint(run.checkpoint, parameters, optimizer, generator)
-    with run.progress(epochs * steps, "train") as done:
-        done(len(history) * steps)
+    with run.progress(schedule.epochs * schedule.steps, "train") as done:
+        done(len(history) * schedule.steps)
         for record in history:
             run.on_epoch(record)
-        for epoch in range(len(history), epochs):
-            lr = lr_of(epoch)
+        for epoch in range(len(history), schedule.epochs):
+            lr = schedule.lr(epoch)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             try:

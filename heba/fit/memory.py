@@ -1,4 +1,4 @@
-"""Memory of large tensors on a CPU."""
+"""Memory for large tensors on a CPU."""
 
 import ctypes
 import platform
@@ -8,7 +8,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
 
 
 def keep_freed_memory(keep: bool = True) -> bool:
-    """Let the process keep what it frees for its next tensor; with `keep` false, as glibc does it.
+    """Keep freed memory in the process for its next tensor; with `keep` false, restore glibc's behaviour.
 
     glibc maps each block of over 32 MB anew and returns it to the kernel when it is freed, so every activation of
     a training step is filled with zeros page by page before it is written. Returns whether the C library is glibc;

@@ -1,4 +1,4 @@
-"""What a training is told that is no setting of its method."""
+"""How and where a training runs: all that is not a setting of its method."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext

@@ -31,7 +31,7 @@ def names() -> list[str]:
 
 def has_part(name: str, what: str) -> bool:
     """Whether a method has the module `what`."""
-    return what in [module.name for module in pkgutil.iter_modules([f"{__path__[0]}/{name}"])]
+    return what in [module.name for module in pkgutil.iter_modules([f"{path}/{name}" for path in __path__])]
 
 
 def part(name: str, what: str) -> ModuleType:

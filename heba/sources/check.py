@@ -1,4 +1,4 @@
-"""What is in a data set, and what is wrong with it."""
+"""Check a data set: what it contains, and what is wrong with it."""
 
 import hashlib
 from collections.abc import Callable
@@ -33,7 +33,7 @@ class Report:
 
     Attributes:
         table: rows: class names; columns: train, val, test, all (images), descriptions.
-        errors: what must be mended before anything runs. notes: what may be as it should.
+        errors: what must be mended before anything runs. notes: possible problems that do not stop a run.
     """
 
     table: pd.DataFrame
@@ -50,44 +50,43 @@ class Report:
         return "\n".join(lines if self.errors else [*lines, "no problems"])
 
 
-def check(
-    split: Split,
-    images: Path,
-    descriptions: dict[str, list[str]],
-    shots: int,
-    allow_leaks: bool,
-    allow_conflicts: bool = False,
-    progress: Callable[[int], object] = lambda n: None,
-) -> Report:
-    """Decode every image of `split` under the folder `images` and look for what is wrong.
+@dataclass(frozen=True)
+class Rules:
+    """What a data set is for.
 
-    Args:
+    Attributes:
         shots: the most training images per class that are asked for.
         allow_leaks: whether the same bytes may be in train, val and test, as a note instead of an error.
         allow_conflicts: the same for the same bytes in different classes.
     """
+
+    shots: int
+    allow_leaks: bool
+    allow_conflicts: bool = False
+
+
+def check(
+    split: Split,
+    images: Path,
+    descriptions: dict[str, list[str]],
+    rules: Rules,
+    progress: Callable[[int], object] = lambda n: None,
+) -> Report:
+    """Decode every image of `split` under the folder `images` and look for what is wrong."""
     names = class_names(split)
     texts = {normalise_class_name(name): sentences for name, sentences in descriptions.items()}
-    rows = {part: [0] * len(names) for part in PARTS}
-    for part in PARTS:
-        for _, label, _ in split[part]:
-            rows[part][label] += 1
-    # Two classes may have one name.
-    table = pd.DataFrame(rows, index=pd.Index(names, name="class"))
-    table["all"] = table.sum(axis=1)
-    table["descriptions"] = [len(texts.get(normalise_class_name(name), [])) for name in names]
-
+    table = _counts(split, names, texts)
     files = _files(split, images, progress)
     spoken: dict[str, list[str]] = {}
     for name in names:
         spoken.setdefault(normalise_class_name(name), []).append(name)
-    few = table[(table["train"] > 0) & (table["train"] < shots)]
+    few = table[(table["train"] > 0) & (table["train"] < rules.shots)]
     unknown = sorted(set(texts) - {normalise_class_name(name) for name in names})
     conflict = Finding("the same image, byte for byte, in different classes", files.conflicts)
     leak = Finding("the same bytes in more than one of train, val and test", files.leaks)
     errors = [
         Finding("fewer than two classes", [] if len(names) > 1 else names or ["none at all"]),
-        Finding("images that are missing or can not be decoded", files.broken),
+        Finding("images that are missing or cannot be decoded", files.broken),
         Finding("images of 16 or more bits a channel; convert them to 8 bit", files.deep),
         Finding("classes without test images", list(table.index[table["test"] == 0])),
         # The test sets of domain generalisation have none at all.
@@ -100,7 +99,7 @@ def check(
             [" = ".join(map(repr, group)) for group in spoken.values() if len(group) > 1],
         ),
         Finding(
-            f"classes with fewer train images than the {shots} shots, which give all that they have",
+            f"classes with fewer train images than the {rules.shots} shots, which give all that they have",
             [f"{name}: {n}" for name, n in few["train"].items()],
         ),
         Finding(
@@ -108,13 +107,26 @@ def check(
         ),
         Finding("descriptions of no class", unknown),
     ]
-    (notes if allow_conflicts else errors).append(conflict)
-    (notes if allow_leaks else errors).append(leak)
+    (notes if rules.allow_conflicts else errors).append(conflict)
+    (notes if rules.allow_leaks else errors).append(leak)
     return Report(table, [f for f in errors if f.items], [f for f in notes if f.items])
 
 
+def _counts(split: Split, names: list[str], texts: dict[str, list[str]]) -> pd.DataFrame:
+    """`Report.table`; `texts`: descriptions by normalised name."""
+    rows = {part: [0] * len(names) for part in PARTS}
+    for part in PARTS:
+        for _, label, _ in split[part]:
+            rows[part][label] += 1
+    # Two classes may have one name.
+    table = pd.DataFrame(rows, index=pd.Index(names, name="class"))
+    table["all"] = table.sum(axis=1)
+    table["descriptions"] = [len(texts.get(normalise_class_name(name), [])) for name in names]
+    return table
+
+
 class _Files(NamedTuple):
-    """broken: images that can not be read. deep: those of more than 8 bits. Groups of the same bytes: conflicts,
+    """broken: images that cannot be read. deep: those of more than 8 bits. Groups of the same bytes: conflicts,
     in different classes; leaks, in several parts of one; twice, in one part."""
 
     broken: list[str]

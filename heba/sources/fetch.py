@@ -1,4 +1,4 @@
-"""Files from the network or from where a user put them, used only after they were checked.
+"""Files from the network, or that the user has placed. None is used before it is checked.
 
 On requests alone: pooch, which is built on it, neither resumes nor shows that it hashes a file of many gigabytes.
 """
@@ -12,6 +12,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +33,8 @@ UNCHECKED = " (no checksum is published for it; its images are checked against t
 
 
 class FetchError(ValueError):
-    """Files that can not be had: per alternative the names of those that are `missing`, none where its files were
-    there but of no use; the message is everything that was tried."""
+    """Files that cannot be obtained. `missing`: per alternative, the names of its missing files; none where
+    they were there but unusable. The message lists everything that was tried."""
 
     def __init__(self, missing: list[list[str]], tried: list[str]) -> None:
         super().__init__("\n".join(f"  {t}" for t in tried))
@@ -49,8 +50,8 @@ class Local(NamedTuple):
 
 
 def check(path: Path, file: File) -> tuple[str, str | None]:
-    """The sha256 of `path`, and what is wrong with it: a checksum of `file` that it has not, or, where `file` has
-    none, that it is no archive at all. None when nothing is."""
+    """The sha256 of `path`, and the problem with it, or None. It must match the checksums of `file`; where there are
+    none, it must at least be an archive."""
     total = path.stat().st_size
     # git names a file by the hash of its length and content.
     digests: dict[str, Any] = {
@@ -212,8 +213,8 @@ def _store(response: requests.Response, pieces: Iterator[bytes], partial: Path, 
 
 
 def _gunzip(path: Path, plain: Path, most: int) -> bool:
-    """Write to `plain` what the gzip file `path` holds; False, and no file, when it is none or holds more than
-    `most` bytes."""
+    """Decompress the gzip file `path` to `plain`. Returns False, and writes no file, when `path` is not gzip or
+    holds more than `most` bytes."""
     done = 0
     try:
         with gzip.open(path) as stream, plain.open("wb") as out, _bar(f"decompress {path.name}", None) as bar:
@@ -230,7 +231,7 @@ def _gunzip(path: Path, plain: Path, most: int) -> bool:
 
 
 def partial_path(folder: Path, file: File, url: str) -> Path:
-    """Where the download of `file` from `url` collects: another host may have other bytes under the same name."""
+    """The partial file of the download of `file` from `url`; another host may have other bytes of that name."""
     return folder / f"{file.file}.{hashlib.sha256(url.encode()).hexdigest()[:8]}.part"
 
 
@@ -271,7 +272,7 @@ def download(file: File, url: str, folder: Path, say: Callable[[str], object]) -
 
 
 def _places(file: File, archives: Path, dataset: str, mirror: str | None) -> list[Path]:
-    """The files of that name which a user, an earlier run or a mirror's folder has put there."""
+    """The files of that name from the user, an earlier run or a mirror's folder."""
     folders = [archives / dataset, archives]
     if mirror and "://" not in mirror:
         folders.append(Path(mirror) / dataset)
@@ -285,6 +286,82 @@ def bytes_to_fetch(files: list[File], archives: Path, dataset: str, mirror: str 
         if not _places(file, archives, dataset, mirror):
             total += max(0, file.size - max(map(_size, _partials(archives / dataset, file)), default=0))
     return total
+
+
+@dataclass
+class _Search:
+    """Where the files of a data set are looked for, and what was found there so far.
+
+    Attributes:
+        archives, dataset, mirror, say: as in `obtain`.
+        tried: what was wrong with each place. checked: sha256 and problem of each file that was looked at.
+        fetched: the files that came from the network.
+    """
+
+    archives: Path
+    dataset: str
+    mirror: str | None
+    say: Callable[[str], object]
+    tried: list[str] = field(default_factory=list)
+    checked: dict[tuple[Path, File], tuple[str, str | None]] = field(default_factory=dict)
+    fetched: set[Path] = field(default_factory=set)
+
+    def note(self, problem: str) -> None:
+        if problem not in self.tried:
+            self.tried.append(problem)
+            self.say(f"{self.dataset}: {problem}")
+
+    def placed(self, file: File) -> Local | None:
+        """A file that needs no network."""
+        for path in _places(file, self.archives, self.dataset, self.mirror):
+            if (path, file) not in self.checked:
+                self.checked[path, file] = check(path, file)
+            sha256, problem = self.checked[path, file]
+            if problem is None:
+                return Local(file, path, sha256)
+            self.note(f"{path}: {problem}")
+        return None
+
+    def fetch(self, file: File) -> Local | None:
+        """A file from the network."""
+        remote = self.mirror if self.mirror and "://" in self.mirror else None
+        urls = [f"{remote.rstrip('/')}/{self.dataset}/{file.file}"] if remote else []
+        urls += [url for url in (file.url, *file.mirrors) if url]
+        for url in urls:
+            self.say(f"{self.dataset}: fetching {url}" + ("" if file.has_checksum else UNCHECKED))
+            try:
+                local = download(file, url, self.archives / self.dataset, self.say)
+            except (OSError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                    raise  # another place would not help
+                self.note(f"{url}: {error}")
+                continue
+            self.fetched.add(local.path)
+            self.checked[local.path, file] = (local.sha256, None)
+            return local
+        return None
+
+    def all_of(self, files: list[File], online: bool) -> tuple[list[Local], list[str]]:
+        """Those of `files` that can be had, and the names of the others."""
+        found: list[Local] = []
+        absent: list[str] = []
+        for file in files:
+            # Where one cannot be had the others are not fetched, but named if they are not there.
+            local = self.placed(file) or (self.fetch(file) if online and not absent else None)
+            if local:
+                found.append(local)
+            else:
+                absent.append(file.file)
+        return found, absent
+
+    def refuse(self, files: list[Local], reason: ValueError) -> None:
+        """Files whose content is not that of the data set; without a checksum only that tells."""
+        self.note(f"{', '.join(file.file.file for file in files)}: {reason}")
+        for file, path, sha256 in files:
+            if path in self.fetched and not file.has_checksum:
+                path.unlink()
+            elif not file.has_checksum:
+                self.checked[path, file] = (sha256, "its content is not that of the data set")
 
 
 def obtain(
@@ -302,55 +379,12 @@ def obtain(
     taken; what was fetched without a checksum to tell that it is right is deleted then, and fetched anew the next
     time. Raises FetchError with everything that was tried, and OSError when the disk does not take what comes.
     """
-    tried: list[str] = []
-    checked: dict[tuple[Path, File], tuple[str, str | None]] = {}
-    fetched: set[Path] = set()
-
-    def note(problem: str) -> None:
-        if problem not in tried:
-            tried.append(problem)
-            say(f"{dataset}: {problem}")
-
-    def placed(file: File) -> Local | None:
-        for path in _places(file, archives, dataset, mirror):
-            if (path, file) not in checked:
-                checked[path, file] = check(path, file)
-            sha256, problem = checked[path, file]
-            if problem is None:
-                return Local(file, path, sha256)
-            note(f"{path}: {problem}")
-        return None
-
-    def fetch(file: File) -> Local | None:
-        urls = [f"{mirror.rstrip('/')}/{dataset}/{file.file}"] if mirror and "://" in mirror else []
-        urls += [url for url in (file.url, *file.mirrors) if url]
-        for url in urls:
-            say(f"{dataset}: fetching {url}" + ("" if file.has_checksum else UNCHECKED))
-            try:
-                local = download(file, url, archives / dataset, say)
-            except (OSError, ValueError) as error:
-                if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-                    raise  # another place would not help
-                note(f"{url}: {error}")
-                continue
-            fetched.add(local.path)
-            checked[local.path, file] = (local.sha256, None)
-            return local
-        return None
-
+    search = _Search(archives, dataset, mirror, say)
     refused: list[list[Local]] = []
     missing: list[list[str]] = []
     for online in (False, True):
         for files in alternatives:
-            found: list[Local] = []
-            absent: list[str] = []
-            for file in files:
-                # Where one can not be had the others are not fetched, but named if they are not there.
-                local = placed(file) or (fetch(file) if online and not absent else None)
-                if local:
-                    found.append(local)
-                else:
-                    absent.append(file.file)
+            found, absent = search.all_of(files, online)
             if absent and online:
                 missing.append(absent)
             if absent or found in refused:
@@ -360,10 +394,5 @@ def obtain(
                 return found
             except ValueError as error:
                 refused.append(found)
-                note(f"{', '.join(file.file for file in files)}: {error}")
-                for file, path, sha256 in found:
-                    if path in fetched and not file.has_checksum:
-                        path.unlink()
-                    elif not file.has_checksum:
-                        checked[path, file] = (sha256, "its content is not that of the data set")
-    raise FetchError(missing, tried)
+                search.refuse(found, error)
+    raise FetchError(missing, search.tried)

@@ -120,12 +120,12 @@ def _inside(root: Path, file: str, where: str) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether systems, not people, put a file or folder of this name there, such as macOS its ._a.png."""
+    """Whether a system, not a person, made a file or folder of this name, such as macOS's ._a.png."""
     return name.startswith(".") or name == "__MACOSX"
 
 
 def _visible(folder: Path) -> list[Path]:
-    """What is in a folder, without what systems hide in it."""
+    """The entries of a folder, without hidden ones."""
     found = sorted(path for path in folder.iterdir() if not is_hidden(path.name))
     for path in found:
         try:

@@ -1,6 +1,6 @@
 """Archives to folders of regular files.
 
-An archive is what a stranger packed, so nothing of it is believed: only contents and names are taken. The
+A stranger packed the archive, so we trust nothing in it: only contents and names are taken. The
 extraction of tarfile and zipfile, which follows links and sets modes and times, is not used. No data set of the
 catalogue has links, or anything else that is no file or folder.
 """
@@ -76,7 +76,7 @@ def is_archive(path: Path) -> bool:
 
 @contextmanager
 def naming_damage(archive: Path) -> Iterator[None]:
-    """Turn what the readers of archives stumble over in the block into an ArchiveError that names `archive`."""
+    """Turn whatever the readers of archives raise in the block into an ArchiveError that names `archive`."""
     try:
         yield
     except ArchiveError:

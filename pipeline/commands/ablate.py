@@ -18,7 +18,7 @@ from heba import methods
 from pipeline.core.params import Params, ParamsError, settings_of
 from pipeline.core.paths import new_file
 from pipeline.report.ablation import BASELINE, COLUMNS
-from pipeline.runner import processes
+from pipeline.runner import dvc_inside, processes
 from pipeline.tracking import log as tracking
 from pipeline.tracking.store import client, shown_uri
 
@@ -107,7 +107,7 @@ def _hydra(value: Any) -> str:
 
 def dvc(args: list[str]) -> str:
     """Run `dvc` and return what it prints; OSError with its message when it fails."""
-    done = processes.dvc([processes.WAIT, *args], Path())
+    done = processes.dvc([dvc_inside.WAIT, *args], Path())
     if done.returncode:
         raise OSError(f"{shlex.join(['dvc', *args])} failed:\n{(done.stdout + done.stderr).strip()}")
     return done.stdout

@@ -194,7 +194,7 @@ def repro(
         float, typer.Option(min=0.01, help="With --executor ray: GPUs per stage; 0.5: two stages share one.")
     ] = 1.0,
 ) -> None:
-    """What `dvc repro` does, with independent stages side by side. docs/parallel.md has the whole story."""
+    """Run `dvc repro` with independent stages side by side (docs/parallel.md)."""
     params = _params()
     from pipeline.core.paths import main_root
     from pipeline.runner import repro
@@ -217,9 +217,9 @@ def waves() -> None:
     """Print the stages that are to run, in waves: those of a line need only those of the lines above."""
     _params()
     from pipeline.core.paths import main_root
-    from pipeline.runner import repro
+    from pipeline.runner import dvc_inside, repro
 
-    for wave in repro.waves(repro.make_plan(main_root())):
+    for wave in repro.waves(dvc_inside.make_plan(main_root())):
         print(*wave)
 
 

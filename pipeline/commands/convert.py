@@ -2,11 +2,11 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from heba import artifact, methods
+from heba.clip.features import Classes
 from pipeline.core.params import Params
 from pipeline.core.paths import new_folder
 from pipeline.stages.backbone import computing, load_backbone, read_record, use_bf16
@@ -41,26 +41,8 @@ def run(
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"--scale {scale}: must be finite")
     method = converted_method()
+    protocol = "few_shot" if all_classes else "base_to_novel"
     tensors, settings = methods.part(method, "convert").from_official(source, scale)
-    write(params, target, method, dataset, "few_shot" if all_classes else "base_to_novel", tensors, settings)
-    return target
-
-
-def converted_method() -> str:
-    """The method that has official checkpoints to convert."""
-    return next(name for name in methods.names() if methods.has_part(name, "convert"))
-
-
-def write(
-    params: Params,
-    target: Path,
-    method: str,
-    dataset: str,
-    protocol: str,
-    tensors: dict[str, torch.Tensor],
-    settings: dict[str, Any],
-) -> None:
-    """Write the folder of a method that was trained elsewhere, with the classifier of its classes."""
     classes = read_classes(dataset)
     classes = classes.select(labels_of(protocol, len(classes.names)))
     config = artifact.Config(
@@ -73,12 +55,24 @@ def write(
         suite=params.suite,
         bf16=use_bf16(params),
     )
-    part, (clip, _) = methods.part(method, "method"), load_backbone(params)
+    write(params, target, config, classes, tensors)
+    return target
+
+
+def converted_method() -> str:
+    """The method that has official checkpoints to convert."""
+    return next(name for name in methods.names() if methods.has_part(name, "convert"))
+
+
+def write(
+    params: Params, target: Path, config: artifact.Config, classes: Classes, tensors: dict[str, torch.Tensor]
+) -> None:
+    """Write the folder of a method that was trained elsewhere, with the classifier of its classes."""
+    part, (clip, _) = methods.part(config.method, "method"), load_backbone(params)
     with new_folder(target) as out:
         artifact.write_tensors(tensors, out, torch.float32)
         artifact.write_config(config, out)
         model, _ = artifact.load(clip, out)
         with computing(params):
-            artifact.write_classifier(
-                part.classifier(model, classes, config.method_settings(), True, progress), out
-            )
+            classifier = part.classifier(model, classes, config.method_settings(), True, progress)
+        artifact.write_classifier(classifier, out)

@@ -17,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from heba import methods
-from heba.clip.architecture import read_config
+from heba.clip.architecture import read_architecture
 from heba.clip.backbone import build
 from heba.clip.preprocess import preprocess_of
 from heba.clip.towers import encode_text_plain, eos_id, pool_type, text_tower
@@ -77,7 +77,7 @@ def trained_parameters(params: Params, method: str, protocol: str, clip: Any) ->
 def adapter_bytes(params: Params, training: Training) -> int:
     """What a training leaves on the disk; the model is made without its weights."""
     with torch.device("meta"):
-        clip = build(read_config(params.backbone.name, main_root()))
+        clip = build(read_architecture(params.backbone.name, main_root()))
         found = trained_parameters(params, training.method, training.protocol, clip)
     return found * (2 if params.adapter_dtype == "fp16" else 4)
 
@@ -88,7 +88,7 @@ def table(params: Params, tflops: float, overhead_ms: float, text_length: int) -
     if params.suite != "real" or params.backbone.name == "tiny":
         raise ParamsError("suite: cost is for the real benchmarks; try it after `python -m pipeline preset paper`")
     catalog = load_catalog()
-    clip = build(read_config(params.backbone.name, main_root()))
+    clip = build(read_architecture(params.backbone.name, main_root()))
     per_second = tflops * 1e12
 
     def hours(tests: list[Benchmark], flops: Flops) -> float:
@@ -130,7 +130,7 @@ def table(params: Params, tflops: float, overhead_ms: float, text_length: int) -
                 "Steps": steps,
                 "Training, h": seconds / 3600,
                 "Test passes, h": hours(tested, flops) if about.READS == "pixels" else 0.0,
-                "Adapters, GB": sum(adapter_bytes(params, own[0]) for _ in own) / 1e9,
+                "Adapters, GB": len(own) * adapter_bytes(params, own[0]) / 1e9,
             }
     rows[FROZEN, "all"] = {
         "Trainings": 0,
@@ -149,7 +149,7 @@ def disk(params: Params) -> dict[str, float]:
     """GB of what is fetched (unpacked it is about the same again) and of the packed test images."""
     catalog = load_catalog()
     names = dict.fromkeys([*params.datasets, *params.transfer.variants])
-    size = read_config(params.backbone.name, main_root())["vision_cfg"].get("image_size", 224)
+    size = read_architecture(params.backbone.name, main_root())["vision_cfg"].get("image_size", 224)
     return {
         "archives": sum(file.size for n in names for file in catalog[n].sources[0]) / 1e9,
         "packed test images": sum(catalog[n].counts.test for n in names) * 3 * size**2 / 1e9,

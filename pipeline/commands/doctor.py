@@ -21,10 +21,11 @@ from urllib.parse import unquote, urlparse
 from pipeline.core.params import Params, load_params, stage_of
 from pipeline.core.paths import OUT, data_folder, main_root
 from pipeline.core.trainings import trainings
-from pipeline.runner import locks, machine, processes
+from pipeline.runner import dvc_inside, machine, processes
 
 ROOT = Path(__file__).parents[2]
-INSTALL = "pip install -c constraints.txt -e ."
+INSTALL = "pip install -c constraints.txt -e '.[pipeline]'"
+POSTGRES = INSTALL.replace("pipeline", "postgres")
 SHOWN = ("torch", "torchvision", "open_clip_torch", "dvc", "mlflow")
 MOST_IMAGES = 50_000  # of a data set, to be counted here; the stages count them all
 EMBEDDED_BYTES = 300_000_000  # data, outs and MLflow's store of the demo, which takes 0.17 GB
@@ -51,7 +52,8 @@ def packages(params: Params | None) -> Row:
     wrong = []
     if python not in Requirement(f"python{project['requires-python']}").specifier:
         return Row("packages", "fail", f"Python {python}", f"install Python {project['requires-python']}")
-    for wanted in map(Requirement, project["dependencies"]):
+    needed = [*project["dependencies"], *project["optional-dependencies"]["pipeline"]]
+    for wanted in map(Requirement, needed):
         try:
             if (version := metadata.version(wanted.name)) not in wanted.specifier:
                 wrong.append(f"{wanted.name} {version} is not {wanted.specifier}")
@@ -114,7 +116,7 @@ def gpu(params: Params | None) -> Row:
 
 def disk(params: Params | None) -> Row:
     """Room for what params.yaml still lacks, where data, outs and DVC's cache lie."""
-    assert params is not None, "params.yaml can not be read"
+    assert params is not None, "params.yaml cannot be read"
     data = main_root() / params.data.root
     needs = _embedded_needs(params, data) if params.suite == "embedded" else _real_needs(params, data)
     found, short = [], []
@@ -142,21 +144,13 @@ def _embedded_needs(params: Params, data: Path) -> list[tuple[Path, float]]:
     return [(data, EMBEDDED_BYTES * len(left) / max(1, len(params.datasets)))]
 
 
-def _cache() -> Path:
-    """DVC's cache, to which the outs are links."""
-    from dvc.repo import Repo
-
-    with Repo(str(main_root())) as repo:
-        return Path(repo.cache.local.path)
-
-
 def _real_needs(params: Params, data: Path) -> list[tuple[Path, float]]:
     """Bytes by folder: what is not here of archives with their images, of packed images, and of adapters."""
-    from heba.clip.architecture import read_config
+    from heba.clip.architecture import read_architecture
     from pipeline.commands.cost import adapter_bytes
     from pipeline.stages.download import bytes_needed, catalog_entry, mirror_of
 
-    side = read_config(params.backbone.name, main_root())["vision_cfg"].get("image_size", 224)
+    side = read_architecture(params.backbone.name, main_root())["vision_cfg"].get("image_size", 224)
 
     fetched = packed = 0
     for name in _datasets(params):
@@ -173,7 +167,9 @@ def _real_needs(params: Params, data: Path) -> list[tuple[Path, float]]:
             if key not in sizes:
                 sizes[key] = adapter_bytes(params, training)
             adapters += sizes[key]
-    return [(data, fetched), (_cache(), packed + adapters)]
+    with dvc_inside.repository(main_root()) as repo:
+        cache = dvc_inside.cache_folder(repo)
+    return [(data, fetched), (cache, packed + adapters)]
 
 
 def _datasets(params: Params) -> list[str]:
@@ -186,7 +182,7 @@ def data(params: Params | None) -> Row:
     from pipeline.stages.download import manifest_path, read_manifest, verified_folder
     from pipeline.stages.own import images_folder
 
-    assert params is not None, "params.yaml can not be read"
+    assert params is not None, "params.yaml cannot be read"
     lost = [name for name in params.own if not images_folder(params, name).is_dir()]
     if lost:
         found = "; ".join(f"own.{name}.path: there is no folder {images_folder(params, name)}" for name in lost)
@@ -237,14 +233,14 @@ def store(params: Params | None) -> Row:
             if not path.exists():
                 if os.access(path.parent, os.W_OK):
                     return Row("MLflow", "ok", f"{name}, made by the first training")
-                return Row("MLflow", "fail", f"{path.parent} can not be written to", f"chmod u+w {path.parent}")
+                return Row("MLflow", "fail", f"{path.parent} cannot be written to", f"chmod u+w {path.parent}")
             with sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=PATIENCE / 2) as connection:
                 connection.execute("SELECT count(*) FROM experiments")
         else:
             _ask_database(uri)
     except ModuleNotFoundError as error:
-        return Row("MLflow", "fail", f"{name}: the package {error.name} is missing", "pip install '.[postgres]'")
-    except Exception as error:  # whatever a driver raises, the store can not be used
+        return Row("MLflow", "fail", f"{name}: the package {error.name} is missing", POSTGRES)
+    except Exception as error:  # whatever a driver raises, the store cannot be used
         return Row("MLflow", "fail", f"{name}: {_first_line(without_password(str(error)))}", remedy)
     return Row("MLflow", "ok", name)
 
@@ -297,9 +293,8 @@ def dvc(params: Params | None) -> Row:
         message.cancel()
     if done.returncode:
         said = _first_line(done.stderr.replace("ERROR: ", ""))
-        if "acquire lock" in said or "is busy" in said:
-            return Row("DVC", "warn", "another DVC process runs here", "wait for its end")
-        return Row("DVC", "fail", said, locks.remedy(said, root))
+        state = "warn" if dvc_inside.is_busy(said) else "fail"
+        return Row("DVC", state, said, dvc_inside.remedy(said, root))
     changed = json.loads(done.stdout)
     if changed:
         found = f"{len(changed)} stages changed: {_some(list(changed))}"

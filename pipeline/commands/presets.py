@@ -1,4 +1,4 @@
-"""Named params.yaml files. DVC can not interpolate a preset's name into dvc.yaml, so a preset is copied."""
+"""Named params.yaml files. DVC cannot interpolate a preset's name into dvc.yaml, so a preset is copied."""
 
 import difflib
 from pathlib import Path

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -124,7 +125,7 @@ def info(
     adapter: Annotated[str, typer.Argument(help="As --adapter of predict.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Tell what an adapter is: backbone, classes, shots, seed, accuracy, commit."""
+    """Show an adapter's backbone, classes, shots, seed, accuracy and commit."""
     found = about(adapter_folder(adapter))
     if as_json:
         print(json.dumps(found, ensure_ascii=False, indent=1))
@@ -160,6 +161,10 @@ def adapter_folder(adapter: str) -> Path:
     """The local folder of an adapter that the command line names."""
     if Path(adapter).exists():
         return Path(adapter)
+    if find_spec("mlflow") is None:
+        raise ValueError(
+            f"{adapter}: there is no such folder; for a run or a model of MLflow, pip install 'heba[pipeline]'"
+        )
     from pipeline.tracking.models import fetch_adapter
 
     return fetch_adapter(adapter)
@@ -200,9 +205,12 @@ def settings(pairs: list[str] | None) -> dict[str, Any]:
     found = {}
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
+        try:
+            found[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
         if not equals:
             raise ValueError(f"--set {pair}: write name=value")
-        found[name.strip()] = yaml.safe_load(value)
     return found
 
 

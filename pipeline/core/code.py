@@ -1,6 +1,6 @@
-"""What a stage computes with: the code that dvc.yaml names as its deps, and a hash of it.
+"""The code that each stage computes with, as dvc.yaml lists it among the deps, and its hash.
 
-A stage that covers several trainings keeps those whose inputs are what they were. The code is one of these inputs.
+A stage that covers several trainings keeps those whose inputs are unchanged. The code is one of these inputs.
 """
 
 import hashlib

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from heba import methods
-from heba.clip.architecture import depth, read_config, width
+from heba.clip.architecture import depth, read_architecture, width
 from heba.data.datasets import BENCHMARKS, VARIANTS
 from heba.data.prompts import TEMPLATE, TEMPLATE_PATTERN
 from heba.data.protocols import PROTOCOLS
@@ -17,7 +17,7 @@ from pipeline.core.paths import main_root
 
 PARAMS_FILE = Path("params.yaml")
 
-# Beyond all that makes sense, and within what torch, the threads of a machine and the names of files take.
+# Bounds beyond every sensible value, and within what torch, threads and file names accept.
 MOST = 1_000_000
 MOST_SEED = 2**32 - 1
 MOST_THREADS = 1024
@@ -101,7 +101,7 @@ def _merged(block: dict[str, Any], protocol: str) -> dict[str, Any]:
 
 
 def stage_of(stage: str, dataset: str) -> str:
-    """What DVC calls the `stage` of a data set, such as split-own@flowers."""
+    """DVC's name for the `stage` of a data set, such as split-own@flowers."""
     kind = "" if dataset in BENCHMARKS else "-variant" if dataset in VARIANTS else "-own"
     return f"{stage}{kind}@{dataset}"
 
@@ -156,17 +156,25 @@ def _describe(error: dict[str, Any]) -> str:
     return f"{key}: {error['msg']}, got {error['input']!r}{hint}"
 
 
+def _value(raw: Any, *keys: str) -> Any:
+    """What lies under `keys`; None where there is no such thing."""
+    for key in keys:
+        raw = raw.get(key) if isinstance(raw, dict) else None
+    return raw
+
+
 def _impossible(raw: dict[str, Any]) -> list[str]:
     """Problems between values, of whatever part of `raw` has the right form."""
+    own = raw["own"] if isinstance(raw.get("own"), dict) else {}
+    problems = _impossible_own(own) + _impossible_lists(raw, own) + _impossible_protocols(raw, own)
+    if isinstance(_value(raw, "backbone", "name"), str):
+        problems += _impossible_backbone(raw)
+    return problems
 
-    def get(*keys: str) -> Any:
-        value: Any = raw
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        return value
 
-    own = get("own") if isinstance(get("own"), dict) else {}
-    problems = _impossible_own(own)
+def _impossible_lists(raw: dict[str, Any], own: dict[Any, Any]) -> list[str]:
+    """What is listed twice, or is not a data set."""
+    problems = []
     for keys, known in (
         (("datasets",), BENCHMARKS),
         (("transfer", "targets"), BENCHMARKS),
@@ -178,7 +186,7 @@ def _impossible(raw: dict[str, Any]) -> list[str]:
         (("few_shot", "shots"), None),
         (("methods",), None),
     ):
-        values, key = get(*keys), ".".join(keys)
+        values, key = _value(raw, *keys), ".".join(keys)
         if not isinstance(values, list):
             continue
         names = [value for value in values if isinstance(value, str | int)]
@@ -189,42 +197,49 @@ def _impossible(raw: dict[str, Any]) -> list[str]:
                 for value in names
                 if isinstance(value, str) and value not in known
             ]
-    datasets, source, targets = get("datasets"), get("transfer", "source"), get("transfer", "targets")
+    return problems
+
+
+def _impossible_protocols(raw: dict[str, Any], own: dict[Any, Any]) -> list[str]:
+    """Data sets of a protocol that are not there, and a params.yaml without data or protocol."""
+    problems = []
+    datasets, source = _value(raw, "datasets"), _value(raw, "transfer", "source")
+    targets, few = _value(raw, "transfer", "targets"), _value(raw, "few_shot", "datasets")
     if isinstance(datasets, list):
         if not datasets and not own:
             problems.append("datasets: empty, and so is own, so that there is no data")
-        transfer = get("transfer", "seeds") != []
+        transfer = _value(raw, "transfer", "seeds") != []
         if transfer and isinstance(source, str) and source not in datasets:
             problems.append(f"transfer.source: {source!r} must be one of datasets")
         if transfer and isinstance(targets, list):
             absent = [t for t in targets if t not in datasets]
             problems += [f"transfer.targets: {t!r} must be one of datasets" for t in absent]
-        few = get("few_shot", "datasets")
         absent = [d for d in few if d not in [*datasets, *own]] if isinstance(few, list) else []
         problems += [f"few_shot.datasets: {d!r} must be one of datasets or own" for d in absent]
-    if [get("seeds"), get("transfer", "seeds"), get("few_shot", "seeds")] == [[], [], []]:
+    if [_value(raw, *keys, "seeds") for keys in ((), ("transfer",), ("few_shot",))] == [[], [], []]:
         problems.append("seeds, transfer.seeds, few_shot.seeds: all empty, so that no protocol is left")
     if isinstance(targets, list) and source in targets:
         problems.append(f"transfer.targets: {source!r} is the source")
-    name, suite, pretrained = get("backbone", "name"), get("suite"), get("backbone", "pretrained")
-    if isinstance(name, str):
-        if (suite == "embedded") != (name == "tiny") and suite in ("embedded", "real"):
-            problems.append(
-                f"backbone.name: suite {suite} needs "
-                f"{'the backbone tiny' if suite == 'embedded' else 'a model of open_clip, not ' + name}"
-            )
-        elif name == "tiny" and pretrained != "embedded":
-            problems.append(
-                f"backbone.pretrained: the tiny backbone has the weights 'embedded', not {pretrained!r}"
-            )
-        deepest = narrowest = None
-        try:
-            config = read_config(name, main_root())
-            deepest, narrowest = depth(config), width(config)
-        except ValueError as error:
-            problems.append(f"backbone.name: {error}")
-        problems += _impossible_methods(raw, deepest, narrowest)
-    if isinstance(name, str) and pretrained == "openai" and not name.endswith(("-quickgelu", ".json")):
+    return problems
+
+
+def _impossible_backbone(raw: dict[str, Any]) -> list[str]:
+    """A backbone that does not go with the suite, its weights or the methods' settings."""
+    problems = []
+    name, pretrained, suite = raw["backbone"]["name"], raw["backbone"].get("pretrained"), raw.get("suite")
+    if (suite == "embedded") != (name == "tiny") and suite in ("embedded", "real"):
+        needed = "the backbone tiny" if suite == "embedded" else f"a model of open_clip, not {name}"
+        problems.append(f"backbone.name: suite {suite} needs {needed}")
+    elif name == "tiny" and pretrained != "embedded":
+        problems.append(f"backbone.pretrained: the tiny backbone has the weights 'embedded', not {pretrained!r}")
+    deepest = narrowest = None
+    try:
+        config = read_architecture(name, main_root())
+        deepest, narrowest = depth(config), width(config)
+    except ValueError as error:
+        problems.append(f"backbone.name: {error}")
+    problems += _impossible_methods(raw, deepest, narrowest)
+    if pretrained == "openai" and not name.endswith(("-quickgelu", ".json")):
         problems.append(f"backbone.name: OpenAI's weights were trained with QuickGELU: use {name}-quickgelu")
     return problems
 
@@ -269,7 +284,7 @@ def _settings_problems(method: str, settings: dict[str, Any], depth: int | None,
 
 
 def _impossible_own(own: dict[Any, Any]) -> list[str]:
-    """Names and paths of own data sets that cannot be."""
+    """Names and paths of own data sets that are not possible."""
     problems = []
     for name, entry in own.items():
         if not re.fullmatch(rf"[A-Za-z0-9][A-Za-z0-9_-]{{,{LONGEST_NAME - 1}}}", str(name)):

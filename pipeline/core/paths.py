@@ -1,4 +1,4 @@
-"""Where things are, also in DVC's temporary workspaces; outs that appear whole or not at all."""
+"""Paths, in DVC's temporary workspaces too, and outs that appear whole or not at all."""
 
 import errno
 import glob
@@ -18,9 +18,9 @@ OUT = Path("out")
 
 
 def mark_params() -> None:
-    """Write what the stages depend on that DVC must not run with a params.yaml that was not checked.
+    """Write the file that says that params.yaml was checked; the first stages depend on it.
 
-    It is always the same, so that no other change of params.yaml runs them again.
+    Its content never changes, so other changes of params.yaml do not run these stages again.
     """
     with new_file(OUT / "params.txt") as path:
         path.write_text("params.yaml was checked\n", encoding="utf-8")
@@ -37,7 +37,7 @@ def data_folder(data_root: str, suite: str, dataset: str) -> Path:
 
 
 def remove_left(path: Path) -> None:
-    """Remove what killed processes have left beside `path` under names of `temporary_name`."""
+    """Remove temporary files beside `path` (see `temporary_name`) whose processes were killed."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         pid = left.name.rsplit(".", 2)[1]
         if pid.isdecimal() and not psutil.pid_exists(int(pid)):
@@ -62,7 +62,7 @@ def _remove(path: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside `path` to write it under; what killed processes have left under such names is removed."""
+    """A temporary name beside `path`; files of such names that killed processes left are removed."""
     remove_left(path)
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
@@ -98,7 +98,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writable(path: Path) -> Iterator[None]:
-    """Say what to do when `path` can not be written in the block, on a full disk or in a read-only folder."""
+    """Turn a full disk or a read-only folder, met while writing `path`, into a message with the remedy."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -112,7 +112,7 @@ def writable(path: Path) -> Iterator[None]:
         else:
             raise
         raise OSError(
-            f"{path.absolute()} can not be written ({os.strerror(number)}); {remedy} and run the same again: "
+            f"{path.absolute()} cannot be written ({os.strerror(number)}); {remedy} and run the same again: "
             "what was done before is kept"
         ) from None
 
@@ -123,7 +123,7 @@ def _beside(path: Path, file: str | None) -> bool:
 
 @contextmanager
 def reading(path: Path, stage: str) -> Iterator[None]:
-    """Name the out `path` and the stage that makes it when what is read in the block is missing or damaged."""
+    """Turn a missing or damaged out, met while reading `path`, into a message that names its stage."""
     try:
         yield
     except FileNotFoundError:

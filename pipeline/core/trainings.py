@@ -1,5 +1,4 @@
-"""The one list of trainings and of evaluations that params.yaml asks for. Everything else that needs to know them
-asks here."""
+"""The one list of the trainings and evaluations that params.yaml asks for. All other code takes it from here."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,9 +86,15 @@ def trainings(params: Params) -> list[Training]:
     ]
 
 
+def can(method: str, protocol: str, group: str) -> bool:
+    """Whether a method can be tested on a group of a protocol, which may be of classes that are new to it."""
+    new = PROTOCOLS[protocol].transfer or group == "novel"
+    return not new or methods.part(method, "settings").NEW_CLASSES
+
+
 def trains(method: str, protocol: str) -> bool:
-    """Whether a method is trained for a protocol: cross_dataset tests it on classes that are new to it."""
-    return protocol != "cross_dataset" or methods.part(method, "settings").NEW_CLASSES
+    """Whether a method is trained for a protocol: not when it can be tested on none of its groups."""
+    return any(can(method, protocol, group) for group in PROTOCOLS[protocol].groups)
 
 
 def tested_on(params: Params, protocol: str, trained_on: str) -> list[str]:

@@ -51,19 +51,26 @@ def displayed(table: pd.DataFrame, protocol: str, names: list[str], embedded: bo
         return tables.display_base_to_novel(table, names, embedded)
     if protocol == "few_shot":
         return tables.display_few_shot(table, names, embedded)
-    return tables.display_transfer(table, names, embedded)
+    return tables.display_transfer(table, protocol, names, embedded)
 
 
-def notes(table: pd.DataFrame, protocol: str, embedded: bool) -> list[str]:
-    """Sentences under a table."""
+def notes(records: list[Record], table: pd.DataFrame, protocol: str, names: list[str]) -> list[str]:
+    """Sentences under a table of the methods `names`, which was made of `records`."""
+    embedded = any(r.suite == "embedded" for r in records)
     found = (
         [H_NOTE]
         if protocol == "base_to_novel"
         else ["Accuracy in percent; ± is the sample standard deviation over seeds."]
     )
-    fewer = tables.incomplete(table)
+    unable = [n for n in names if not all(tables.able(n, protocol, g) for g in PROTOCOLS[protocol].groups)]
+    found += [
+        f"{tables.GAP}: {tables.method_title(name)} cannot classify classes that it was not trained on."
+        for name in unable
+    ]
+    fewer = tables.incomplete(tables.long_table(records), protocol, names)
     if fewer:
-        found.append("Fewer seeds than the others: " + ", ".join(map(title, fewer)) + ".")
+        listed = (f"{title(d)} ({', '.join(map(tables.method_title, lacking))})" for d, lacking in fewer.items())
+        found.append(f"Fewer seeds than the others: {', '.join(listed)}.")
     averaged, own = tables.benchmarks(table), tables.own_data(table)
     absent = [title(d) for d in PROTOCOLS[protocol].complete if d not in averaged]
     if absent and averaged:
@@ -90,27 +97,32 @@ def bars(table: pd.DataFrame, columns: list[tuple[str, str]], embedded: bool, la
 
 
 def curves(table: pd.DataFrame, names: list[str], embedded: bool) -> str:
-    """Accuracy over the number of shots, a small plot per row of `table` and a curve per method that learns, with
-    the first method, which takes no shots, at 0."""
+    """Accuracy over the number of shots, a small plot per row of `table`: a curve per method that learns, a dotted
+    line per method that takes no shots. The first of these is what the curves start from, at 0 shots."""
+    flat = [name for name in names if not tables.draws(name)]
+    learning = [name for name in names if tables.draws(name)]
     columns = min(4, len(table))
     rows = -(-len(table) // columns)
     figure = Figure(figsize=(9, 2.4 * rows), layout="constrained")
     plots = figure.subplots(rows, columns, squeeze=False).flat
-    first = names[0]
-    shots: list[int] = []
     for (dataset, row), axes in zip(table.iterrows(), plots, strict=False):
-        for name in names[1:]:
-            shots = tables.shots_of(table, name)
-            values = [row[first], *(row[f"{name}_{k}"] for k in shots)]
-            spread = [0.0, *(row[f"{name}_{k}_std"] for k in shots)]
+        ticks = {0} if flat else set()
+        for name in learning:
+            points = [(0, row[flat[0]], 0.0)] if flat else []
+            points += [(k, row[f"{name}_{k}"], row[f"{name}_{k}_std"]) for k in tables.shots_of(table, name)]
+            shots, values, spread = zip(*points, strict=True)
             errors = [0 if pd.isna(s) else s for s in spread]
-            axes.errorbar([0, *shots], values, yerr=errors, marker="o", markersize=3)
-        axes.axhline(row[first], color="grey", linestyle=":", linewidth=1)
+            axes.errorbar(shots, values, yerr=errors, marker="o", markersize=3, label=tables.method_title(name))
+            ticks |= set(shots)
+        for name in flat:
+            axes.axhline(row[name], color="grey", linestyle=":", linewidth=1)
         axes.set_title(tables.row_title(str(dataset), table, embedded), fontsize="small")
-        axes.set_xticks([0, *shots])
+        axes.set_xticks(sorted(ticks))
+        if len(learning) > 1:
+            axes.legend(fontsize="x-small")
     for axes in list(plots):
         axes.set_axis_off()
-    figure.supxlabel(f"shots (0: {tables.method_title(first)})", fontsize="small")
+    figure.supxlabel(f"shots (0: {tables.method_title(flat[0])})" if flat else "shots", fontsize="small")
     figure.supylabel("accuracy, %", fontsize="small")
     return png(figure)
 
@@ -126,9 +138,12 @@ def figures(table: pd.DataFrame, protocol: str, names: list[str], embedded: bool
     titles = {name: tables.method_title(name) for name in names}
     if protocol == "base_to_novel":
         columns = [(f"{name}_{g}", f"{titles[name]} {g}") for g in ("base", "novel") for name in names]
-        gains = [(f"difference_{g}", g) for g in ("base", "novel")]
-        gain = f"{titles[names[-1]]} minus {titles[names[0]]}, points"
-        return [bars(table, columns, embedded, "accuracy, %"), bars(table, gains, embedded, gain)]
+        found = [bars(table, columns, embedded, "accuracy, %")]
+        if len(names) > 1:
+            gains = [(f"difference_{g}", g) for g in ("base", "novel")]
+            gain = f"{titles[names[-1]]} minus {titles[names[0]]}, points"
+            found.append(bars(table, gains, embedded, gain))
+        return found
     if protocol == "few_shot":
         return [curves(table, names, embedded)]
     return [bars(table, list(titles.items()), embedded, "accuracy, %")]
@@ -183,11 +198,13 @@ def write_table(
     (out / f"{name}.md").write_text(f"# {title}\n\n" + "\n".join(text), encoding="utf-8")
     table.round(4).to_csv(out / f"{name}.csv")
     latex = shown.rename(columns=lambda c: c.replace("Δ", r"$\Delta$")).replace("±", r"$\\pm$", regex=True)
+    latex = latex.replace(tables.GAP, "--")
     latex = latex.replace("_", r"\\_", regex=True)  # in names of own data
     style = latex.style.hide(axis="index")
     # Not comments: the notes must go where the table goes.
     typeset = "".join(f"\n\\par\\footnotesize {n}\n" for n in below)
     typeset = re.sub(r"([_%&#])", r"\\\1", typeset.replace("±", r"$\pm$").replace("Δ", r"$\Delta$"))
+    typeset = typeset.replace(tables.GAP, "--")
     (out / f"{name}.tex").write_text(
         style.to_latex(hrules=True, column_format="l" + "r" * (len(shown.columns) - 1)) + typeset,
         encoding="utf-8",
@@ -220,7 +237,7 @@ def render_report(
             no_table(out, protocol)
             continue
         shown = displayed(table, protocol, names, embedded)
-        below = notes(table, protocol, embedded)
+        below = notes(records, table, protocol, names)
         if settings and protocol in settings:
             below.insert(0, settings[protocol])
         compared = published and tables.benchmarks(table)

@@ -10,7 +10,7 @@ from heba.data.protocols import PROTOCOLS
 from heba.evaluation.record import Record, read_record
 from pipeline.core.params import Params
 from pipeline.core.paths import OUT
-from pipeline.core.trainings import Evaluation, evaluations
+from pipeline.core.trainings import Evaluation, can, evaluations
 
 SHOWN = 3  # paths that the line about those left out names
 
@@ -23,10 +23,18 @@ def select(params: Params) -> tuple[list[Record], list[Path]]:
     for path in sorted(OUT.glob("evaluate*/**/[!.]*.json")):
         record = read_record(path) if path in asked else None
         if record is not None and _belongs(record, params, asked[path]):
+            missing = [g for g in groups(record.method, record.protocol) if g not in record.groups]
+            if missing:
+                raise ValueError(f"{path}: groups.{missing[0]} is missing; evaluate this data set again")
             records.append(record)
         else:
             left_out.append(path)
     return sorted(records, key=lambda r: (r.protocol, order(r.dataset), r.method, r.shots, r.seed)), left_out
+
+
+def groups(method: str, protocol: str) -> list[str]:
+    """The groups of a protocol's test classes that a method can classify."""
+    return [group for group in PROTOCOLS[protocol].groups if can(method, protocol, group)]
 
 
 def _belongs(record: Record, params: Params, asked: Evaluation) -> bool:

@@ -2,7 +2,8 @@
 
 The harmonic mean H of a data set is the one of its base and novel accuracy averaged over seeds; H of an
 average is the one of the averaged base and novel, as in the papers. std is the sample standard deviation
-over seeds; a method whose results do not depend on the seed has none.
+over seeds; a method whose results do not depend on the seed has none. The average of a method that lacks a data
+set is NaN, and so is its std where a data set lacks a seed.
 """
 
 from pathlib import Path
@@ -15,9 +16,11 @@ from heba import methods
 from heba.data.datasets import TABLE, order, title
 from heba.evaluation.metrics import harmonic_mean
 from heba.evaluation.record import Record
+from pipeline.core.trainings import can, trains
 
 LONG = ("protocol", "dataset", "method", "seed", "shots", "group", "accuracy", "n")
 GROUPS = ("base", "novel", "h")
+GAP = "–"  # of a method that cannot do a protocol; what is merely not there yet is empty
 PUBLISHED = Path(__file__).with_name("published.yaml")
 
 
@@ -48,6 +51,11 @@ def draws(method: str) -> bool:
 
 def method_title(method: str) -> str:
     return methods.part(method, "settings").TITLE
+
+
+def able(method: str, protocol: str, group: str = "all") -> bool:
+    """Whether a method can be tested on a group of a protocol; on h, where it can on base and on novel."""
+    return all(can(method, protocol, g) for g in (("base", "novel") if group == "h" else (group,)))
 
 
 def harmonic_means(base: "pd.Series[float]", novel: "pd.Series[float]") -> list[float]:
@@ -88,16 +96,16 @@ def averages_by_seed(frame: pd.DataFrame, averaged: list[str]) -> pd.DataFrame:
 
 def base_to_novel_table(data: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     """Rows: data sets and, of the benchmarks, `average`. Columns: <method>_{base,novel,h} of the methods `names`,
-    <method>_{base,novel,h}_std (NaN with one seed), difference_{base,novel,h} of the last method to the first, and
-    seeds."""
+    <method>_{base,novel,h}_std (NaN with one seed), difference_{base,novel,h} of the last method to the first
+    where there are several, and seeds, the fewest of a method."""
     frame = by_seed(data[data["protocol"] == "base_to_novel"], ["method", "group"])
     table, spread = means(frame), stds(with_h(frame.copy(), names))
     averaged = benchmarks(table)
     if averaged:
-        table.loc["average"] = table.loc[averaged].mean()
+        table.loc["average"] = table.loc[averaged].mean(skipna=False)
         spread.loc["average"] = with_h(averages_by_seed(frame, averaged), names).std(ddof=1)
     table = with_h(table, names)
-    seeds = frame.groupby("dataset").size().astype(float)
+    seeds = fewest(frame)
     found = pd.DataFrame(index=table.index)
     for name in names:
         for group in GROUPS:
@@ -105,7 +113,7 @@ def base_to_novel_table(data: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     for name in filter(draws, names):
         for group in GROUPS:
             found[f"{name}_{group}_std"] = column(spread, name, group)
-    for group in GROUPS:
+    for group in GROUPS if len(names) > 1 else ():
         found[f"difference_{group}"] = found[f"{names[-1]}_{group}"] - found[f"{names[0]}_{group}"]
     found["seeds"] = seeds.reindex(found.index)
     if averaged:
@@ -113,6 +121,11 @@ def base_to_novel_table(data: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     if (found["seeds"] % 1 == 0).all():
         found["seeds"] = found["seeds"].astype(int)
     return found.rename_axis("dataset")
+
+
+def fewest(frame: pd.DataFrame) -> "pd.Series[float]":
+    """By data set, the seeds of the column of `by_seed` that has the fewest there."""
+    return frame.groupby("dataset").count().min(axis=1).astype(float)
 
 
 def column(frame: pd.DataFrame, *key: Any) -> "pd.Series[float]":
@@ -123,19 +136,20 @@ def column(frame: pd.DataFrame, *key: Any) -> "pd.Series[float]":
 
 def transfer_table(data: pd.DataFrame, protocol: str, names: list[str]) -> pd.DataFrame:
     """Rows: target data sets and `average`. Columns: <method>, <method>_std, difference of the last method of
-    `names` to the first, seeds."""
+    `names` to the first where there are several, seeds, the fewest of a method."""
     frame = by_seed(data[data["protocol"] == protocol], "method")
     table, spread = means(frame), stds(frame)
     averaged = [str(dataset) for dataset in table.index]
-    table.loc["average"] = table.mean()
+    table.loc["average"] = table.mean(skipna=False)
     spread.loc["average"] = averages_by_seed(frame, averaged).std(ddof=1)
     found = pd.DataFrame(index=table.index)
     for name in names:
         found[name] = column(table, name)
         if draws(name):
             found[f"{name}_std"] = column(spread, name)
-    found["difference"] = found[names[-1]] - found[names[0]]
-    seeds = frame.groupby("dataset").size().astype(float)
+    if len(names) > 1:
+        found["difference"] = found[names[-1]] - found[names[0]]
+    seeds = fewest(frame)
     found["seeds"] = seeds.reindex(found.index)
     found.loc["average", "seeds"] = seeds.mean()
     return found.rename_axis("dataset")
@@ -143,8 +157,7 @@ def transfer_table(data: pd.DataFrame, protocol: str, names: list[str]) -> pd.Da
 
 def few_shot_table(data: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     """Rows: data sets and, of the benchmarks, `average`. Columns: <method>_<k> and <method>_<k>_std for every
-    number of shots k, or <method> alone where there are no draws; seeds, the fewest over k. The average of a k
-    that a data set lacks is NaN."""
+    number of shots k, or <method> alone where there are no draws; seeds, the fewest of a method and k."""
     part = data[data["protocol"] == "few_shot"]
     frame = by_seed(part, ["method", "shots"])
     table, spread = means(frame), stds(frame)
@@ -160,7 +173,7 @@ def few_shot_table(data: pd.DataFrame, names: list[str]) -> pd.DataFrame:
             continue
         for k in shots:
             found[f"{name}_{k}"], found[f"{name}_{k}_std"] = column(table, name, k), column(spread, name, k)
-    seeds = frame.groupby("dataset").count().min(axis=1).astype(float)
+    seeds = fewest(frame)
     found["seeds"] = seeds.reindex(found.index)
     if averaged:
         found.loc["average", "seeds"] = seeds[averaged].mean()
@@ -173,10 +186,17 @@ def shots_of(table: pd.DataFrame, name: str) -> list[int]:
     return [int(k) for k in found if k.isdecimal()]
 
 
-def incomplete(table: pd.DataFrame) -> list[str]:
-    """Data sets of a table that have fewer seeds than the fullest one."""
-    seeds = table["seeds"].drop("average", errors="ignore")
-    return list(seeds.index[seeds < seeds.max()])
+def incomplete(data: pd.DataFrame, protocol: str, names: list[str]) -> dict[str, list[str]]:
+    """By data set of a protocol's table, those of the methods `names` that have fewer seeds there, for some number
+    of shots, than the fullest has; of those that can do the protocol."""
+    part = data[data["protocol"] == protocol]
+    counts = part.groupby(["dataset", "shots", "method"])["seed"].nunique()
+    found: dict[str, list[str]] = {}
+    for dataset in sorted(set(part["dataset"]), key=order):
+        for name in (n for n in names if trains(n, protocol)):
+            if any(counts.get((dataset, k, name), 0) < counts.max() for k in set(part["shots"])):
+                found.setdefault(dataset, []).append(name)
+    return found
 
 
 def row_title(dataset: str, table: pd.DataFrame, embedded: bool) -> str:
@@ -219,6 +239,13 @@ def published_rows(protocol: str, columns: list[str]) -> list[dict[str, Any]]:
     ]
 
 
+def cell(protocol: str, names: list[str], row: "pd.Series[float]", key: str, group: str = "all") -> str:
+    """What a table shows of `key` in a row, of the methods `names`: of one, or the difference of two."""
+    if not all(able(name, protocol, group) for name in names):
+        return GAP
+    return number(row[key], row.get(f"{key}_std"), sign=key.startswith("difference"))
+
+
 def display_base_to_novel(table: pd.DataFrame, names: list[str], embedded: bool) -> pd.DataFrame:
     """The table as text."""
     heads = {"base": "Base", "novel": "Novel", "h": "H"}
@@ -227,19 +254,19 @@ def display_base_to_novel(table: pd.DataFrame, names: list[str], embedded: bool)
         cells = {"Data set": row_title(str(dataset), table, embedded)}
         for name in names:
             for g, head in heads.items():
-                cells[f"{method_title(name)} {head}"] = number(row[f"{name}_{g}"], row.get(f"{name}_{g}_std"))
-        for g, head in heads.items():
-            cells[f"Δ {head}"] = number(row[f"difference_{g}"], sign=True)
+                cells[f"{method_title(name)} {head}"] = cell("base_to_novel", [name], row, f"{name}_{g}", g)
+        for g, head in heads.items() if len(names) > 1 else ():
+            cells[f"Δ {head}"] = cell("base_to_novel", [names[0], names[-1]], row, f"difference_{g}", g)
         rows.append(cells)
     return pd.DataFrame(rows)
 
 
-def display_transfer(table: pd.DataFrame, names: list[str], embedded: bool) -> pd.DataFrame:
+def display_transfer(table: pd.DataFrame, protocol: str, names: list[str], embedded: bool) -> pd.DataFrame:
     """The table as text."""
     return pd.DataFrame(
         {"Data set": row_title(str(dataset), table, embedded)}
-        | {method_title(name): number(row[name], row.get(f"{name}_std")) for name in names}
-        | {"Δ": number(row["difference"], sign=True)}
+        | {method_title(name): cell(protocol, [name], row, name) for name in names}
+        | ({"Δ": cell(protocol, [names[0], names[-1]], row, "difference")} if len(names) > 1 else {})
         for dataset, row in table.iterrows()
     )
 
@@ -249,8 +276,8 @@ def display_few_shot(table: pd.DataFrame, names: list[str], embedded: bool) -> p
     return pd.DataFrame(
         {"Data set": row_title(str(dataset), table, embedded)}
         | {
-            f"{method_title(name)}, {k} shots" if k else method_title(name): number(
-                row[f"{name}_{k}" if k else name], row.get(f"{name}_{k}_std")
+            f"{method_title(name)}, {k} shots" if k else method_title(name): cell(
+                "few_shot", [name], row, f"{name}_{k}" if k else name
             )
             for name in names
             for k in shots_of(table, name) or [0]

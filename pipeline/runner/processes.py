@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.runner.locks import release
+from pipeline.runner.dvc_inside import SINGLE, WAIT, release
 
 DVC = [sys.executable, "-m", "pipeline.runner.safe_dvc"]
-WAIT = "--wait-for-lock"
 # The shell ends at once; what it leaves in the background has process 1 for its parent.
 GUARD = 'exec 3<&0; (cat <&3; kill -s KILL -- "-$1") &'
 GRACE = 15.0  # seconds from an interrupt to a kill: a training closes its MLflow run in between
@@ -22,7 +21,7 @@ ENDING = 60.0  # seconds for a DVC that was interrupted to end
 
 
 def environment() -> dict[str, str]:
-    """Ours, where the `python` of a stage's command is this one, be the virtual environment active or not."""
+    """Our environment, in which `python` is this one, whether the virtual environment is active or not."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     return os.environ | {"PATH": path}
 
@@ -77,7 +76,7 @@ class Child:
         self.root, self.stages = root, stages
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                [*DVC, WAIT, "repro", "--single-item", *stages],
+                [*DVC, WAIT, *SINGLE, *stages],
                 cwd=root,
                 env=environment() | env | {"PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
@@ -124,7 +123,7 @@ class Child:
 
 
 class Job(Protocol):
-    """Stages that run somewhere: a Child, or a task of an engine."""
+    """A running job: a Child, or a task of an engine."""
 
     def poll(self) -> int | None: ...
     def interrupt(self) -> None: ...

@@ -1,4 +1,4 @@
-"""What the stages of a run do: a live table on a terminal, lines elsewhere."""
+"""The progress of a run's stages: a live table on a terminal, lines elsewhere."""
 
 import time
 from types import TracebackType
@@ -63,7 +63,7 @@ class Progress:
         return sum(how not in ("waits", "runs") for how in self.state.values())
 
     def table(self, rows: int | None = None) -> Table:
-        """As many of the stages as the terminal has room for: those that run first, then those that wait."""
+        """The stages that fit on the terminal: those that run, then those that wait."""
         rows = max(1, self.console.height - 6) if rows is None else rows
         now = time.monotonic()
         table = Table(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.params import Params, ParamsError
-from pipeline.runner.locks import release
+from pipeline.runner.dvc_inside import release
 from pipeline.runner.processes import Child, Job, stop
 from pipeline.runner.repro import NODE, Slot, Start
 
@@ -25,7 +25,7 @@ MOST_JOBS = 24  # by default: as many DVC processes share their lock files well
 
 
 class RayError(ValueError):
-    """Ray is not installed, or its cluster can not be reached."""
+    """Ray is not installed, or its cluster cannot be reached."""
 
 
 class Task:
@@ -85,7 +85,7 @@ def cluster(
         import ray
     except ModuleNotFoundError:
         raise RayError(
-            "--executor ray: the package ray is missing; pip install -c constraints.txt '.[ray]'"
+            "--executor ray: the package ray is missing; pip install -c constraints.txt -e '.[ray]'"
         ) from None
     try:
         host, _, port = address.rpartition(":")

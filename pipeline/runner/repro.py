@@ -6,7 +6,6 @@ to do. Where the processes run is the engine's business: this machine, or a clus
 """
 
 import os
-import re
 import signal
 import sys
 import time
@@ -17,29 +16,19 @@ from typing import NamedTuple
 
 from pipeline.core.params import Params, ParamsError
 from pipeline.runner import machine
-from pipeline.runner.locks import alone, ordered_lock, remedy
-from pipeline.runner.processes import WAIT, Child, Job, dvc, stop
+from pipeline.runner.dvc_inside import WAIT, Plan, failed_stages, make_plan, told
+from pipeline.runner.locks import alone, ordered_lock
+from pipeline.runner.processes import Child, Job, dvc, stop
 from pipeline.runner.progress import Progress
 from pipeline.runner.warm import stage_server
 
 MOST_JOBS = 4  # by default: a process takes about 1 GB
 LONGEST_BATCH = 16
-SAID = re.compile(r"(?:Running stage|Stage) '([^']+)'(:| is cached| didn't change)")
-FATE = {" is cached": "from the cache", " didn't change": "unchanged"}
 NODE = "runs on node "  # before its address, in the log of a task on a cluster
 
 
 class StageError(ValueError):
     """Stages that failed."""
-
-
-class Plan(NamedTuple):
-    """`needs`: the stages to run, each with those of them that it depends on itself; `order`: all stages, in the
-    order of `dvc repro`; `gpu`: the stages that read the param `device`."""
-
-    needs: dict[str, set[str]]
-    order: list[str]
-    gpu: set[str]
 
 
 class Slot(NamedTuple):
@@ -99,36 +88,6 @@ def start_local(root: Path, plan: Plan) -> Iterator[Start]:
         yield lambda stages, gpu, slot, log: Child(root, stages, log, slot.env | environment)
 
 
-def make_plan(root: Path) -> Plan:
-    """What changed and all that depends on it. StageError when DVC can not read the repository."""
-    from dvc.exceptions import DvcException
-
-    try:
-        return _make_plan(root)
-    except DvcException as error:
-        raise StageError(f"DVC: {error}; {remedy(str(error), root)}") from None
-
-
-def _make_plan(root: Path) -> Plan:
-    import networkx as nx
-    from dvc.dependency import ParamsDependency
-    from dvc.repo import Repo
-    from dvc.repo.reproduce import plan_repro
-
-    with Repo(str(root)) as repo:
-        order = [stage.addressing for stage in plan_repro(repo.index.graph)]
-        gpu = {
-            stage.addressing
-            for stage in repo.index.stages
-            for dep in stage.deps
-            if isinstance(dep, ParamsDependency) and "device" in dep.params
-        }
-        graph = nx.relabel_nodes(repo.index.graph, lambda stage: stage.addressing)  # edges to dependencies
-        changed = set(repo.status()) & set(graph)
-        stages = changed.union(*(nx.ancestors(graph, stage) for stage in changed))
-        return Plan({stage: set(graph.successors(stage)) & stages for stage in stages}, order, gpu)
-
-
 def waves(plan: Plan) -> list[list[str]]:
     """The stages to run in waves: those of a wave need only what is in the waves before."""
     left, done, found = dict(plan.needs), set[str](), []
@@ -170,28 +129,29 @@ class Batch:
         self.output = log.open(encoding="utf-8", errors="replace")
 
     def follow(self, progress: Progress) -> None:
-        """Tell `progress` what was printed since the last time."""
+        """Pass to `progress` what was printed since the last call."""
         *lines, self.rest = (self.rest + self.output.read()).split("\n")
         for line in lines:
             if line.startswith(NODE):
                 self.where = line.removeprefix(NODE)
-            elif (said := SAID.match(line)) and said[1] in self.stages:
-                if self.stage and self.stage != said[1]:
+            elif (said := told(line)) and said[0] in self.stages:
+                stage, fate = said
+                if self.stage and self.stage != stage:
                     progress.ends(self.stage, "done")
-                self.stage = said[1] if said[2] == ":" else ""
-                if self.stage:
-                    progress.starts(self.stage, self.where)
+                self.stage = "" if fate else stage
+                if fate:
+                    progress.ends(stage, fate)
                 else:
-                    progress.ends(said[1], FATE[said[2]])
+                    progress.starts(stage, self.where)
 
     def ended(self, code: int, progress: Progress) -> str:
-        """Close the books on a job that ended with `code`; returns the stage that failed, if one did."""
+        """Record the end of a job with exit code `code`; returns the stage that failed, if one did."""
         self.follow(progress)
         self.output.close()
         bad = ""
         if code:
             text = self.log.read_text(encoding="utf-8", errors="replace")
-            named = [stage for stage in re.findall(r"failed to reproduce '([^']+)'", text) if stage in self.stages]
+            named = [stage for stage in failed_stages(text) if stage in self.stages]
             left = [stage for stage in self.stages if progress.state[stage] in ("waits", "runs")]
             bad = named[-1] if named else self.stage or next(iter(left), self.stages[-1])
         if self.stage and self.stage != bad:
@@ -211,7 +171,8 @@ def run(root: Path, slots: list[Slot], engine: Engine, longest: int = LONGEST_BA
     """Run what is to be run, at most `longest` stages in a job.
 
     Raises:
-        StageError: with the stages that failed and those that were not reached, or what DVC can not read.
+        StageError: with the stages that failed and those that were not reached.
+        ValueError: with what DVC cannot read.
         KeyboardInterrupt: at ctrl-C or SIGTERM, when all that was started has ended.
     """
     # SIGINT too: in the background of a script it is ignored, and those whom we start would inherit that.

@@ -41,7 +41,7 @@ LIBRARIES = (
 def stage_server(root: Path) -> Iterator[dict[str, str]]:
     """Start a server for the stages of the repository at `root`; gives what their environment must have for it.
 
-    Linux only: elsewhere libraries do not bear a fork.
+    Linux only: elsewhere, libraries break in a fork of their process.
     """
     if sys.platform != "linux":
         yield {}

@@ -25,14 +25,14 @@ from pipeline.stages.own import is_linked, lay_out, refuse_problems
 
 
 class DataError(ValueError):
-    """Data that is missing or not what the manifest says."""
+    """Data that is missing, or differs from its manifest."""
 
 
 def manifest_path(dataset: str) -> Path:
     return OUT / "download" / f"{dataset}.json"
 
 
-def folder_of(params: Params, dataset: str) -> Path:
+def dataset_folder(params: Params, dataset: str) -> Path:
     return data_folder(params.data.root, "own" if dataset in params.own else params.suite, dataset)
 
 
@@ -82,7 +82,7 @@ def run(params: Params, dataset: str) -> None:
     own = dataset in params.own
     if own:
         refuse_problems(params, dataset)
-    folder = folder_of(params, dataset)
+    folder = dataset_folder(params, dataset)
     with _locked(folder):
         with new_folder(folder) as temporary:
             if own:
@@ -168,7 +168,7 @@ def _how_to_get(dataset: str, what: str, missing: list[list[str]], folder: Path,
     names = " or ".join(dict.fromkeys(", ".join(files) for files in missing))
     how = f" To get what is missing, {account}." if account else ""
     return (
-        f"{dataset}: its {what} can not be had, for want of {names}.{how} Put {names} into {folder} "
+        f"{dataset}: its {what} cannot be had, for want of {names}.{how} Put {names} into {folder} "
         "and run the stage again; what is there is checked and used without a network."
     )
 
@@ -225,7 +225,7 @@ def verified_folder(params: Params, dataset: str, images: bool = False) -> Path:
     `images` the number of image files and their bytes. DataError says what is missing."""
     manifest = read_manifest(dataset)
     own = dataset in params.own
-    folder = folder_of(params, dataset)
+    folder = dataset_folder(params, dataset)
     remedy = f"make it again with `dvc repro --force --single-item {stage_of('download', dataset)}`"
     if own and (_changed(folder, manifest) or not is_linked(params, dataset, folder)):
         # When images or params go back to what they were, DVC takes the manifest from its cache and runs nothing.

@@ -26,7 +26,7 @@ from pipeline.core.params import Params
 from pipeline.core.paths import keep_only, new_file, writable
 from pipeline.core.trainings import Evaluation, Training, stage_folder, tested_on, train_folder
 from pipeline.stages.backbone import computing, device, load_backbone, use_bf16
-from pipeline.stages.precompute import TestImages, folder_of, read_classes, read_test
+from pipeline.stages.precompute import TestImages, precompute_folder, read_classes, read_test
 from pipeline.stages.train import progress
 from pipeline.tracking import log
 
@@ -92,7 +92,7 @@ def inputs_sha256(params: Params, job: Evaluation) -> str:
     what = [job.protocol, job.dataset, params.backbone.model_dump(), use_bf16(params), params.threads]
     what.append(code.sha256(*code.EVALUATE, code.of_method(job.training.method)))
     digest = hashlib.sha256(json.dumps(what).encode())
-    trained, precomputed = job.training.folder, folder_of(job.dataset)
+    trained, precomputed = job.training.folder, precompute_folder(job.dataset)
     files = [trained / name for name in artifact.FILES]
     files += [precomputed / name for name in ("prompts.json", "text.safetensors", "test.safetensors")]
     for file in files:

@@ -57,7 +57,7 @@ def most_shots(params: Params, name: str) -> int:
 
 def check(params: Params, name: str, shots: int = 0) -> Any:
     """The heba.sources.check.Report, see there, of an own data set or of a benchmark that was downloaded."""
-    from heba.sources.check import Finding  # imports torch, which most data sets do without
+    from heba.sources.check import Finding, Rules  # imports torch, which most data sets do without
     from heba.sources.check import check as look
 
     left_out: list[str] = []
@@ -77,7 +77,8 @@ def check(params: Params, name: str, shots: int = 0) -> Any:
     # The protocol fixes a benchmark's split: whatever is in it stays.
     allow_conflicts = name not in params.own
     with tqdm(total=total, desc=f"check {name}", delay=2, unit="image") as bar:
-        report = look(split, images, descriptions, shots, allow_leaks, allow_conflicts, bar.update)
+        rules = Rules(shots, allow_leaks, allow_conflicts)
+        report = look(split, images, descriptions, rules, bar.update)
     if left_out:
         report.notes.append(Finding("no images by their suffix, left out", left_out))
     if params.seeds and name in params.own and len(report.table) in (2, 3):

@@ -11,6 +11,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from heba.clip.towers import cut_texts, encode_text_plain
 from heba.data.datasets import TABLE
 from heba.data.images import open_packed, pack_images
 from heba.data.prompts import build_prompts, read_descriptions, tokenize
-from heba.data.splits import class_names, read_split
+from heba.data.splits import Item, class_names, read_split
 from pipeline.core.params import Params, stage_of
 from pipeline.core.paths import OUT, new_folder, reading
 from pipeline.stages.backbone import device, load_backbone, use_bf16
@@ -47,14 +48,14 @@ class TestImages:
     preprocess: Preprocess
 
 
-def folder_of(dataset: str) -> Path:
+def precompute_folder(dataset: str) -> Path:
     """Own data lies apart: what depends on all benchmarks does not depend on it."""
     return OUT / ("precompute" if dataset in TABLE else "precompute-own") / dataset
 
 
 def read_names(dataset: str) -> list[str]:
     """The names of all classes."""
-    path = folder_of(dataset) / "prompts.json"
+    path = precompute_folder(dataset) / "prompts.json"
     with reading(path, stage_of("precompute", dataset)):
         names = json.loads(path.read_text(encoding="utf-8"))["class_names"]
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -65,7 +66,7 @@ def read_names(dataset: str) -> list[str]:
 def read_classes(dataset: str) -> Classes:
     """All classes, with what frozen CLIP makes of their prompts."""
     names = read_names(dataset)
-    path = folder_of(dataset) / "text.safetensors"
+    path = precompute_folder(dataset) / "text.safetensors"
     with reading(path, stage_of("precompute", dataset)):
         tensors = load_file(path)
         classes = Classes(names, tensors["tokens"], tensors["index"], tensors["features"])
@@ -77,7 +78,7 @@ def read_classes(dataset: str) -> Classes:
 
 def read_test(dataset: str, preprocess: Preprocess) -> TestImages:
     """The test images as `preprocess` wants them."""
-    packed, path = folder_of(dataset) / "images.npy", folder_of(dataset) / "test.safetensors"
+    packed, path = precompute_folder(dataset) / "images.npy", precompute_folder(dataset) / "test.safetensors"
     with reading(path, stage_of("precompute", dataset)):
         test = load_file(path)
         n = len(test["labels"])
@@ -95,35 +96,36 @@ def run(params: Params, dataset: str) -> None:
     data = verified_folder(params, dataset, images=True)
     split = read_split(data / "split.json")
     names = class_names(split)
-    clip, tokenizer = load_backbone(params)
-    with new_folder(folder_of(dataset)) as out:
-        _texts(params, dataset, names, data, clip, tokenizer, out)
-        _images(params, split["test"], data / "images", clip, out)
-
-
-def _texts(params: Params, dataset: str, names: list[str], data: Path, clip, tokenizer, out: Path) -> None:
     prompts = build_prompts(names, read_descriptions(data / "descriptions.json"), template_of(params, dataset))
     if prompts.fallback:
         print(f"{dataset}: no description, template used: {', '.join(prompts.fallback)}", file=sys.stderr)
+    clip, tokenizer = load_backbone(params)
     tokens, cut = tokenize(prompts.texts, tokenizer)
     for text in cut:
         print(f"{dataset}: longer than {tokens.shape[1]} tokens, cut: {text!r}", file=sys.stderr)
+    with new_folder(precompute_folder(dataset)) as out:
+        info = {"class_names": names, "prompts": prompts.texts, "fallback": prompts.fallback, "cut": cut}
+        text = json.dumps(info, ensure_ascii=False, indent=1)
+        (out / "prompts.json").write_text(text + "\n", encoding="utf-8")
+        _texts(params, clip, tokens, torch.tensor(prompts.class_index), out)
+        _images(params, split["test"], data / "images", clip, out)
+
+
+def _texts(params: Params, clip: Any, tokens: Tensor, index: Tensor, out: Path) -> None:
+    """Write text.safetensors; `tokens` [n_prompts, context], `index` [n_prompts] is the class of each."""
     tokens = cut_texts(clip, tokens)
-    index = torch.tensor(prompts.class_index)
     where = device(params)
 
     def encode(batch: torch.Tensor) -> torch.Tensor:
         with torch.autocast(where.type, torch.bfloat16, enabled=use_bf16(params)):
             return encode_text_plain(clip, batch)
 
-    with tqdm(total=len(tokens), desc=f"texts of {dataset}", delay=2, unit="prompt") as bar:
+    with tqdm(total=len(tokens), desc="prompts", delay=2, unit="prompt") as bar:
         features = encode_prompts(clip, tokens, encode, where, progress=bar.update)
     save_file({"tokens": tokens.contiguous(), "index": index, "features": features}, out / "text.safetensors")
-    info = {"class_names": names, "prompts": prompts.texts, "fallback": prompts.fallback, "cut": cut}
-    (out / "prompts.json").write_text(json.dumps(info, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-def _images(params: Params, test: list, folder: Path, clip, out: Path) -> None:
+def _images(params: Params, test: list[Item], folder: Path, clip: Any, out: Path) -> None:
     preprocess = preprocess_of(clip)
     packed = out / "images.npy"
     with tqdm(total=len(test), desc="pack test images", delay=2, unit="image") as bar:

@@ -16,12 +16,12 @@ from pipeline.stages.download import verified_folder
 TRAININGS = "trainings.json"
 
 
-def folder_of(dataset: str) -> Path:
+def split_folder(dataset: str) -> Path:
     return OUT / "split" / dataset
 
 
 def sample_path(dataset: str, shots: int, seed: int) -> Path:
-    return folder_of(dataset) / f"{shots}-{seed}.json"
+    return split_folder(dataset) / f"{shots}-{seed}.json"
 
 
 def read_sample(dataset: str, shots: int, seed: int) -> Split:
@@ -32,7 +32,7 @@ def read_sample(dataset: str, shots: int, seed: int) -> Split:
 
 def read_trainings(dataset: str) -> list[Sample]:
     """(protocol, shots, seed) of the trainings on `dataset`."""
-    path = folder_of(dataset) / TRAININGS
+    path = split_folder(dataset) / TRAININGS
     with reading(path, stage_of("split", dataset)):
         return [(str(protocol), int(shots), int(seed)) for protocol, shots, seed in json.loads(path.read_text())]
 
@@ -41,7 +41,7 @@ def run(params: Params, dataset: str) -> None:
     """Write CoOp's sample of the data set's split for each number of shots and seed, and the list of trainings."""
     split = read_split(verified_folder(params, dataset) / "split.json")
     wanted = samples(params, dataset)
-    with new_folder(folder_of(dataset)) as out:
+    with new_folder(split_folder(dataset)) as out:
         for shots, seed in sorted({(shots, seed) for _, shots, seed in wanted}):
             write_split(sample_few_shot(split, shots, seed), out / sample_path(dataset, shots, seed).name)
         (out / TRAININGS).write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")

@@ -26,7 +26,7 @@ from pipeline.core.paths import keep_only, main_root, new_folder, temporary_name
 from pipeline.core.trainings import Training, train_folder, trains
 from pipeline.stages.backbone import be_deterministic, computing, device, load_backbone, read_record, use_bf16
 from pipeline.stages.download import manifest_path, verified_folder
-from pipeline.stages.precompute import folder_of, read_classes
+from pipeline.stages.precompute import precompute_folder, read_classes
 from pipeline.stages.split import read_sample, read_trainings, sample_path
 from pipeline.tracking import log
 
@@ -111,7 +111,7 @@ def config_of(params: Params, training: Training) -> artifact.Config:
     }
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())
     sample = sample_path(dataset, training.shots, training.seed)
-    for file in (manifest_path(dataset), sample, folder_of(dataset) / "text.safetensors"):
+    for file in (manifest_path(dataset), sample, precompute_folder(dataset) / "text.safetensors"):
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return config.model_copy(update={"inputs_sha256": digest.hexdigest()[:32]})
 
@@ -189,9 +189,6 @@ def train(params: Params, clip: Any, training: Training, config: artifact.Config
                 artifact.write_classifier(method.classifier(model, classes, settings, True, progress), out)
             artifact.write_config(config, out)
             artifact.write_history(history, out)
-    except BaseException:
-        tracker.fail()
-        raise
     finally:
         if model is not None:
             method.detach(model)

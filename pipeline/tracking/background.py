@@ -31,7 +31,7 @@ NOTED = 2.0  # seconds after which the wait is told
 
 
 def told(error: BaseException) -> str:
-    """The kind and the first line of an error."""
+    """An error's type and first line."""
     message = (without_password(str(error)).splitlines() or [""])[0][:300]
     return f"{type(error).__name__}: {message}"
 
@@ -77,23 +77,23 @@ class Background:
             self._ended(process)
 
     def finish(self) -> None:
-        """Wait until all calls are done, or `PATIENCE` is over. A first ctrl-C does not break the wait off."""
-        self.send(END, None)
+        """Wait until all calls are done, `PATIENCE` seconds at most. A first ctrl-C does not end the wait."""
         process, until = self.process, time.monotonic() + PATIENCE
-        if process is None:
-            return
         try:
-            self._wait(process, until)
+            self._wait(until)
         except KeyboardInterrupt:
-            if self.process:
-                self._wait(process, until)
+            self._wait(until)
             raise
         finally:
-            if process.poll() is None:
+            if process and process.poll() is None:
                 process.kill()
             self.process = None
 
-    def _wait(self, process: subprocess.Popen[bytes], until: float) -> None:
+    def _wait(self, until: float) -> None:
+        self.send(END, None)
+        process = self.process
+        if process is None:
+            return
         with suppress(subprocess.TimeoutExpired):
             process.wait(min(NOTED, max(until - time.monotonic(), 0)))
         if process.poll() is None:
@@ -116,30 +116,33 @@ class Background:
 
 
 class Stopped(BaseException):
-    """A call takes too much. No Exception, which MLflow would catch and try again."""
+    """A call takes too long or too much memory. Not an Exception: MLflow would catch it and try again."""
 
 
-def serve(calls: dict[str, Callable[[list[Any]], None]], failed: Callable[[], None]) -> None:
+def serve(calls: dict[str, Callable[[list[Any]], None]], close: Callable[[], None]) -> None:
     """The process: do the `calls` that standard input names until it ends.
 
-    What waits of one name is done as one call, with the list of the arguments, so that a slow store keeps up.
-    After the first failure comes the call `failed`, and then SystemExit with the reason on standard output.
+    Waiting messages of one name become one call with a list of arguments, so that a slow store keeps up.
+    The last call is `close`, at the end and after the first failure. After a failure comes SystemExit, with the
+    reason on standard output.
     """
     messages: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(messages,), daemon=True).start()
     with redirect_stdout(sys.stderr):  # what MLflow prints is no reason
-        for name, arguments in _taken(messages):
-            try:
+        try:
+            for name, arguments in _taken(messages):
                 with limits():
                     calls[name](arguments)
-            except Stopped as error:
-                _say(str(error))
-                sys.exit(1)
-            except Exception as error:  # whatever the store does
-                _say(told(error))
-                with suppress(Exception, Stopped), limits():
-                    failed()
-                sys.exit(1)
+            with limits():
+                close()
+        except Stopped as error:
+            _say(str(error))
+            sys.exit(1)
+        except Exception as error:  # whatever the store does
+            _say(told(error))
+            with suppress(Exception, Stopped), limits():
+                close()
+            sys.exit(1)
 
 
 def _read(messages: queue.SimpleQueue[tuple[str, Any]]) -> None:
@@ -152,7 +155,7 @@ def _read(messages: queue.SimpleQueue[tuple[str, Any]]) -> None:
 
 
 def _taken(messages: queue.SimpleQueue[tuple[str, Any]]) -> Iterator[tuple[str, list[Any]]]:
-    """What has come, in order, with neighbours of the same name together; until the end."""
+    """The messages in order, neighbours of the same name together, until the last one."""
     while True:
         waiting = [messages.get()]
         while not messages.empty():

@@ -86,12 +86,8 @@ class StageLog:
         """Log the adapter and its hash, and close the run."""
         self._send("outs", str(folder.resolve()))
 
-    def fail(self) -> None:
-        """Close the run as failed, if the store lets."""
-        self._send("fail", None)
-
     def finish(self) -> None:
-        """Wait until all is logged, `background.PATIENCE` at most."""
+        """Wait until all is logged, `background.PATIENCE` at most. A training without `outs` has failed."""
         if self.log:
             self.log.finish()
 
@@ -101,7 +97,7 @@ class StageLog:
 
 
 class Logger:
-    """What the process beside a stage does. Each call takes the list of what a stage has sent."""
+    """The process beside a stage. Each method takes the list of messages that the stage sent."""
 
     def __init__(self) -> None:
         self.run: runs.OpenRun | None = None
@@ -127,10 +123,8 @@ class Logger:
                 self.run.end()
                 self.run = None
 
-    def fail(self, _: list[None]) -> None:
-        self.close_failed()
-
-    def close_failed(self) -> None:
+    def close(self) -> None:
+        """A run that is still open has failed."""
         if self.run:
             self.run.end("FAILED")
             self.run = None
@@ -150,10 +144,9 @@ def serve() -> None:
         "begin": logger.begin,
         "epoch": logger.epochs,
         "outs": logger.outs,
-        "fail": logger.fail,
         "evaluation": logger.evaluations,
     }
-    background.serve(calls, logger.close_failed)
+    background.serve(calls, logger.close)
 
 
 def begin_run(store: Any, config: dict[str, Any], start: float | None = None) -> runs.OpenRun:

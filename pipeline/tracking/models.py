@@ -18,8 +18,22 @@ from pipeline.core.paths import temporary_name
 from pipeline.tracking.store import SHA_TAG, client, has_store, shown_uri, store_uri
 
 SERVED = Path(__file__).with_name("served.py")
-# What heba imports to name images; MLflow adds itself.
-LIBRARIES = ("torch", "torchvision", "open_clip_torch", "safetensors", "numpy", "pillow", "pandas", "mlflow")
+# What heba imports to name images, and what served.py does.
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "open_clip_torch",
+    "timm",
+    "huggingface_hub",
+    "safetensors",
+    "numpy",
+    "pillow",
+    "pydantic",
+    "pyyaml",
+    "psutil",
+    "pandas",
+    "mlflow",
+)
 
 
 def requirements() -> list[str]:
@@ -182,5 +196,5 @@ def register(adapter: str, name: str) -> str:
             raise ValueError(f"{adapter}: its run has logged no model")
         version = mlflow.register_model(model.model_uri, name)
     except mlflow.MlflowException as error:
-        raise ValueError(f"{adapter}: can not be registered as {name!r}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{adapter}: cannot be registered as {name!r}: {str(error).splitlines()[0]}") from None
     return f"models:/{name}/{version.version}"

@@ -1,4 +1,4 @@
-"""MLflow runs that are open, of which none stays RUNNING for ever.
+"""Open MLflow runs. None of them stays RUNNING for ever.
 
 A process holds a lock, a file under .heba/runs of the main repository, for as long as it has a run open. A file
 whose lock nobody holds is of a process that was killed, or for which the store was down at the end; the next that

@@ -71,7 +71,7 @@ def has_store() -> bool:
 
 @contextmanager
 def store_lock() -> Iterator[None]:
-    """For what processes must not do at the same time in the store; ValueError when another one holds on to it."""
+    """Serialises access to the store; ValueError when another process keeps the lock."""
     lock = FileLock(main_root() / ".heba-mlflow.lock", timeout=PATIENCE)
     try:
         lock.acquire()

@@ -3,9 +3,14 @@
 from dataclasses import asdict
 
 import torch
+import torch.nn.functional as F
 
 from heba import artifact
+from heba.clip import backbone
 from heba.methods.heba.settings import Settings
+
+SHA256 = backbone.sha256(backbone.weights_file("tiny", "embedded"))
+TINY = artifact.Backbone(name="tiny", pretrained="embedded", sha256=SHA256)
 
 
 def settings_of(model):
@@ -28,3 +33,9 @@ def save(model, folder, dtype=torch.float32, **config):
     }
     artifact.write_tensors(model.adapters.state_dict(), folder, dtype)
     artifact.write_config(artifact.Config(**about | config), folder)
+
+
+def save_classifier(weights, folder, **more):
+    """Weights [n_classes, E], and numbers such as HeBA's scale."""
+    numbers = {name: torch.tensor(value) for name, value in more.items()}
+    artifact.write_classifier({"weights": F.normalize(weights, dim=-1)} | numbers, folder)

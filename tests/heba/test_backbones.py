@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from heba import artifact
 from heba.clip import backbone
-from heba.clip.architecture import depth, read_config
+from heba.clip.architecture import depth, read_architecture
 from heba.clip.features import encode_prompts
 from heba.clip.preprocess import Preprocess, preprocess_of
 from heba.clip.towers import check_towers, cut_texts, encode_text_plain, image_blocks, text_lengths
@@ -57,7 +57,7 @@ FAMILIES = {
 def reduced(family, monkeypatch):
     """The config of a family's model, small enough for a test; timm's own part of it is made small on creation."""
     name, changes, _, _ = FAMILIES[family]
-    config = json.loads(json.dumps(read_config(name, Path())))
+    config = json.loads(json.dumps(read_architecture(name, Path())))
     config["embed_dim"] = 32
     config["vision_cfg"] |= VISION if "timm_model_name" not in config["vision_cfg"] else {"image_size": 32}
     config["text_cfg"] |= TEXT
@@ -201,7 +201,7 @@ def test_every_model_of_open_clip_is_taken_or_refused_with_a_reason():
     refused = {}
     for name in open_clip.list_models():
         try:
-            assert depth(read_config(name, Path())) >= 10
+            assert depth(read_architecture(name, Path())) >= 10
         except ValueError as error:
             refused[name] = str(error)
     for text in refused.values():
@@ -227,7 +227,7 @@ def test_the_names_of_timms_towers_do_not_deceive():
     seen = set()
     for name in open_clip.list_models():
         try:
-            config = read_config(name, Path())
+            config = read_architecture(name, Path())
         except ValueError:
             continue
         if config["vision_cfg"].get("timm_model_name") not in {None, *seen}:
@@ -302,7 +302,7 @@ def test_images_are_made_as_the_published_weights_want_them(tmp_path, monkeypatc
         ("MobileCLIP", Preprocess(32, (0.0,) * 3, (1.0,) * 3, "bilinear", "shortest")),
     ):
         config = reduced(family, monkeypatch)
-        monkeypatch.setattr(backbone, "read_config", lambda name, root, c=config: c)
+        monkeypatch.setattr(backbone, "read_architecture", lambda name, root, c=config: c)
         monkeypatch.setattr(backbone, "load_tokenizer", lambda name, root: None)
         save_file(
             {k: v.contiguous() for k, v in backbone.build(config).state_dict().items()}, tmp_path / "w.safetensors"

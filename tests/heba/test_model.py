@@ -9,7 +9,7 @@ from heba import artifact
 from heba.artifact import ADAPTER_FILE
 from heba.clip.features import class_features, encode_prompts
 from heba.methods.heba.adapters import BottleneckAdapter
-from heba.methods.heba.draws import select_classes
+from heba.methods.heba.draws import step_classes
 from heba.methods.heba.model import AdaptedCLIP
 from tests.heba import artifacts
 
@@ -155,14 +155,14 @@ def test_impossible_blocks_are_refused(start, end):
 
 
 def test_exactly_one_negative_class_works():
-    selected, targets = select_classes([0, 2], 3, 1, torch.Generator())
+    selected, targets = step_classes([0, 2], 3, 1, torch.Generator())
     assert (selected, targets) == ([0, 2, 1], [0, 1])
 
 
 def test_no_batch_class_is_missing_or_doubled():
     generator = torch.Generator().manual_seed(0)
     for ratio in (0, 1, 5):
-        selected, targets = select_classes([7, 3, 7, 1], 12, ratio, generator)
+        selected, targets = step_classes([7, 3, 7, 1], 12, ratio, generator)
         assert len(set(selected)) == len(selected) == {0: 12, 1: 6, 5: 12}[ratio]
         assert [selected[t] for t in targets] == [7, 3, 7, 1]
 

@@ -511,7 +511,7 @@ def test_a_full_disk_is_a_clear_error_and_nothing_is_lost(finished, tmp_path, mo
         (repo / full / file).write_bytes(content)
     done = call(repo, "dvc", "repro", name)
     assert done.returncode != 0
-    assert "can not be written (No space left on device); make room and run the same again" in done.stderr
+    assert "cannot be written (No space left on device); make room and run the same again" in done.stderr
     assert "Traceback" not in done.stderr
     assert not breakable.left_over(repo)
     subprocess.run(["mount", "-o", "remount,size=64m", str(repo / full)], check=True)
@@ -532,7 +532,7 @@ def test_a_full_disk_while_downloading_is_a_clear_error(tmp_path, mounted):
         (repo / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
         done = stage(repo, *download)
         assert done.returncode == 1
-        assert f"{archives} can not be written (No space left on device); make room" in done.stderr
+        assert f"{archives} cannot be written (No space left on device); make room" in done.stderr
         assert "Traceback" not in done.stderr
         assert len(list(archives.glob("*.part"))) == 1
         subprocess.run(["mount", "-o", "remount,size=64m", str(archives)], check=True)
@@ -549,5 +549,5 @@ def test_a_read_only_data_folder_is_enough_for_all_but_the_download(finished, tm
     complete(repo, finished)
     done = stage(repo, "download", "--dataset", "dtd")
     assert done.returncode == 1
-    assert f"{data / 'embedded' / 'dtd'} can not be written (Read-only file system)" in done.stderr
+    assert f"{data / 'embedded' / 'dtd'} cannot be written (Read-only file system)" in done.stderr
     assert "Traceback" not in done.stderr

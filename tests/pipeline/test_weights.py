@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import heba
+from heba import artifact
 from heba.clip import backbone
-from heba.methods.heba.model import AdaptedCLIP, save_adapter
-from heba.predict import save_classifier
+from heba.methods.heba.model import AdaptedCLIP
+from tests.heba import artifacts
 from tests.heba.test_backbones import SMALL, TEXT
 from tests.pipeline.repository import ROOT, call, stage
 from tests.server import serve
@@ -60,10 +61,10 @@ def adapter(folder, files, **record):
     named = {"name": "small.json", "pretrained": "w.safetensors"} | record
     for key, name in (("config_sha256", "small.json"), ("sha256", "w.safetensors")):
         named.setdefault(key, backbone.sha256(files / name))
-    save_adapter(
-        AdaptedCLIP(clip, 1, 2, 0.1), folder, {"class_names": ["a", "b"], "bf16": False, "backbone": named}
+    artifacts.save(
+        AdaptedCLIP(clip, 1, 2, 0.1), folder, class_names=["a", "b"], backbone=artifact.Backbone(**named)
     )
-    save_classifier(nn.functional.normalize(torch.ones(2, 32), dim=-1), folder)
+    artifacts.save_classifier(torch.ones(2, 32), folder, scale=0.1)
     return folder
 
 
@@ -72,8 +73,8 @@ def params(folder, name, pretrained):
     raw = yaml.safe_load((ROOT / "pipeline" / "presets" / "paper.yaml").read_text())
     raw["backbone"] = {"name": name, "pretrained": pretrained}
     if name == "small.json":
-        for adapted in (raw["adapter"], raw["transfer"]["adapter"]):
-            adapted |= {"start": 1, "end": 2}
+        raw["heba"] |= {"start": 1, "end": 2}
+        raw["heba"]["overrides"]["cross_dataset"]["start"] = 1
     (folder / "params.yaml").write_text(yaml.safe_dump(raw))
 
 
@@ -235,7 +236,7 @@ def test_a_hub_that_cannot_be_reached_is_one_message(tmp_path, silent, name, pre
 
 def test_a_tokenizer_of_a_hub_that_is_silent(tmp_path, silent):
     (tmp_path / "transformers.py").write_text("")
-    code = "from heba import backbone; backbone.load_tokenizer('ViT-B-16-SigLIP')"
+    code = "from heba.clip import backbone; backbone.load_tokenizer('ViT-B-16-SigLIP')"
     env = ALONE | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     before = time.monotonic()
     done = call(tmp_path, sys.executable, "-c", code, HF_ENDPOINT=silent, HF_HOME=str(tmp_path / "cache"), **env)
@@ -244,7 +245,7 @@ def test_a_tokenizer_of_a_hub_that_is_silent(tmp_path, silent):
     assert "no answer within 10 s" in done.stderr
 
 
-FETCH = "from heba import hub; print(hub.fetch('a/b', ['w.safetensors', 'w.bin']).read_text())"
+FETCH = "from heba.clip import hub; print(hub.fetch('a/b', ['w.safetensors', 'w.bin']).read_text())"
 
 
 def test_a_file_of_the_hub_comes_once(tmp_path):

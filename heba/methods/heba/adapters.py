@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Variant:
-    """What the ablations change in the adapters. The defaults are HeBA.
+    """Variants of the adapters, for ablations. The defaults are HeBA.
 
     Attributes:
         init: "kaiming": `up` is Kaiming-normal, so the branch is active from the first step. "zero": the model

@@ -1,4 +1,4 @@
-"""Checkpoints of the official implementation to our adapter folders and back.
+"""Convert checkpoints of the official implementation to our adapter folders and back.
 
 The official trainer writes <run>/adapter_learner/model.pth.tar-<epoch>, a pickled {"state_dict", "epoch", ...}.
 Its tensors have our names; the table of tokenised prompts beside them belongs to the data set and is left out. The
@@ -47,8 +47,8 @@ def read_official(path: Path) -> tuple[dict[str, Tensor], int, float | None]:
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}; the official code writes model.pth.tar-<epoch>") from None
     except OSError as error:
-        raise ValueError(f"{path} can not be read: {error.strerror or error}") from None
-    except Exception as error:  # whatever is wrong with a file from outside
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # a file from outside may be wrong in any way
         # Not torch's own text, which advises to load the file without weights_only.
         found = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it holds {found[1]}" if found else "it is of another kind or damaged"

@@ -1,4 +1,4 @@
-"""What a training of HeBA draws at random, in the order of the official code.
+"""The random draws of HeBA's training, in the order of the official code.
 
 All random choices of an epoch are drawn ahead as a list of `Step`s, so that a recorded plan can be replayed and
 nothing waits for the GPU inside an epoch.
@@ -27,7 +27,7 @@ class TextBank:
         tokens: [n_prompts, length].
         lengths: per prompt, tokens up to and with the one that is read (`towers.text_lengths`).
         offsets: first prompt of every class, and n_prompts at the end; prompts are ordered by class.
-        hidden: frozen states [n_prompts, length, width] below adapter.start, or None to compute them.
+        hidden: frozen states [n_prompts, length, width] below block `start`, or None to compute them.
     """
 
     tokens: Tensor
@@ -79,7 +79,7 @@ class Step:
     visual_scales: Tensor
 
 
-def select_classes(
+def step_classes(
     labels: list[int], n_classes: int, neg_ratio: int, generator: torch.Generator
 ) -> tuple[list[int], list[int]]:
     """The classes of a step in the order of the logit columns, and each label's column.
@@ -127,7 +127,7 @@ def plan_epoch(
         images = order[step * batch_size : (step + 1) * batch_size]
         boxes = [sample_crop(sizes[j][0], sizes[j][1], generator) for j in images]
         flips = (torch.rand(len(images), generator=generator) < 0.5).tolist()
-        selected, targets = select_classes(
+        selected, targets = step_classes(
             [labels[j] for j in images], bank.n_classes, settings.neg_ratio, generator
         )
         draws = torch.rand(len(selected), generator=generator).tolist()

@@ -12,7 +12,7 @@ NEW_CLASSES = True
 DRAWS = True
 EVALUATION = frozenset({"scale_novel"})
 
-# Beyond all that makes sense, and within what torch takes.
+# Bounds beyond every sensible value, and within what torch accepts.
 Positive = Annotated[float, Field(ge=1e-9, le=1e6, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]

@@ -9,7 +9,7 @@ from torch import Tensor
 from heba.clip.preprocess import preprocess_of
 from heba.clip.towers import embed_tokens
 from heba.data.images import crop_batch
-from heba.fit.loop import History, cosine, finite, make_optimizer, train_epochs, update
+from heba.fit.loop import History, Schedule, cosine, finite, make_optimizer, train_epochs, update
 from heba.fit.run import Run
 from heba.methods.heba.draws import Step, TextBank, plan_epoch
 from heba.methods.heba.model import AdaptedCLIP
@@ -40,33 +40,31 @@ def step_loss(
     return F.cross_entropy(logits, step.targets, label_smoothing=label_smoothing), logits
 
 
-def train_epoch(
-    model: AdaptedCLIP,
-    optimizer: torch.optim.Optimizer,
-    batches: Sequence[tuple[Callable[[], Tensor], Step]],
-    bank: TextBank,
-    label_smoothing: float,
-    bf16: bool,
-    progress: Callable[[int], object] = lambda n: None,
-    static: Callable[[Tensor, Step], Tensor] | None = None,
-) -> list[float]:
-    """Run the steps of one epoch; `batches` pairs a function that gives the images with each step.
+def eager_step(
+    model: AdaptedCLIP, optimizer: torch.optim.Optimizer, bank: TextBank, label_smoothing: float, bf16: bool
+) -> Callable[[Tensor, Step], Tensor]:
+    """A function of preprocessed images and a `Step` that takes the step and returns its loss (0-dim)."""
 
-    `static`, a `heba.methods.heba.static.StaticStep`, computes losses and gradients in its own way.
-    Returns the losses. Raises FloatingPointError when one is not finite.
-    """
-    losses = []
-    for images, step in batches:
-        if static is None:
-            with torch.autocast(model.logit_factor().device.type, torch.bfloat16, enabled=bf16):
-                loss, _ = step_loss(model, images(), bank, step, label_smoothing)
-            update(model.adapters, optimizer, loss)
-        else:
-            loss = static(images(), step)
-            optimizer.step()
-        losses.append(loss.detach())
-        progress(1)
-    return finite(losses)
+    def take(images: Tensor, step: Step) -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            loss, _ = step_loss(model, images, bank, step, label_smoothing)
+        update(model.adapters, optimizer, loss)
+        return loss.detach()
+
+    return take
+
+
+def graph_step(
+    optimizer: torch.optim.Optimizer, gradients: Callable[[Tensor, Step], Tensor]
+) -> Callable[[Tensor, Step], Tensor]:
+    """The same, with loss and gradients by a `StaticStep`."""
+
+    def take(images: Tensor, step: Step) -> Tensor:
+        loss = gradients(images, step)
+        optimizer.step()
+        return loss
+
+    return take
 
 
 def train(
@@ -86,25 +84,22 @@ def train(
     data = [image.to(device) for image in images]
     sizes = [(image.shape[1], image.shape[2]) for image in images]
     optimizer = make_optimizer(model.adapters, settings.lr, settings.momentum, settings.weight_decay)
-    static = None
     if run.cuda_graphs:
         batch_size = min(settings.batch_size, len(images))
         static = StaticStep(model, bank, batch_size, preprocess.size, settings, run.bf16)
+        take = graph_step(optimizer, static)
+    else:
+        take = eager_step(model, optimizer, bank, settings.label_smoothing, run.bf16)
 
     def run_epoch(generator: torch.Generator, done: Callable[[int], object]) -> list[float]:
-        steps = plan_epoch(labels, sizes, bank, model, settings, generator)
-        batches = [
-            (lambda s=s: crop_batch([data[j] for j in s.images], s.boxes, s.flips, preprocess), s) for s in steps
-        ]
-        return train_epoch(model, optimizer, batches, bank, settings.label_smoothing, run.bf16, done, static)
+        losses = []
+        for step in plan_epoch(labels, sizes, bank, model, settings, generator):
+            batch = crop_batch([data[j] for j in step.images], step.boxes, step.flips, preprocess)
+            losses.append(take(batch, step))
+            done(1)
+        return finite(losses)
 
-    return train_epochs(
-        model.adapters,
-        optimizer,
-        settings.epochs,
-        steps_per_epoch(len(images), settings),
-        lambda epoch: cosine(settings.lr, epoch, settings.epochs),
-        run_epoch,
-        run,
-        remedy="lower lr or scale, or set precision to fp32",
-    )
+    steps = steps_per_epoch(len(images), settings)
+    schedule = Schedule(settings.epochs, steps, lambda epoch: cosine(settings.lr, epoch, settings.epochs))
+    remedy = "lower lr or scale, or set precision to fp32"
+    return train_epochs(model.adapters, optimizer, schedule, run_epoch, run, remedy)
