@@ -153,7 +153,7 @@ def about(folder: Path) -> dict[str, Any]:
         "seed": config.seed,
         "settings": [f"{name} {value}" for name, value in config.settings.items()] or None,
         **accuracy_of(sha, config.inputs_sha256),
-        "git commit": commit_of(sha),
+        "git commit": commit_of(folder),
     }
 
 

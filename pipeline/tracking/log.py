@@ -1,7 +1,7 @@
 """MLflow: every training is a run. Tracking never fails a stage: it warns once, and
 `python -m pipeline track` logs from the outs what is missing.
 
-Lineage is by content: a run carries the sha256 of its adapter as a tag, and evaluation finds it by that.
+Lineage is by content: a run has the hashes of its adapter and of its inputs as tags, and is found by these.
 """
 
 import json
@@ -24,10 +24,9 @@ from pipeline.core.paths import main_root
 from pipeline.core.trainings import Training
 from pipeline.tracking import background, runs
 from pipeline.tracking.background import Background
-from pipeline.tracking.models import log_model, share_adapter
-from pipeline.tracking.store import SHA_TAG, client, experiment_id
+from pipeline.tracking.models import find_run, log_model, share_adapter
+from pipeline.tracking.store import INPUTS_TAG, SHA_TAG, client, experiment_id
 
-INPUTS_TAG = "heba.inputs_sha256"
 EVALUATION_TAG = "heba.evaluation"
 
 
@@ -181,20 +180,14 @@ def log_outs(store: Any, run_id: str, folder: Path) -> None:
 
 
 def find_or_create_run(store: Any, folder: Path) -> str:
-    """The run of the training in `folder`, by the hashes of adapter and inputs; made from the outs if need be.
-
-    The adapter's alone is not enough: with few classes, for one, any `neg_ratio` gives the same.
-    """
-    config = artifact.read_config(folder)
-    experiment = experiment_id(store, config.protocol)
-    same = f"tags.`{SHA_TAG}` = '{artifact.sha256(folder)}' AND tags.`{INPUTS_TAG}` = '{config.inputs_sha256}'"
+    """The run of the training in `folder`, made from the outs if need be."""
     # Two evaluations of one training may run side by side, and each would make it.
     with FileLock(main_root() / ".heba" / "track.lock"):
-        found = store.search_runs([experiment], same, max_results=1)
+        found = find_run(store, folder)
         if found:
-            return found[0].info.run_id
+            return found.info.run_id
         history = artifact.read_history(folder)
-        run = begin_run(store, config.model_dump())
+        run = begin_run(store, artifact.read_config(folder).model_dump())
         log_epochs(store, run.id, history)
         log_outs(store, run.id, folder)
         run.end()

@@ -15,7 +15,7 @@ import heba
 from heba import artifact
 from heba.artifact import ADAPTER_FILE
 from pipeline.core.paths import temporary_name
-from pipeline.tracking.store import SHA_TAG, client, has_store, shown_uri, store_uri
+from pipeline.tracking.store import INPUTS_TAG, SHA_TAG, client, has_store, shown_uri, store_uri
 
 SERVED = Path(__file__).with_name("served.py")
 # What heba imports to name images, and what served.py does.
@@ -131,19 +131,24 @@ def share_adapter(store: Any, run_id: str, folder: Path) -> None:
         link.unlink(missing_ok=True)
 
 
-def _find_run(store: Any, sha256: str) -> Any:
-    """The newest run of the adapter with this hash, or None."""
+def find_run(store: Any, folder: Path) -> Any:
+    """The newest run of the training in `folder`, by the hashes of adapter and inputs, or None.
+
+    The adapter's alone is not enough: all trainings of zero-shot CLIP have the same.
+    """
+    inputs = artifact.read_config(folder).inputs_sha256
+    same = f"tags.`{SHA_TAG}` = '{artifact.sha256(folder)}' AND tags.`{INPUTS_TAG}` = '{inputs}'"
     experiments = [experiment.experiment_id for experiment in store.search_experiments()]
-    found = store.search_runs(experiments, f"tags.`{SHA_TAG}` = '{sha256}'", max_results=1)
+    found = store.search_runs(experiments, same, max_results=1)
     return found[0] if found else None
 
 
-def commit_of(sha256: str) -> str | None:
+def commit_of(folder: Path) -> str | None:
     """The git commit that an adapter was trained at, as its MLflow run tells; None where none does."""
     if not has_store():
         return None
     try:
-        run = _find_run(client(), sha256)
+        run = find_run(client(), folder)
     except Exception as error:  # a store that is down
         logging.getLogger("heba").warning("%s: %s", shown_uri(), (str(error).splitlines() or [""])[0][:300])
         return None
@@ -185,7 +190,7 @@ def register(adapter: str, name: str) -> str:
     store = client()
     run_id = adapter
     if Path(adapter).exists():
-        run = _find_run(store, artifact.sha256(Path(adapter)))
+        run = find_run(store, Path(adapter))
         if run is None:
             raise ValueError(f"{adapter}: not in {shown_uri()}; log it with `python -m pipeline track`")
         run_id = run.info.run_id

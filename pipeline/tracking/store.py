@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from pipeline.core.paths import main_root, temporary_name
 
-SHA_TAG = "heba.adapter_sha256"
+SHA_TAG, INPUTS_TAG = "heba.adapter_sha256", "heba.inputs_sha256"
 PATIENCE = 20.0  # seconds for another process to give a lock back
 ADDRESSES = {  # where MLflow keeps absolute addresses of artifacts: columns by table
     "experiments": ["artifact_location"],

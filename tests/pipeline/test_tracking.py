@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 from filelock import FileLock
@@ -42,11 +43,11 @@ def begun():
     return log
 
 
-def trained(folder):
-    """The folder of TRAINING under `folder`, as the stage leaves it."""
-    out = folder / TRAINING.folder
+def trained(folder, training=TRAINING, config=CONFIG):
+    """The folder of a training under `folder`, as the stage leaves it."""
+    out = folder / training.folder
     out.mkdir(parents=True)
-    artifact.write_config(CONFIG, out)
+    artifact.write_config(config, out)
     (out / artifact.ADAPTER_FILE).write_bytes(b"weights")
     artifact.write_history([EPOCH], out)
     return out
@@ -242,6 +243,23 @@ def test_evaluations_side_by_side_make_one_run_of_a_training(folder):
         ids.add(process.communicate(timeout=120)[0])
         assert process.returncode == 0
     assert len(ids) == 1
+
+
+def test_a_training_is_registered_by_its_own_run_where_others_have_the_same_adapter(folder):
+    """All of zero-shot CLIP have."""
+    trainings = [replace(TRAINING, shots=shots) for shots in (1, 2, 4)]
+    for training in trainings:
+        config = CONFIG.model_copy(update={"shots": training.shots, "inputs_sha256": f"of {training.shots} shots"})
+        trained(folder, training, config)
+    done = stage(folder, "track", PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    store = client()
+    for training in trainings:
+        name = f"{training.shots} shots"
+        done = stage(folder, "register", str(training.folder), "--name", name, PYTHONPATH=str(ROOT))
+        assert done.returncode == 0, done.stderr
+        run = store.get_run(store.get_model_version(name, "1").run_id)
+        assert run.data.params["shots"] == str(training.shots)
 
 
 def test_a_kill_while_the_store_is_made_leaves_none(folder):
