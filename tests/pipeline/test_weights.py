@@ -61,7 +61,9 @@ def adapter(folder, files, **record):
     named = {"name": "small.json", "pretrained": "w.safetensors"} | record
     for key, name in (("config_sha256", "small.json"), ("sha256", "w.safetensors")):
         named.setdefault(key, backbone.sha256(files / name))
-    artifacts.save(AdaptedCLIP(clip, 1, 2, 0.1), folder, class_names=["a", "b"], backbone=artifact.Backbone(**named))
+    artifacts.save(
+        AdaptedCLIP(clip, 1, 2, 0.1), folder, class_names=["a", "b"], backbone=artifact.Backbone(**named)
+    )
     artifacts.save_classifier(torch.ones(2, 32), folder, scale=0.1)
     return folder
 
