@@ -165,7 +165,7 @@ def test_it_runs_without_params_and_without_a_package(repo, tmp_path):
     path = f"{tmp_path}{os.pathsep}{ROOT}"
     done = small.stage(repo, "doctor", PYTHONPATH=path)
     assert done.returncode == 1
-    assert done.stderr == "error: the package typer is missing; pip install -c constraints.txt -e .\n"
+    assert done.stderr == "error: the package typer is missing; pip install -c constraints.txt -e '.[pipeline]'\n"
     (tmp_path / "typer.py").unlink()
     rows, code = doctor(repo, PYTHONPATH=path)
     assert code == 1
