@@ -1,5 +1,5 @@
-"""The stages `evaluate*`: every training on the test images of a data set; records whose inputs are what they were
-stay.
+"""The stages `evaluate*`: every training on the test images of a data set; records whose inputs are
+unchanged stay.
 
 out/evaluate/<dataset>/<method>/<protocol>-<shots>-<seed>.json                 tested on the data set it trained on
 out/evaluate-{cross,domain}/<seed>/<dataset>/<method>/<protocol>-<shots>-<seed>.json   the source model on another

@@ -1,4 +1,4 @@
-"""Stage `train`: all trainings of one method on one data set; those whose inputs are what they were stay.
+"""Stage `train`: all trainings of one method on one data set; those whose inputs are unchanged stay.
 
 out/train/<dataset>/<method>/<protocol>-<shots>-<seed>/   as `heba.artifact` describes it
 """

@@ -187,7 +187,7 @@ if path.read_text() != "x":
 
 
 def test_ctrl_c_lets_the_last_dvc_repro_end(tmp_path):
-    """It is no job of ours; a kill would leave its locks and the stage that it runs."""
+    """It is not one of our jobs; a kill would leave its locks and the stage that it runs."""
     repo, notes = small.make(tmp_path / "repo"), tmp_path / "notes"
     (repo / "again.py").write_text(AGAIN)
     (repo / "dvc.yaml").write_text("stages: {again: {cmd: python again.py, always_changed: true}}\n")
