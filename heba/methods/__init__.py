@@ -16,7 +16,7 @@ method.py     the method; its docstring has the equations
     classifier(model, classes, settings, trained) -> tensors  what is kept of some class names
     logits(model, classifier, images) -> Tensor [n, classes]  images to logits
     detach(model)                                             leave CLIP as it was
-    A model that reads pixels has encode_image and encode_text, by which `python -m pipeline cost` counts operations.
+    A model that reads pixels has encode_image and encode_text, by which the command `cost` counts operations.
 ablations.py, convert.py     where it has ablations, or official checkpoints
 """
 
