@@ -234,7 +234,8 @@ def store(params: Params | None) -> Row:
                 if os.access(path.parent, os.W_OK):
                     return Row("MLflow", "ok", f"{name}, made by the first training")
                 return Row("MLflow", "fail", f"{path.parent} cannot be written to", f"chmod u+w {path.parent}")
-            with sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=PATIENCE / 2) as connection:
+            # Not read-only: where a training was killed, SQLite rolls back what it left.
+            with sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=PATIENCE / 2) as connection:
                 connection.execute("SELECT count(*) FROM experiments")
         else:
             _ask_database(uri)

@@ -114,5 +114,6 @@ def runs(repo):
     store = repo / "mlflow.db"
     if not store.exists():
         return []
-    with sqlite3.connect(f"file:{store}?mode=ro", uri=True) as database:
+    # Not read-only: where a writer was killed, SQLite rolls back what it left.
+    with sqlite3.connect(f"file:{store}?mode=rw", uri=True) as database:
         return [status for (status,) in database.execute("select status from runs order by start_time")]
