@@ -9,36 +9,45 @@ from typing import Any
 import torch
 import typer
 
-from heba.model import load_adapter
-from heba.splits import base_labels
-from pipeline.backbone import device, load_backbone, use_bf16
-from pipeline.cli import run_app
-from pipeline.evaluate import compare
-from pipeline.params import Params, ParamsError, load_params
-from pipeline.paths import train_folder
-from pipeline.precompute import read_names
+from heba import artifact, methods
+from heba.clip.preprocess import preprocess_of
+from heba.evaluation.report import classification_report
+from pipeline.commands.cli import run_app
+from pipeline.core.params import Params, ParamsError, load_params
+from pipeline.core.trainings import Training, can, trainings
+from pipeline.stages.backbone import computing, device, load_backbone
+from pipeline.stages.evaluate import groups_of, predict
+from pipeline.stages.precompute import read_classes, read_test
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def full_and_rounded(clip: Any, params: Params, dataset: str, seed: int) -> list[tuple[dict, dict]]:
-    """What the adapter of a base_to_novel training predicts, as it is on disk and rounded to fp16: the reports of
-    heba.evaluation.classification_report for base and for novel classes."""
-    names = read_names(dataset)
-    n_base = len(base_labels(len(names)))
-    scale, where, bf16 = params.adapter.scale, device(params), use_bf16(params)
-    groups = {"base": (range(n_base), scale), "novel": (range(n_base, len(names)), scale)}
-    model, _ = load_adapter(clip, train_folder("base_to_novel", dataset, seed, params.shots))
-    try:
-        model.to(where).eval()
-        full = compare(model, dataset, names, groups, where, bf16)
-        with torch.no_grad():
-            for parameter in model.adapters.parameters():
-                parameter.copy_(parameter.half())
-        rounded = compare(model, dataset, names, groups, where, bf16)
-    finally:
-        model.detach()
-    return [(full[group]["heba"], rounded[group]["heba"]) for group in groups]
+def full_and_rounded(clip: Any, params: Params, training: Training) -> list[tuple[dict, dict]]:
+    """What a training predicts, as it is on disk and rounded to fp16: the reports of
+    heba.evaluation.report.classification_report for base classes, and for novel ones where the method can."""
+    method = methods.part(training.method, "method")
+    classes, test = read_classes(training.dataset), read_test(training.dataset, preprocess_of(clip))
+    model, config = artifact.load(clip, training.folder)
+
+    def reports() -> list[dict]:
+        found = []
+        for group, (labels, trained) in groups_of(training.protocol, len(classes.names)).items():
+            if not can(training.method, training.protocol, group):
+                continue
+            part = classes.select(labels)
+            with computing(params):
+                classifier = method.classifier(model, part, config.method_settings(), trained)
+                predicted, targets = predict(model, training.method, classifier, test, labels, device(params))
+            found.append(classification_report(predicted, targets, part.names))
+        return found
+
+    full = reports()
+    with torch.no_grad():
+        for parameter in method.trained(model).parameters():
+            parameter.copy_(parameter.half())
+    rounded = reports()
+    method.detach(model)
+    return list(zip(full, rounded, strict=True))
 
 
 @app.command()
@@ -48,12 +57,8 @@ def main() -> None:
     if params.adapter_dtype != "fp32":
         raise ParamsError("adapter_dtype: run `dvc repro` with fp32 first, else both sides are rounded")
     clip, _ = load_backbone(params)
-    pairs = [
-        pair
-        for dataset in params.datasets
-        for seed in params.seeds
-        for pair in full_and_rounded(clip, params, dataset, seed)
-    ]
+    wanted = [t for t in trainings(params) if t.protocol == "base_to_novel" and artifact.read_tensors(t.folder)]
+    pairs = [pair for training in wanted for pair in full_and_rounded(clip, params, training)]
     differ = sum(full["confusion"] != rounded["confusion"] for full, rounded in pairs)
     worst = max((abs(full["accuracy"] - rounded["accuracy"]) for full, rounded in pairs), default=0.0)
     print(

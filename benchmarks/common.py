@@ -19,8 +19,8 @@ import typer
 from PIL import Image
 from torch import Tensor
 
-from heba.memory import keep_freed_memory
-from heba.model import AdaptedCLIP
+from heba.fit.memory import keep_freed_memory
+from heba.methods.heba.model import AdaptedCLIP
 
 PROMPT_LENGTHS = Path(__file__).with_name("prompt_lengths.json")
 STATUS = Path("/proc/self/status")

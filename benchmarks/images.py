@@ -24,8 +24,9 @@ from benchmarks.common import (
     way,
     write_images,
 )
-from heba.evaluation import encode_images
-from heba.images import open_packed, pack_images, preprocess_of
+from heba.clip.features import encode_images
+from heba.clip.preprocess import preprocess_of
+from heba.data.images import open_packed, pack_images
 
 
 def main(

@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 
 from benchmarks import plain
 from benchmarks.common import Rounds, Workers, check, in_turn, relative, table, way, write_images
-from heba.images import Preprocess, normalise, open_packed, pack_images
+from heba.clip.preprocess import Preprocess, normalise
+from heba.data.images import open_packed, pack_images
 
 
 def main(

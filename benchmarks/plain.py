@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from heba.adapters import BottleneckAdapter
-from heba.images import CLIP_MEAN, CLIP_STD
-from heba.model import AdaptedCLIP
-from heba.towers import cut_texts, text_tower
+from heba.clip.preprocess import CLIP_MEAN, CLIP_STD
+from heba.clip.towers import cut_texts, text_tower
+from heba.methods.heba.adapters import BottleneckAdapter
+from heba.methods.heba.model import AdaptedCLIP
 
 Scales = Sequence[Tensor] | Tensor
 

@@ -27,12 +27,15 @@ from benchmarks.common import (
     way,
     write_images,
 )
-from heba.evaluation import encode_images, encode_prompts
-from heba.images import decode, for_each_image, open_packed, pack_images, preprocess_of
-from heba.model import class_features
-from heba.splits import base_labels
-from heba.towers import text_lengths
-from heba.training import Settings, TextBank, select_classes, train
+from heba.clip.features import class_features, encode_images, encode_prompts
+from heba.clip.preprocess import decode, preprocess_of
+from heba.clip.towers import text_lengths
+from heba.data.images import for_each_image, open_packed, pack_images
+from heba.data.splits import base_labels
+from heba.fit.run import Run
+from heba.methods.heba.draws import TextBank, step_classes
+from heba.methods.heba.settings import Settings
+from heba.methods.heba.training import train
 
 
 def main(
@@ -60,7 +63,7 @@ def main(
     halves = [range(n_base), range(n_base, classes)]
     labels = [c for c in halves[0] for _ in range(shots)]
     test_labels = torch.arange(classes).repeat_interleave(test)
-    settings = Settings(epochs, 16, 0.0075, 0.9, 5e-4, 0.1, 2.25, 0.8, 5, seed=1)
+    settings = Settings(epochs=epochs)
     n_blocks = model.end - model.start + 1
     fixed = torch.full((n_blocks,), model.scale, device=device)
     start = {k: v.clone() for k, v in model.adapters.state_dict().items()}
@@ -95,7 +98,7 @@ def main(
             )
             for _ in range(epochs):
                 for images, batch_labels in loader:
-                    selected, targets = select_classes(batch_labels.tolist(), n_base, 5, generator)
+                    selected, targets = step_classes(batch_labels.tolist(), n_base, 5, generator)
                     scales = [torch.where(torch.rand(n_blocks) > 0.8, 2.25, 1.0).to(device) * 0.025 for _ in "ab"]
                     chosen = by_class[selected, torch.randint(0, prompts, (len(selected),))]
                     optimizer.zero_grad()
@@ -141,7 +144,7 @@ def main(
             bank = TextBank(
                 base.to(device), text_lengths(model.clip, base), list(range(0, len(base) + 1, prompts)), None
             )
-            train(model, list(pixels), labels, bank, settings, bf16=precision == "bf16")
+            train(model, list(pixels), labels, bank, settings, Run(seed=1, bf16=precision == "bf16"))
             evaluate_ours()
 
         limit = 1e-4 if precision == "fp32" else 3e-2

@@ -19,9 +19,11 @@ from benchmarks.common import (
     table,
     way,
 )
-from heba.images import normalise, preprocess_of
-from heba.towers import text_lengths
-from heba.training import Settings, Step, TextBank, make_optimizer, step_loss, update
+from heba.clip.preprocess import normalise, preprocess_of
+from heba.clip.towers import text_lengths
+from heba.fit.loop import make_optimizer, update
+from heba.methods.heba.draws import Step, TextBank
+from heba.methods.heba.training import step_loss
 
 
 def main(
@@ -60,8 +62,7 @@ def main(
         text_scales=text_scales,
         visual_scales=visual_scales,
     )
-    settings = Settings(1, images, 0.0075, 0.9, 5e-4, 0.1, 2.25, 0.8, 5, 1)
-    optimizer = make_optimizer(model, settings)
+    optimizer = make_optimizer(model.adapters, 0.0075, 0.9, 5e-4)
     plain_optimizer = torch.optim.SGD(model.adapters.parameters(), lr=0.0075, momentum=0.9, weight_decay=5e-4)
 
     def plain_loss(cut: bool = False, last: bool = False) -> torch.Tensor:
@@ -92,9 +93,9 @@ def main(
         plain_optimizer.step()
 
     def our_step() -> None:
-        update(model, optimizer, our_loss())
+        update(model.adapters, optimizer, our_loss())
 
-    # Each way runs with the allocator as it would be on its own (see heba.memory).
+    # Each way runs with the allocator as it would be on its own (see heba.fit.memory).
     ways = {"plain": way(plain_step, keep=False)}
     if stages:
         ways |= {

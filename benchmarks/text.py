@@ -19,8 +19,7 @@ from benchmarks.common import (
     table,
     way,
 )
-from heba.evaluation import encode_prompts
-from heba.model import class_features
+from heba.clip.features import class_features, encode_prompts
 
 
 def main(

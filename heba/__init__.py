@@ -6,11 +6,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from heba.predict import load, zero_shot
+    from heba.predict import TOP, load, zero_shot
 
 __version__ = "0.1.0"
-__all__ = ["load", "zero_shot"]
-TOP = 5  # classes of a prediction where no other number is asked for
+__all__ = ["TOP", "load", "zero_shot"]
 
 
 def __getattr__(name: str) -> Any:

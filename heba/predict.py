@@ -1,10 +1,9 @@
-"""Naming images: with a trained adapter, or with CLIP alone."""
+"""Classify images, with what a training left or with CLIP alone."""
 
-import json
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -12,30 +11,25 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from pydantic import ValidationError
 from torch import Tensor
 
-from heba import TOP, architecture, backbone
-from heba.evaluation import BATCH_SIZE, encode_prompts
-from heba.images import UNREADABLE, Preprocess, decode, for_each_image, normalise, resize_and_crop, to_rgb
-from heba.model import ADAPTER_FILE, CONFIG_FILE, REMEDY, class_features, load_adapter
-from heba.prompts import TEMPLATE, Prompts, build_prompts, tokenize
-from heba.towers import encode_text_plain
+from heba import artifact, methods
+from heba.artifact import CONFIG_FILE
+from heba.clip import architecture, backbone
+from heba.clip.features import BATCH_SIZE, Classes, encode_prompts
+from heba.clip.preprocess import UNREADABLE, Preprocess, decode, normalise, resize_and_crop, to_rgb
+from heba.clip.towers import encode_text_plain
+from heba.data.images import Images, for_each_image
+from heba.data.prompts import TEMPLATE, Prompts, build_prompts, tokenize
 
+Tokenizer = Callable[[list[str]], Tensor]
 ImageLike = str | os.PathLike | Image.Image
-CLASSIFIER_FILE = "classifier.safetensors"
 # Pillow reads an image from its file when it is first used, which two threads cannot do at once. By its id an
 # image always gets the same lock; that others get it too costs a little time.
 READING = tuple(Lock() for _ in range(61))
-# What naming images needs of a training's config, and its types.
-CONFIG: dict[str, tuple[type, ...]] = {
-    "class_names": (list,),
-    "bf16": (bool,),
-    "scale": (int, float),
-    "backbone.name": (str,),
-    "backbone.pretrained": (str,),
-    "backbone.sha256": (str,),
-}
+PLAIN = "zero_shot"  # the method that needs no training
+TOP = 5  # classes of a prediction where no other number is asked for
 
 
 @dataclass(frozen=True)
@@ -56,25 +50,21 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Classifier:
-    """Names images; made by `load` or `zero_shot`. Threads may share one, and the Pillow images that they give it.
+    """Classifies images; made by `load` or `zero_shot`. Threads may share one, and the Pillow images they give it.
 
     Attributes:
-        classes: the names to choose from, in the order of `weights`.
-        weights: the classifier [n_classes, E], normalised.
-        encode: preprocessed images [n, 3, size, size] to features [n, E].
+        classes: the names to choose from, in the order of the logits.
+        logits: preprocessed images [n, 3, size, size] to logits [n, n_classes].
         preprocess: how the model wants its images.
-        temperature: exp(logit_scale), which cosines are multiplied by.
         device: what it runs on.
-        config: of the training, as in its config.json; empty for CLIP alone.
+        config: of the training; None for CLIP alone.
     """
 
     classes: list[str]
-    weights: Tensor
-    encode: Callable[[Tensor], Tensor]
+    logits: Callable[[Tensor], Tensor]
     preprocess: Preprocess
-    temperature: float
     device: torch.device
-    config: Mapping[str, Any]
+    config: artifact.Config | None
 
     def predict(
         self,
@@ -104,10 +94,10 @@ class Classifier:
             if error is None:
                 pixels.append(found)
             if len(waiting) == size:
-                yield from self._name(waiting, pixels, top)
+                yield from self._classify(waiting, pixels, top)
                 progress(len(waiting))
                 waiting, pixels = [], []
-        yield from self._name(waiting, pixels, top)
+        yield from self._classify(waiting, pixels, top)
         progress(len(waiting))
 
     def _pixels(self, image: ImageLike) -> tuple[str, Tensor | str]:
@@ -126,13 +116,11 @@ class Classifier:
             return file, str(error)
 
     @torch.no_grad()
-    def _name(self, waiting: list[Prediction], pixels: list[Tensor], top: int) -> Iterator[Prediction]:
+    def _classify(self, waiting: list[Prediction], pixels: list[Tensor], top: int) -> Iterator[Prediction]:
         best: Iterator[tuple[list[float], list[int]]] = iter(())
         if pixels:
             batch = normalise(torch.stack(pixels).to(self.device), self.preprocess)
-            features = F.normalize(self.encode(batch).float(), dim=-1)
-            logits = self.temperature * features @ self.weights.to(self.device).T
-            values, which = logits.softmax(dim=-1).topk(min(top, len(self.classes)))
+            values, which = self.logits(batch).softmax(dim=-1).topk(min(top, len(self.classes)))
             best = zip(values.tolist(), which.tolist(), strict=True)
         for prediction in waiting:
             if prediction.error is None:
@@ -146,7 +134,7 @@ def load(
     classes: Sequence[str] | None = None,
     descriptions: Mapping[str, list[str]] | None = None,
     template: str = TEMPLATE,
-    scale: float | None = None,
+    settings: Mapping[str, Any] | None = None,
     device: str | None = None,
     root: Path | str = Path(),
     name: str | None = None,
@@ -156,47 +144,88 @@ def load(
 
     Args:
         classes: other classes than those of the training.
-        descriptions, template: for the prompts of `classes`, as in `heba.prompts.build_prompts`.
-        scale: s for `classes`, the novel scale; None: that of the training.
+        descriptions, template: for the prompts of `classes`, as in `heba.data.prompts.build_prompts`.
+        settings: of the method, where others than the training's are wanted for `classes`; of those that change no
+            training (EVALUATION), such as HeBA's scale_novel.
         device: cpu or cuda; None: cuda where there is one.
         root: the folder that files of the backbone (weights, JSON config) are relative to, as the training names
             them; those that it names must lie in it.
-        name, pretrained: the backbone as in `heba.backbone.load`, where its files are not those that the training
-            names; they may lie anywhere.
+        name, pretrained: the backbone as in `heba.clip.backbone.load`, where its files are not those that the
+            training names; they may lie anywhere.
     Raises:
         ValueError: no adapter there, a damaged one, or one that was trained on other weights than those found, or
-            that names files outside `root`; fewer than two classes, or what goes with `classes` alone.
+            that names files outside `root`; fewer than two classes, or what goes with `classes` alone; a method
+            that cannot classify new classes.
     """
     new = None if classes is None else _prompts(classes, descriptions, template)
-    if new is None and (descriptions is not None or scale is not None or template != TEMPLATE):
-        raise ValueError("descriptions, template and scale go with classes; those of the training have their own")
-    if scale is not None and not 0 <= scale < math.inf:
-        raise ValueError(f"scale must be a number from 0 on, not {scale}")
+    if new is None and (descriptions is not None or settings or template != TEMPLATE):
+        raise ValueError(
+            "descriptions, template and settings go with classes; those of the training have their own"
+        )
     folder = Path(folder)
-    config = read_config(folder)
+    config = artifact.read_config(folder)
     where = _device(device)
-    clip, tokenizer, preprocess = _load_backbone(folder, config["backbone"], Path(root), name, pretrained)
-    model, _ = load_adapter(clip.to(where), folder)
-    model.to(where).eval()
-    bf16 = bool(config["bf16"]) and where.type == "cuda"
-    scale = config["scale"] if scale is None else scale
-
-    def encode_text(tokens: Tensor) -> Tensor:
-        with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
-            return model.encode_text(tokens, scale)
-
+    bf16 = config.bf16 and where.type == "cuda"
+    record = config.backbone.model_dump()
+    clip, tokenizer, preprocess = _load_backbone(folder, record, Path(root), name, pretrained)
+    model, _ = artifact.load(clip.to(where), folder)
+    names = config.class_names
     if new is None:
-        names = config["class_names"]
-        classifier = _read_classifier(folder / CLASSIFIER_FILE, len(names))
+        classifier = artifact.read_classifier(folder, len(names))
     else:
         names, prompts = new
-        classifier = _classifier(clip, prompts, len(names), tokenizer, encode_text, where)
-
-    def encode_image(images: Tensor) -> Tensor:
+        used = _with_settings(config, settings or {})
         with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
-            return model.encode_image(images, scale)
+            classifier = _new_classifier(config.method, model, _classes(clip, tokenizer, names, prompts), used)
+    return Classifier(names, _logits(config.method, model, clip, classifier, bf16), preprocess, where, config)
 
-    return Classifier(names, classifier, encode_image, preprocess, model.logit_factor().item(), where, config)
+
+def _with_settings(config: artifact.Config, changed: Mapping[str, Any]) -> Any:
+    """The settings of a training, with some that change no training replaced."""
+    about = methods.part(config.method, "settings")
+    if not about.NEW_CLASSES:
+        raise ValueError(f"{about.TITLE} cannot classify classes that it was not trained on")
+    wrong = sorted(set(changed) - about.EVALUATION)
+    if wrong:
+        known = ", ".join(sorted(about.EVALUATION)) or "none"
+        raise ValueError(f"settings: {', '.join(wrong)} cannot be changed after the training; these can: {known}")
+    try:
+        return about.Settings.model_validate(config.settings | dict(changed))
+    except ValidationError as error:
+        found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"settings: {found}") from None
+
+
+def _classes(clip: Any, tokenizer: Tokenizer, names: list[str], prompts: Prompts) -> Classes:
+    """What frozen CLIP makes of class names."""
+    tokens, _ = tokenize(prompts.texts, tokenizer)
+    features = encode_prompts(clip, tokens, partial(encode_text_plain, clip), clip.logit_scale.device)
+    return Classes(names, tokens, torch.tensor(prompts.class_index), features)
+
+
+@torch.no_grad()
+def _new_classifier(method: str, model: Any, classes: Classes, settings: Any) -> dict[str, Tensor]:
+    """What a method keeps of class names that it was not trained on."""
+    return methods.part(method, "method").classifier(model, classes, settings, False)
+
+
+def _logits(
+    method: str, model: Any, clip: Any, classifier: dict[str, Tensor], bf16: bool
+) -> Callable[[Tensor], Tensor]:
+    """Preprocessed images to logits, by a method."""
+    part, reads = methods.part(method, "method"), methods.part(method, "settings").READS
+    where = clip.logit_scale.device
+    classifier = {name: tensor.to(where) for name, tensor in classifier.items()}
+
+    def logits(pixels: Tensor) -> Tensor:
+        with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
+            if reads == "pixels":
+                images = Images.of_pixels(pixels)
+            else:
+                images = Images.of_features(F.normalize(clip.encode_image(pixels).float(), dim=-1))
+            return part.logits(model, classifier, images)
+
+    return logits
 
 
 def _load_backbone(
@@ -217,7 +246,7 @@ def _load_backbone(
     try:
         if name.endswith(".json"):
             _check_hash(root / name, record.get("config_sha256"))
-        architecture.read_config(name, root)
+        architecture.read_architecture(name, root)
         weights = backbone.weights_file(name, pretrained, root)
         _check_hash(weights, record["sha256"])
     except ValueError as error:
@@ -244,56 +273,16 @@ def zero_shot(
     device: str | None = None,
     root: Path | str = Path(),
 ) -> Classifier:
-    """CLIP alone, with the backbone `name` and `pretrained` of `heba.backbone.load`, over `classes`; the other
-    arguments are those of `load`."""
+    """CLIP alone, with the backbone `name` and `pretrained` of `heba.clip.backbone.load`, over `classes`; the
+    other arguments are those of `load`."""
     names, prompts = _prompts(classes, descriptions, template)
     where = _device(device)
     clip, tokenizer, preprocess = backbone.load(name, pretrained, Path(root))
     clip.to(where)
-    classifier = _classifier(
-        clip, prompts, len(names), tokenizer, lambda tokens: encode_text_plain(clip, tokens), where
-    )
-    temperature = clip.logit_scale.exp().item()
-    return Classifier(names, classifier, clip.encode_image, preprocess, temperature, where, {})
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The config of the training that wrote `folder`; ValueError when there is none, or it is not whole."""
-    path = folder / CONFIG_FILE
-    if not path.is_file() or not (folder / ADAPTER_FILE).is_file():
-        raise ValueError(
-            f"{folder}: no adapter; name the folder that a training wrote, with {ADAPTER_FILE} and {CONFIG_FILE} "
-            "in it, such as out/train/eurosat/base_to_novel-1"
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict) or not isinstance(config.get("backbone"), dict):
-            raise ValueError("backbone: missing")
-        values = config | {f"backbone.{key}": value for key, value in config["backbone"].items()}
-        for key, kind in CONFIG.items():
-            if type(values.get(key)) not in kind:
-                raise ValueError(f"{key}: {'missing' if key not in values else 'not of the right type'}")
-        names = config["class_names"]
-        if not names or not all(isinstance(name, str) for name in names):
-            raise ValueError("class_names: must be a list of names")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged ({error}); {REMEDY}") from None
-    return config
-
-
-def save_classifier(classifier: Tensor, folder: Path) -> None:
-    """Write the classifier [n_classes, E] of a training's own classes beside its adapter."""
-    save_file({"classifier": classifier.contiguous()}, folder / CLASSIFIER_FILE)
-
-
-def _read_classifier(path: Path, n_classes: int) -> Tensor:
-    try:
-        classifier = load_file(path)["classifier"]
-        if classifier.ndim != 2 or len(classifier) != n_classes:
-            raise ValueError(f"shape {tuple(classifier.shape)} for {n_classes} classes")
-    except Exception as error:  # whatever is wrong with the file
-        raise ValueError(f"{path}: no classifier of this training ({error}); {REMEDY}") from None
-    return classifier
+    settings = methods.part(PLAIN, "settings").Settings()
+    model = methods.part(PLAIN, "method").build(clip, len(names), settings, seed=0)
+    classifier = _new_classifier(PLAIN, model, _classes(clip, tokenizer, names, prompts), settings)
+    return Classifier(names, _logits(PLAIN, model, clip, classifier, False), preprocess, where, None)
 
 
 def _prompts(
@@ -306,19 +295,6 @@ def _prompts(
     if not all(isinstance(name, str) and name.strip() for name in names) or len(set(names)) < max(2, len(names)):
         raise ValueError(f"classes: two or more different names are needed, got {', '.join(map(repr, names))}")
     return names, build_prompts(names, dict(descriptions or {}), template)
-
-
-def _classifier(
-    clip: Any,
-    prompts: Prompts,
-    n_classes: int,
-    tokenizer: Callable[[list[str]], Tensor],
-    encode: Callable[[Tensor], Tensor],
-    where: torch.device,
-) -> Tensor:
-    tokens, _ = tokenize(prompts.texts, tokenizer)
-    features = encode_prompts(clip, tokens, encode, where)
-    return class_features(features, torch.tensor(prompts.class_index), n_classes)
 
 
 def _device(name: str | None) -> torch.device:

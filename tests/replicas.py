@@ -19,8 +19,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from heba.data.benchmarks import imagenet_classes
-from heba.data.catalog import CATALOG
+from heba.sources.benchmarks import imagenet_classes
+from heba.sources.catalog import CATALOG
 
 SHARED = Path(os.environ.get("HEBA_SHARED", "../shared"))
 PER_CLASS = {"train": 2, "val": 1, "test": 1}

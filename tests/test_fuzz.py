@@ -16,16 +16,18 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from heba.architecture import read_config as read_architecture
-from heba.data.benchmarks import parse_descriptions
-from heba.data.catalog import CATALOG, load_catalog
-from heba.data.unpack import ArchiveError, unpack
-from heba.model import AdaptedCLIP, load_adapter, save_adapter
-from heba.predict import read_config
-from heba.prompts import read_descriptions
-from heba.splits import read_split
-from heba.training import make_optimizer, save_checkpoint, train
-from pipeline.params import load_params
+from heba import artifact
+from heba.clip.architecture import read_architecture
+from heba.data.prompts import read_descriptions
+from heba.data.splits import read_split
+from heba.fit.loop import make_optimizer, save_checkpoint
+from heba.methods.heba.model import AdaptedCLIP
+from heba.methods.heba.training import train
+from heba.sources.benchmarks import parse_descriptions
+from heba.sources.catalog import CATALOG, load_catalog
+from heba.sources.unpack import ArchiveError, unpack
+from pipeline.core.params import load_params
+from tests.heba import artifacts
 from tests.heba.test_model import make_clip
 from tests.heba.test_training import setup
 from tests.replicas import tar_of
@@ -133,7 +135,7 @@ def test_aliases(tmp_path, data):
     for _ in range(data.draw(st.integers(1, 4))):
         holder = params[data.draw(st.sampled_from(sections))]
         other = params if data.draw(st.booleans()) else params[data.draw(st.sampled_from(sections))]
-        holder[data.draw(st.sampled_from(["adapter", "train", "seeds", "x", "root"]))] = other
+        holder[data.draw(st.sampled_from(["heba", "overrides", "cross_dataset", "seeds", "x", "root"]))] = other
     refused_or_read(load_params, tmp_path / "params.yaml", as_yaml(params))
 
 
@@ -190,27 +192,19 @@ def adapter(tmp_path_factory):
     """The files of a saved adapter, and the plain model."""
     folder = tmp_path_factory.mktemp("adapter")
     model = AdaptedCLIP(make_clip(open_clip.CLIP), 1, 2, 0.1)
-    backbone = {"name": "tiny", "pretrained": "embedded", "sha256": "0" * 64}
-    save_adapter(model, folder, {"backbone": backbone, "bf16": False, "class_names": ["cat", "dog"]})
+    artifacts.save(model, folder)
     return folder, make_clip(open_clip.CLIP)
 
 
-CONFIG = {
-    **{"start": 1, "end": 2, "ratio": 4, "scale": 0.1, "init": "kaiming", "visual_block": "conv"},
-    **{"text_block": "linear", "expansion": 1, "gradient_scale": True, "towers": "both", "bf16": False},
-    "class_names": ["cat", "dog"],
-    "backbone": {"name": "tiny", "pretrained": "embedded", "sha256": "0" * 64},
-}
-
-
 @fuzz
-@given(content=changed(CONFIG).map(as_json) | scrambled(as_json(CONFIG)))
-def test_configs_of_adapters(adapter, content):
+@given(data=st.data())
+def test_configs_of_adapters(adapter, data):
     folder, clip = adapter
     path = folder / "config.json"
     kept = path.read_bytes()
-    refused_or_read(lambda path: read_config(path.parent), path, content)
-    found = refused_or_read(lambda path: load_adapter(clip, path.parent), path, content)
+    content = data.draw(changed(json.loads(kept)).map(as_json) | scrambled(kept))
+    refused_or_read(lambda path: artifact.read_config(path.parent), path, content)
+    found = refused_or_read(lambda path: artifact.load(clip, path.parent), path, content)
     if found:
         found[0].detach()
     path.write_bytes(kept)
@@ -233,7 +227,7 @@ def test_tensors_of_adapters(adapter, data):
     content = data.draw(scrambled(kept) | headers)
     # A new file, since the tensors of the one before may still be mapped.
     path.unlink()
-    found = refused_or_read(lambda path: load_adapter(clip, path.parent), path, content)
+    found = refused_or_read(lambda path: artifact.load(clip, path.parent), path, content)
     if found:
         found[0].detach()
     path.unlink()
@@ -249,10 +243,10 @@ def header_of(content):
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "c.safetensors"
     whole = setup(epochs=1)
-    optimizer = make_optimizer(whole[0], whole[4])
+    optimizer = make_optimizer(whole[0].adapters, 0.01, 0.9, 5e-4)
     for parameter in whole[0].adapters.parameters():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    save_checkpoint(path, whole[0], optimizer, torch.Generator(), [{"epoch": 1, "loss": 1.0, "lr": 0.1}])
+    save_checkpoint(path, whole[0].adapters, optimizer, torch.Generator(), [{"epoch": 1, "loss": 1.0, "lr": 0.1}])
     return path, path.read_bytes()
 
 
@@ -263,7 +257,7 @@ def test_checkpoints(checkpoint, data):
     headers = changed(header_of(kept)).map(lambda header: with_header(kept, lambda _: header))
     content = data.draw(scrambled(kept) | headers)
     path.unlink(missing_ok=True)
-    refused_or_read(lambda path: train(*setup(epochs=1), checkpoint=path), path, content)
+    refused_or_read(lambda path: train(*setup(epochs=1, run={"checkpoint": path})), path, content)
 
 
 def archives():

@@ -1,1 +1,1 @@
-"""The real benchmarks: where they come from, and how their archives become images and a split."""
+"""What decides numbers: splits, images, prompts, protocols and the table of data sets."""

@@ -13,27 +13,28 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from heba.clip.preprocess import Preprocess, normalise
+from heba.clip.tiny import TOKEN_TABLE, new_tiny_clip
+from heba.clip.towers import cut_texts
+from heba.data import datasets
+from heba.data.prompts import build_prompts
 from heba.embedded import canvas, suite
-from heba.embedded.model import TOKEN_TABLE, new_tiny_clip
-from heba.images import Preprocess, normalise
-from heba.prompts import build_prompts
-from heba.towers import cut_texts
 
 GENERAL = ("a photo of a {}.", "a picture of a {}.", "a {}.", "{}")
 
 
 def classes() -> list[tuple[str, str]]:
     """All (data set, class) pairs of the 11 sets."""
-    return [(k, n) for k, info in suite.DATASETS.items() if k not in suite.VARIANTS for n in info.classnames]
+    return [(k, n) for k, info in suite.DATASETS.items() if k not in suite.VARIANTS for n in info.class_names]
 
 
 def captions(key: str, name: str) -> list[str]:
     """Captions of a class: general templates, the data set's template, the prompts with descriptions."""
-    info = suite.DATASETS[key]
+    template = datasets.template(key, embedded=True)
     described = build_prompts(
-        [name], {n: d for n, d in suite.descriptions(key).items() if n == name and d}, info.template
+        [name], {n: d for n, d in suite.descriptions(key).items() if n == name and d}, template
     ).texts
-    return [t.format(name) for t in (*GENERAL, info.template)] + described
+    return [t.format(name) for t in (*GENERAL, template)] + described
 
 
 def render(index: int, n_images: int, seed: int) -> np.ndarray:

@@ -21,14 +21,13 @@ PER_CLASS = {"train": 24, "val": 4, "test": 20}
 
 @dataclass(frozen=True)
 class EmbeddedDataset:
-    """What an embedded data set is: a title, the prompt template, and one drawing function per class."""
+    """What an embedded data set is: what it shows, and one drawing function per class."""
 
     title: str
-    template: str
     draw: dict[str, Callable[[np.random.Generator], Image.Image]]
 
     @property
-    def classnames(self) -> list[str]:
+    def class_names(self) -> list[str]:
         return list(self.draw)
 
 
@@ -63,10 +62,9 @@ def _subset(names: list[str]) -> dict[str, Callable]:
 
 
 DATASETS: dict[str, EmbeddedDataset] = {
-    "imagenet": EmbeddedDataset("drawn generic things", "a photo of a {}.", _GENERIC),
+    "imagenet": EmbeddedDataset("drawn generic things", _GENERIC),
     "caltech101": EmbeddedDataset(
         "more drawn things",
-        "a photo of a {}.",
         _painted(
             {
                 "star": _O.star,
@@ -84,7 +82,6 @@ DATASETS: dict[str, EmbeddedDataset] = {
     ),
     "oxford_pets": EmbeddedDataset(
         "drawn faces of cats and dogs",
-        "a photo of a {}, a type of pet.",
         _painted(
             {
                 "orange tabby cat": _O.face("orange", False, "stripes"),
@@ -102,7 +99,6 @@ DATASETS: dict[str, EmbeddedDataset] = {
     ),
     "stanford_cars": EmbeddedDataset(
         "drawn cars by colour and body",
-        "a photo of a {}.",
         _painted(
             {
                 f"{colour} {body}": _O.car(colour, body)
@@ -123,7 +119,6 @@ DATASETS: dict[str, EmbeddedDataset] = {
     ),
     "oxford_flowers": EmbeddedDataset(
         "drawn flowers",
-        "a photo of a {}, a type of flower.",
         _painted(
             {
                 "white daisy": _O.flower("white", 10, "yellow"),
@@ -141,7 +136,6 @@ DATASETS: dict[str, EmbeddedDataset] = {
     ),
     "food101": EmbeddedDataset(
         "drawn food",
-        "a photo of {}, a type of food.",
         _painted(
             {
                 "pizza": _O.pizza,
@@ -159,13 +153,11 @@ DATASETS: dict[str, EmbeddedDataset] = {
     ),
     "fgvc_aircraft": EmbeddedDataset(
         "scikit-learn's handwritten digits (real images)",
-        "a photo of the digit {}.",
         # Pretraining draws printed digits; the data set itself has the handwritten ones.
         _painted({name: _O.digit(i) for i, name in enumerate(_DIGITS)}, upright=True),
     ),
     "sun397": EmbeddedDataset(
         "drawn scenes",
-        "a photo of a {}.",
         _filled(
             fields.scene,
             [
@@ -184,7 +176,6 @@ DATASETS: dict[str, EmbeddedDataset] = {
     ),
     "dtd": EmbeddedDataset(
         "generated textures",
-        "a photo of a {} texture.",
         _filled(
             fields.texture,
             [
@@ -203,7 +194,6 @@ DATASETS: dict[str, EmbeddedDataset] = {
     ),
     "eurosat": EmbeddedDataset(
         "drawn satellite-like tiles",
-        "a satellite photo of {}.",
         _filled(
             fields.tile,
             [
@@ -222,19 +212,16 @@ DATASETS: dict[str, EmbeddedDataset] = {
     ),
     "ucf101": EmbeddedDataset(
         "drawn people in action",
-        "a photo of a person doing {}.",
         _painted({name: _O.action(name) for name in _O.POSES}),
     ),
-    "imagenetv2": EmbeddedDataset("generic things, drawn anew", "a photo of a {}.", _GENERIC),
-    "imagenet_sketch": EmbeddedDataset("generic things as sketches", "a photo of a {}.", _GENERIC),
+    "imagenetv2": EmbeddedDataset("generic things, drawn anew", _GENERIC),
+    "imagenet_sketch": EmbeddedDataset("generic things as sketches", _GENERIC),
     "imagenet_a": EmbeddedDataset(
         "generic things behind boxes",
-        "a photo of a {}.",
         _subset(["fish", "mushroom", "clock", "snail", "traffic light", "butterfly"]),
     ),
     "imagenet_r": EmbeddedDataset(
         "generic things as posters",
-        "a photo of a {}.",
         _subset(["fish", "balloon", "lighthouse", "spider web", "snowman"]),
     ),
 }
@@ -279,7 +266,7 @@ def generate(key: str, root: Path, progress: Callable[[int], object] = lambda n:
     info = DATASETS[key]
     handwritten = _handwritten() if key == "fgvc_aircraft" else None
     split: dict[str, list] = {"train": [], "val": [], "test": []}
-    for label, name in enumerate(info.classnames):
+    for label, name in enumerate(info.class_names):
         folder = root / "images" / name.replace(" ", "_")
         folder.mkdir(parents=True)
         index = 0

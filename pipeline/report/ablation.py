@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from heba.metrics import harmonic_mean
-from pipeline.report.tables import TITLES, number
+from heba.data.datasets import order, title
+from heba.evaluation.metrics import harmonic_mean
+from pipeline.report.tables import number
 
 FILE = Path("ablation.csv")
 BASELINE = "Baseline"
@@ -67,6 +68,6 @@ def display_ablation(table: pd.DataFrame) -> pd.DataFrame:
 
 def notes(lines: pd.DataFrame) -> list[str]:
     """Sentences under the table."""
-    datasets = ", ".join(TITLES[name] for name in TITLES if name in set(lines["dataset"]))
+    datasets = ", ".join(map(title, sorted(set(lines["dataset"]), key=order)))
     shots = ", ".join(str(k) for k in sorted(set(lines["shots"])))
     return [NOTE, f"Data sets: {datasets}; {shots} shots per class."]

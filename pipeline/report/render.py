@@ -13,8 +13,10 @@ import pandas as pd
 from jinja2 import Template
 from matplotlib.figure import Figure
 
+from heba.data.datasets import title
+from heba.data.protocols import PROTOCOLS
+from heba.evaluation.record import Record
 from pipeline.report import ablation, tables
-from pipeline.report.tables import Record
 
 EMBEDDED = (
     "These numbers come from the embedded suite: a tiny CLIP and small generated images. "
@@ -26,49 +28,51 @@ H_NOTE = (
     "is the harmonic mean of the averaged base and novel, as in the papers. ± is the sample standard deviation "
     "over seeds."
 )
-PROTOCOLS = {
-    "base_to_novel": "Base-to-novel generalisation",
-    "cross_dataset": "Cross-data-set transfer",
-    "domain_generalization": "Domain generalisation",
-    "few_shot": "Few-shot learning, all classes",
-}
 # Fixed, so that dvc.yaml can list them; a table without results says so in its files.
 FILES = ["README.md", "index.html", "metrics.json"] + [
     f"{name}.{e}" for name in (*PROTOCOLS, "ablation") for e in ("md", "csv", "tex")
 ]
 
 
-def numeric(records: list[Record], protocol: str) -> pd.DataFrame:
-    """The numeric table of a protocol; empty when there are no records."""
-    if not any(r["protocol"] == protocol for r in records):
+def numeric(records: list[Record], protocol: str, names: list[str]) -> pd.DataFrame:
+    """The numeric table of a protocol over the methods `names`; empty when there are no records."""
+    data = tables.long_table(records)
+    if not (data["protocol"] == protocol).any():
         return pd.DataFrame()
     if protocol == "base_to_novel":
-        return tables.base_to_novel_table(records)
+        return tables.base_to_novel_table(data, names)
     if protocol == "few_shot":
-        return tables.few_shot_table(records)
-    return tables.transfer_table(records, protocol)
+        return tables.few_shot_table(data, names)
+    return tables.transfer_table(data, protocol, names)
 
 
-def displayed(table: pd.DataFrame, protocol: str, embedded: bool) -> pd.DataFrame:
+def displayed(table: pd.DataFrame, protocol: str, names: list[str], embedded: bool) -> pd.DataFrame:
     if protocol == "base_to_novel":
-        return tables.display_base_to_novel(table, embedded)
+        return tables.display_base_to_novel(table, names, embedded)
     if protocol == "few_shot":
-        return tables.display_few_shot(table, embedded)
-    return tables.display_transfer(table, embedded)
+        return tables.display_few_shot(table, names, embedded)
+    return tables.display_transfer(table, protocol, names, embedded)
 
 
-def notes(table: pd.DataFrame, protocol: str, embedded: bool) -> list[str]:
-    """Sentences under a table."""
+def notes(records: list[Record], table: pd.DataFrame, protocol: str, names: list[str]) -> list[str]:
+    """Sentences under a table of the methods `names`, which was made of `records`."""
+    embedded = any(r.suite == "embedded" for r in records)
     found = (
         [H_NOTE]
         if protocol == "base_to_novel"
         else ["Accuracy in percent; ± is the sample standard deviation over seeds."]
     )
-    fewer = tables.incomplete(table)
+    unable = [n for n in names if not all(tables.able(n, protocol, g) for g in PROTOCOLS[protocol].groups)]
+    found += [
+        f"{tables.GAP}: {tables.method_title(name)} cannot classify classes that it was not trained on."
+        for name in unable
+    ]
+    fewer = tables.incomplete(tables.long_table(records), protocol, names)
     if fewer:
-        found.append("Fewer seeds than the others: " + ", ".join(map(tables.title, fewer)) + ".")
+        listed = (f"{title(d)} ({', '.join(map(tables.method_title, lacking))})" for d, lacking in fewer.items())
+        found.append(f"Fewer seeds than the others: {', '.join(listed)}.")
     averaged, own = tables.benchmarks(table), tables.own_data(table)
-    absent = [tables.TITLES[d] for d in tables.COMPLETE[protocol] if d not in averaged]
+    absent = [title(d) for d in PROTOCOLS[protocol].complete if d not in averaged]
     if absent and averaged:
         found.append("Not in this table, nor in its average: " + ", ".join(absent) + ".")
     if own:
@@ -92,23 +96,33 @@ def bars(table: pd.DataFrame, columns: list[tuple[str, str]], embedded: bool, la
     return png(figure)
 
 
-def curves(table: pd.DataFrame, embedded: bool) -> str:
-    """Accuracy over the number of shots, a small plot per row of `table`, with zero-shot CLIP at 0."""
-    shots = tables.shots_of(table)
+def curves(table: pd.DataFrame, names: list[str], embedded: bool) -> str:
+    """Accuracy over the number of shots, a small plot per row of `table`: a curve per method that learns, a dotted
+    line per method that takes no shots. The first of these is what the curves start from, at 0 shots."""
+    flat = [name for name in names if not tables.draws(name)]
+    learning = [name for name in names if tables.draws(name)]
     columns = min(4, len(table))
     rows = -(-len(table) // columns)
     figure = Figure(figsize=(9, 2.4 * rows), layout="constrained")
     plots = figure.subplots(rows, columns, squeeze=False).flat
     for (dataset, row), axes in zip(table.iterrows(), plots, strict=False):
-        values = [row["zero_shot"], *(row[f"heba_{k}"] for k in shots)]
-        spread = [0.0, *(row[f"heba_{k}_std"] for k in shots)]
-        axes.errorbar([0, *shots], values, yerr=[0 if pd.isna(s) else s for s in spread], marker="o", markersize=3)
-        axes.axhline(row["zero_shot"], color="grey", linestyle=":", linewidth=1)
+        ticks = {0} if flat else set()
+        for name in learning:
+            points = [(0, row[flat[0]], 0.0)] if flat else []
+            points += [(k, row[f"{name}_{k}"], row[f"{name}_{k}_std"]) for k in tables.shots_of(table, name)]
+            shots, values, spread = zip(*points, strict=True)
+            errors = [0 if pd.isna(s) else s for s in spread]
+            axes.errorbar(shots, values, yerr=errors, marker="o", markersize=3, label=tables.method_title(name))
+            ticks |= set(shots)
+        for name in flat:
+            axes.axhline(row[name], color="grey", linestyle=":", linewidth=1)
         axes.set_title(tables.row_title(str(dataset), table, embedded), fontsize="small")
-        axes.set_xticks([0, *shots])
+        axes.set_xticks(sorted(ticks))
+        if len(learning) > 1:
+            axes.legend(fontsize="x-small")
     for axes in list(plots):
         axes.set_axis_off()
-    figure.supxlabel("shots (0: CLIP)", fontsize="small")
+    figure.supxlabel(f"shots (0: {tables.method_title(flat[0])})" if flat else "shots", fontsize="small")
     figure.supylabel("accuracy, %", fontsize="small")
     return png(figure)
 
@@ -120,18 +134,19 @@ def png(figure: Figure) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def figures(table: pd.DataFrame, protocol: str, embedded: bool) -> list[str]:
+def figures(table: pd.DataFrame, protocol: str, names: list[str], embedded: bool) -> list[str]:
+    titles = {name: tables.method_title(name) for name in names}
     if protocol == "base_to_novel":
-        methods = (("zero_shot", "CLIP"), ("heba", "HeBA"))
-        columns = [(f"{m}_{g}", f"{n} {g}") for g in ("base", "novel") for m, n in methods]
-        gains = [(f"difference_{g}", g) for g in ("base", "novel")]
-        return [
-            bars(table, columns, embedded, "accuracy, %"),
-            bars(table, gains, embedded, "HeBA minus CLIP, points"),
-        ]
+        columns = [(f"{name}_{g}", f"{titles[name]} {g}") for g in ("base", "novel") for name in names]
+        found = [bars(table, columns, embedded, "accuracy, %")]
+        if len(names) > 1:
+            gains = [(f"difference_{g}", g) for g in ("base", "novel")]
+            gain = f"{titles[names[-1]]} minus {titles[names[0]]}, points"
+            found.append(bars(table, gains, embedded, gain))
+        return found
     if protocol == "few_shot":
-        return [curves(table, embedded)]
-    return [bars(table, [("zero_shot", "CLIP"), ("heba", "HeBA")], embedded, "accuracy, %")]
+        return [curves(table, names, embedded)]
+    return [bars(table, list(titles.items()), embedded, "accuracy, %")]
 
 
 PAGE = Template(
@@ -183,11 +198,13 @@ def write_table(
     (out / f"{name}.md").write_text(f"# {title}\n\n" + "\n".join(text), encoding="utf-8")
     table.round(4).to_csv(out / f"{name}.csv")
     latex = shown.rename(columns=lambda c: c.replace("Δ", r"$\Delta$")).replace("±", r"$\\pm$", regex=True)
+    latex = latex.replace(tables.GAP, "--")
     latex = latex.replace("_", r"\\_", regex=True)  # in names of own data
     style = latex.style.hide(axis="index")
     # Not comments: the notes must go where the table goes.
     typeset = "".join(f"\n\\par\\footnotesize {n}\n" for n in below)
     typeset = re.sub(r"([_%&#])", r"\\\1", typeset.replace("±", r"$\pm$").replace("Δ", r"$\Delta$"))
+    typeset = typeset.replace(tables.GAP, "--")
     (out / f"{name}.tex").write_text(
         style.to_latex(hrules=True, column_format="l" + "r" * (len(shown.columns) - 1)) + typeset,
         encoding="utf-8",
@@ -196,6 +213,7 @@ def write_table(
 
 def render_report(
     records: list[Record],
+    names: list[str],
     out: Path,
     published: bool,
     ablations: pd.DataFrame | None = None,
@@ -204,21 +222,22 @@ def render_report(
     """Write all report files into `out`.
 
     Args:
+        names: of the methods, in the order of the tables.
         published: whether published figures appear, as rows of their own.
         ablations: lines of ablation.csv.
         settings: by protocol, a line about the trainings for under its table.
     """
-    suites = {r["suite"] for r in records} | set([] if ablations is None else ablations["suite"])
+    suites = {r.suite for r in records} | set([] if ablations is None else ablations["suite"])
     embedded = "embedded" in suites
     sections: list[dict[str, Any]] = []
     summary = ["# Results", ""] + ([f"**{EMBEDDED}**", ""] if embedded else [])
-    for protocol, title in PROTOCOLS.items():
-        table = numeric(records, protocol)
+    for protocol, about in PROTOCOLS.items():
+        table = numeric(records, protocol, names)
         if table.empty:
             no_table(out, protocol)
             continue
-        shown = displayed(table, protocol, embedded)
-        below = notes(table, protocol, embedded)
+        shown = displayed(table, protocol, names, embedded)
+        below = notes(records, table, protocol, names)
         if settings and protocol in settings:
             below.insert(0, settings[protocol])
         compared = published and tables.benchmarks(table)
@@ -232,15 +251,15 @@ def render_report(
                 other.fillna("").to_markdown(index=False, disable_numparse=True),
                 "",
             ]
-        write_table(out, protocol, title, table, shown, text, below)
-        summary += [f"## {title}", "", *text]
+        write_table(out, protocol, about.title, table, shown, text, below)
+        summary += [f"## {about.title}", "", *text]
         sections.append(
             {
-                "title": title,
+                "title": about.title,
                 "table": shown.to_html(index=False, border=0),
                 "averaged": "average" in table.index,
                 "notes": [html.escape(line, quote=False) for line in below],
-                "figures": figures(table, protocol, embedded),
+                "figures": figures(table, protocol, names, embedded),
                 "published": None if other is None else other.fillna("").to_html(index=False, border=0),
             }
         )
@@ -258,14 +277,14 @@ def render_report(
     (out / "README.md").write_text("\n".join(summary), encoding="utf-8")
     page = PAGE.render(sections=sections, embedded=EMBEDDED if embedded else "")
     (out / "index.html").write_text(page + "\n", encoding="utf-8")
-    (out / "metrics.json").write_text(json.dumps(metrics(records), indent=1) + "\n")
+    (out / "metrics.json").write_text(json.dumps(metrics(records, names), indent=1) + "\n")
 
 
-def metrics(records: list[Record]) -> dict[str, Any]:
+def metrics(records: list[Record], names: list[str]) -> dict[str, Any]:
     """The averages, and every data set, for `dvc metrics show`."""
     found: dict[str, Any] = {}
     for protocol in PROTOCOLS:
-        table = numeric(records, protocol).round(2)
+        table = numeric(records, protocol, names).round(2)
         if table.empty:
             continue
         rows = {d: row.drop("seeds").dropna().to_dict() for d, row in table.iterrows()}
@@ -274,11 +293,11 @@ def metrics(records: list[Record]) -> dict[str, Any]:
     return found
 
 
-def summary_text(records: list[Record]) -> str:
+def summary_text(records: list[Record], names: list[str]) -> str:
     """The base-to-novel table for the terminal."""
-    table = numeric(records, "base_to_novel")
+    table = numeric(records, "base_to_novel", names)
     if table.empty:
         return "no base_to_novel results"
-    embedded = any(r["suite"] == "embedded" for r in records)
-    shown = displayed(table, "base_to_novel", embedded)
+    embedded = any(r.suite == "embedded" for r in records)
+    shown = displayed(table, "base_to_novel", names, embedded)
     return shown.to_string(index=False) + (f"\n{EMBEDDED}" if embedded else "")

@@ -5,50 +5,47 @@ Others may lie beside them, of an earlier params.yaml or suite; in a mean they w
 
 from pathlib import Path
 
-from pipeline.params import Params
-from pipeline.paths import OUT, TRANSFER_STAGES, evaluate_path
-from pipeline.report.tables import Record, load_record, sorted_records
+from heba.data.datasets import order
+from heba.data.protocols import PROTOCOLS
+from heba.evaluation.record import Record, read_record
+from pipeline.core.params import Params
+from pipeline.core.paths import OUT
+from pipeline.core.trainings import Evaluation, can, evaluations
 
 SHOWN = 3  # paths that the line about those left out names
 
 
-def wanted(params: Params) -> dict[Path, tuple[str, str, int, int]]:
-    """(protocol, data set, seed, shots) of each record that params.yaml asks for, by its path."""
-    transfer, few = params.transfer, params.few_shot
-    records = [
-        *(("base_to_novel", d, s, params.shots) for d in [*params.datasets, *params.own] for s in params.seeds),
-        *(("cross_dataset", d, s, params.shots) for d in transfer.targets for s in transfer.seeds),
-        *(("domain_generalization", d, s, params.shots) for d in transfer.variants for s in transfer.seeds),
-        *(("few_shot", d, s, shots) for d in few.datasets for s in few.seeds for shots in few.shots),
-    ]
-    return {evaluate_path(*record): record for record in records}
-
-
 def select(params: Params) -> tuple[list[Record], list[Path]]:
     """The records of params.yaml, and the paths of all others, which are left out."""
+    asked = {evaluation.path: evaluation for evaluation in evaluations(params)}
     records: list[Record] = []
     left_out = []
-    asked = wanted(params)
-    for stage in ("evaluate", *TRANSFER_STAGES.values()):
-        # Not what a running evaluation has under its temporary name.
-        for path in sorted((OUT / stage).glob("[!.]*/*.json")):
-            record = load_record(path, params.own) if path in asked else None
-            if record is not None and _belongs(record, params, asked[path]):
-                records.append(record)
-            else:
-                left_out.append(path)
-    return sorted_records(records), left_out
+    for path in sorted(OUT.glob("evaluate*/**/[!.]*.json")):
+        record = read_record(path) if path in asked else None
+        if record is not None and _belongs(record, params, asked[path]):
+            missing = [g for g in groups(record.method, record.protocol) if g not in record.groups]
+            if missing:
+                raise ValueError(f"{path}: groups.{missing[0]} is missing; evaluate this data set again")
+            records.append(record)
+        else:
+            left_out.append(path)
+    return sorted(records, key=lambda r: (r.protocol, order(r.dataset), r.method, r.shots, r.seed)), left_out
 
 
-def _belongs(record: Record, params: Params, asked: tuple[str, str, int, int]) -> bool:
+def groups(method: str, protocol: str) -> list[str]:
+    """The groups of a protocol's test classes that a method can classify."""
+    return [group for group in PROTOCOLS[protocol].groups if can(method, protocol, group)]
+
+
+def _belongs(record: Record, params: Params, asked: Evaluation) -> bool:
     # A path does not tell all of these.
-    source = params.transfer.source if record["protocol"] in TRANSFER_STAGES else None
-    found = (record["protocol"], record["dataset"], record["seed"], record["shots"])
+    training = asked.training
+    found = (record.protocol, record.dataset, record.method, record.shots, record.seed)
     return (
-        found == asked
-        and record["suite"] == params.suite
-        and record["backbone"] == params.backbone.model_dump()
-        and record.get("source") == source
+        found == (asked.protocol, asked.dataset, training.method, training.shots, training.seed)
+        and record.suite == params.suite
+        and record.backbone == params.backbone.model_dump()
+        and record.source == (training.dataset if PROTOCOLS[asked.protocol].transfer else None)
     )
 
 
@@ -68,4 +65,4 @@ def settings(params: Params) -> dict[str, str]:
         f"{', '.join(map(str, seeds))}, {backbone}."
         for seeds in (params.seeds, params.transfer.seeds)
     )
-    return {"base_to_novel": base} | dict.fromkeys(TRANSFER_STAGES, transfer)
+    return {name: transfer if about.transfer else base for name, about in PROTOCOLS.items() if name != "few_shot"}

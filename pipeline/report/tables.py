@@ -1,229 +1,209 @@
-"""The comparison tables as numeric pandas frames, in percent.
+"""The comparison tables as numeric pandas frames, in percent. Each is a pivot of one long table.
 
 The harmonic mean H of a data set is the one of its base and novel accuracy averaged over seeds; H of an
 average is the one of the averaged base and novel, as in the papers. std is the sample standard deviation
-over seeds.
+over seeds; a method whose results do not depend on the seed has none. The average of a method that lacks a data
+set is NaN, and so is its std where a data set lacks a seed.
 """
 
-import json
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
 
-from heba.metrics import harmonic_mean
+from heba import methods
+from heba.data.datasets import TABLE, order, title
+from heba.evaluation.metrics import harmonic_mean
+from heba.evaluation.record import Record
+from pipeline.core.trainings import can, trains
 
-Record = dict[str, Any]
-TITLES = {
-    "imagenet": "ImageNet",
-    "caltech101": "Caltech101",
-    "oxford_pets": "OxfordPets",
-    "stanford_cars": "StanfordCars",
-    "oxford_flowers": "Flowers102",
-    "food101": "Food101",
-    "fgvc_aircraft": "FGVCAircraft",
-    "sun397": "SUN397",
-    "dtd": "DTD",
-    "eurosat": "EuroSAT",
-    "ucf101": "UCF101",
-    "imagenetv2": "ImageNetV2",
-    "imagenet_sketch": "ImageNet-Sketch",
-    "imagenet_a": "ImageNet-A",
-    "imagenet_r": "ImageNet-R",
-}
-# What a complete table of a protocol has; the transfer protocols' source is ImageNet in the papers.
-COMPLETE = {
-    "base_to_novel": list(TITLES)[:11],
-    "cross_dataset": list(TITLES)[1:11],
-    "domain_generalization": list(TITLES)[11:],
-    "few_shot": list(TITLES)[:11],
-}
-METHODS = ("zero_shot", "heba")
-GROUPS = {
-    "base_to_novel": ("base", "novel"),
-    "cross_dataset": ("all",),
-    "domain_generalization": ("all",),
-    "few_shot": ("all",),
-}
+LONG = ("protocol", "dataset", "method", "seed", "shots", "group", "accuracy", "n")
+GROUPS = ("base", "novel", "h")
+GAP = "–"  # of a method that cannot do a protocol; what is merely not there yet is empty
 PUBLISHED = Path(__file__).with_name("published.yaml")
-
-
-def check_accuracy(record: Record, path: Path, keys: tuple[str, ...]) -> None:
-    """ValueError unless the value under `keys` is a percentage; json reads NaN, and True is an int."""
-    value: Any = record
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 100:
-        raise ValueError(f"{path}: key '{'.'.join(keys)}' must be a number from 0 to 100")
-
-
-def title(dataset: str) -> str:
-    """The display name: own data has none but its name."""
-    return TITLES.get(dataset, dataset)
-
-
-def order(dataset: str) -> tuple[int, str]:
-    """Sort key of data sets: the papers' order, then own data by name."""
-    return list(TITLES).index(dataset) if dataset in TITLES else len(TITLES), dataset
 
 
 def benchmarks(table: pd.DataFrame) -> list[str]:
     """The rows of a table over which its average is: not those of own data."""
-    return [str(dataset) for dataset in table.index if dataset in TITLES]
+    return [str(dataset) for dataset in table.index if dataset in TABLE]
 
 
 def own_data(table: pd.DataFrame) -> list[str]:
     """The rows of own data in a table."""
-    return [str(dataset) for dataset in table.index if dataset not in TITLES and dataset != "average"]
+    return [str(dataset) for dataset in table.index if dataset not in TABLE and dataset != "average"]
 
 
-def load_record(path: Path, own: Collection[str] = ()) -> Record:
-    """Read an evaluation record; ValueError names the file and the key that is wrong. `own`: names of own data."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{path}: must be a JSON object")
-    for key in ("protocol", "suite", "backbone", "dataset", "seed", "shots", "groups"):
-        if key not in record:
-            raise ValueError(f"{path}: key {key!r} is missing; evaluate this data set again")
-    if record["dataset"] not in [*TITLES, *own]:
-        raise ValueError(f"{path}: key 'dataset': unknown data set {record['dataset']!r}")
-    if record["protocol"] not in [*GROUPS]:
-        raise ValueError(f"{path}: key 'protocol': unknown protocol {record['protocol']!r}")
-    for group in GROUPS[record["protocol"]]:
-        for method in METHODS:
-            check_accuracy(record, path, ("groups", group, method, "accuracy"))
-    return record
-
-
-def sorted_records(records: list[Record]) -> list[Record]:
-    """By protocol, data set, shots and seed."""
-    return sorted(records, key=lambda r: (r["protocol"], order(r["dataset"]), r["shots"], r["seed"]))
-
-
-def accuracies(records: list[Record], protocol: str) -> pd.DataFrame:
-    """One row per record of `protocol`: dataset, shots, seed and an accuracy column `<method>_<group>` each."""
+def long_table(records: list[Record]) -> pd.DataFrame:
+    """One row per record and group of test classes: the columns LONG."""
     rows = [
-        {"dataset": r["dataset"], "shots": r["shots"], "seed": r["seed"]}
-        | {f"{m}_{g}": v[m]["accuracy"] for g, v in r["groups"].items() for m in METHODS}
+        (r.protocol, r.dataset, r.method, r.seed, r.shots, name, group.accuracy, group.n)
         for r in records
-        if r["protocol"] == protocol
+        for name, group in r.groups.items()
     ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=list(LONG))
 
 
-def base_to_novel_table(records: list[Record]) -> pd.DataFrame:
-    """Rows: data sets and `average`, which there is when there are benchmarks. Columns: <method>_{base,novel,h},
-    heba_{base,novel,h}_std, difference_{base,novel,h}, seeds. std is NaN with one seed."""
-    data = accuracies(records, "base_to_novel")
-    rows: dict[str, dict[str, float]] = {}
-    for dataset in sorted(data["dataset"].unique(), key=order):
-        part = data[data["dataset"] == dataset]
-        row = {f"{m}_{g}": part[f"{m}_{g}"].mean() for m in METHODS for g in ("base", "novel")}
-        h = [harmonic_mean(b, n) for b, n in zip(part["heba_base"], part["heba_novel"], strict=True)]
-        row |= {f"heba_{g}_std": part[f"heba_{g}"].std(ddof=1) for g in ("base", "novel")}
-        row["heba_h_std"] = pd.Series(h).std(ddof=1)
-        row["seeds"] = len(part)
-        rows[dataset] = row
-    table = pd.DataFrame.from_dict(rows, orient="index")
+def draws(method: str) -> bool:
+    """Whether a method's results depend on the seed."""
+    return methods.part(method, "settings").DRAWS
+
+
+def method_title(method: str) -> str:
+    return methods.part(method, "settings").TITLE
+
+
+def able(method: str, protocol: str, group: str = "all") -> bool:
+    """Whether a method can be tested on a group of a protocol; on h, where it can on base and on novel."""
+    return all(can(method, protocol, g) for g in (("base", "novel") if group == "h" else (group,)))
+
+
+def harmonic_means(base: "pd.Series[float]", novel: "pd.Series[float]") -> list[float]:
+    return [harmonic_mean(b, n) for b, n in zip(base, novel, strict=True)]
+
+
+def with_h(frame: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    """`frame`, whose columns are (method, group), with H of each method that has base and novel."""
+    for name in names:
+        if (name, "base") in frame and (name, "novel") in frame:
+            frame[name, "h"] = harmonic_means(frame[name, "base"], frame[name, "novel"])
+    return frame
+
+
+def by_seed(part: pd.DataFrame, columns: str | list[str]) -> pd.DataFrame:
+    """Accuracy by data set and seed (the index), and by `columns`."""
+    return part.pivot_table(index=["dataset", "seed"], columns=columns, values="accuracy")
+
+
+def means(frame: pd.DataFrame) -> pd.DataFrame:
+    """A frame of `by_seed`, averaged over seeds, in the papers' order."""
+    found = frame.groupby("dataset").mean()
+    return found.loc[sorted(found.index, key=order)]
+
+
+def stds(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.groupby("dataset").std(ddof=1)
+
+
+def averages_by_seed(frame: pd.DataFrame, averaged: list[str]) -> pd.DataFrame:
+    """The average over the data sets `averaged` of each seed; NaN unless every data set has every seed."""
+    part = frame.loc[frame.index.get_level_values("dataset").isin(averaged)]
+    found = part.groupby("seed").mean()
+    complete = part.groupby("seed").count().eq(len(averaged)).all()
+    found.loc[:, ~complete] = float("nan")
+    return found
+
+
+def base_to_novel_table(data: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    """Rows: data sets and, of the benchmarks, `average`. Columns: <method>_{base,novel,h} of the methods `names`,
+    <method>_{base,novel,h}_std (NaN with one seed), difference_{base,novel,h} of the last method to the first
+    where there are several, and seeds, the fewest of a method."""
+    frame = by_seed(data[data["protocol"] == "base_to_novel"], ["method", "group"])
+    table, spread = means(frame), stds(with_h(frame.copy(), names))
     averaged = benchmarks(table)
     if averaged:
-        average = table.loc[averaged].mean()
-        # Averages are over data sets; their spread is that of the per-seed averages.
-        data = data[data["dataset"].isin(averaged)]
-        by_seed = data.groupby("seed").mean(numeric_only=True)
-        if len(averaged) * len(by_seed) == len(data):
-            seeds = zip(by_seed["heba_base"], by_seed["heba_novel"], strict=True)
-            for g in ("base", "novel"):
-                average[f"heba_{g}_std"] = by_seed[f"heba_{g}"].std(ddof=1)
-            average["heba_h_std"] = pd.Series([harmonic_mean(b, n) for b, n in seeds]).std(ddof=1)
-        else:
-            average[[f"heba_{g}_std" for g in ("base", "novel", "h")]] = float("nan")
-        table.loc["average"] = average
-    for m in METHODS:
-        table[f"{m}_h"] = [
-            harmonic_mean(b, n) for b, n in zip(table[f"{m}_base"], table[f"{m}_novel"], strict=True)
-        ]
-    for g in ("base", "novel", "h"):
-        table[f"difference_{g}"] = table[f"heba_{g}"] - table[f"zero_shot_{g}"]
-    columns = [f"{m}_{g}" for m in METHODS for g in ("base", "novel", "h")]
-    columns += [f"heba_{g}_std" for g in ("base", "novel", "h")]
-    columns += [f"difference_{g}" for g in ("base", "novel", "h")] + ["seeds"]
-    return table[columns].rename_axis("dataset")
+        table.loc["average"] = table.loc[averaged].mean(skipna=False)
+        spread.loc["average"] = with_h(averages_by_seed(frame, averaged), names).std(ddof=1)
+    table = with_h(table, names)
+    seeds = fewest(frame)
+    found = pd.DataFrame(index=table.index)
+    for name in names:
+        for group in GROUPS:
+            found[f"{name}_{group}"] = column(table, name, group)
+    for name in filter(draws, names):
+        for group in GROUPS:
+            found[f"{name}_{group}_std"] = column(spread, name, group)
+    for group in GROUPS if len(names) > 1 else ():
+        found[f"difference_{group}"] = found[f"{names[-1]}_{group}"] - found[f"{names[0]}_{group}"]
+    found["seeds"] = seeds.reindex(found.index)
+    if averaged:
+        found.loc["average", "seeds"] = seeds[averaged].mean()
+    if (found["seeds"] % 1 == 0).all():
+        found["seeds"] = found["seeds"].astype(int)
+    return found.rename_axis("dataset")
 
 
-def transfer_table(records: list[Record], protocol: str) -> pd.DataFrame:
-    """Rows: target data sets and `average`. Columns: zero_shot, heba, heba_std, difference, seeds."""
-    data = accuracies(records, protocol)
-    groups = data.groupby("dataset")
-    table = pd.DataFrame(
-        {
-            "zero_shot": groups["zero_shot_all"].mean(),
-            "heba": groups["heba_all"].mean(),
-            "heba_std": groups["heba_all"].std(ddof=1),
-            "seeds": groups.size().astype(float),
-        }
-    )
-    table = table.loc[sorted(table.index, key=order)]
-    table.loc["average"] = table.mean()
-    table.loc["average", "heba_std"] = (
-        data.groupby("seed")["heba_all"].mean().std(ddof=1)
-        if len(groups) * data["seed"].nunique() == len(data)
-        else float("nan")
-    )
-    table["difference"] = table["heba"] - table["zero_shot"]
-    return table[["zero_shot", "heba", "heba_std", "difference", "seeds"]].rename_axis("dataset")
+def fewest(frame: pd.DataFrame) -> "pd.Series[float]":
+    """By data set, the seeds of the column of `by_seed` that has the fewest there."""
+    return frame.groupby("dataset").count().min(axis=1).astype(float)
 
 
-def few_shot_table(records: list[Record]) -> pd.DataFrame:
-    """Rows: data sets and, of the benchmarks, `average`. Columns: zero_shot, heba_<k> and heba_<k>_std for every
-    number of shots k, and seeds, the fewest over k. The average of a k that a data set lacks is NaN."""
-    data = accuracies(records, "few_shot")
-    means = data.pivot_table(index="dataset", columns="shots", values="heba_all", aggfunc="mean")
-    stds = data.pivot_table(index="dataset", columns="shots", values="heba_all", aggfunc=_std, dropna=False)
-    counts = data.pivot_table(index="dataset", columns="shots", values="heba_all", aggfunc="size", fill_value=0)
-    table = pd.DataFrame({"zero_shot": data.groupby("dataset")["zero_shot_all"].mean()})
-    for k in means.columns:
-        table[f"heba_{k}"], table[f"heba_{k}_std"] = means[k], stds[k]
-    table["seeds"] = counts.min(axis=1).astype(float)
-    table = table.loc[sorted(table.index, key=order)]
+def column(frame: pd.DataFrame, *key: Any) -> "pd.Series[float]":
+    """A column of `frame`, NaN where it has none, as for a method that cannot do a protocol."""
+    name = key if len(key) > 1 else key[0]
+    return frame[name] if name in frame else pd.Series(float("nan"), index=frame.index)
+
+
+def transfer_table(data: pd.DataFrame, protocol: str, names: list[str]) -> pd.DataFrame:
+    """Rows: target data sets and `average`. Columns: <method>, <method>_std, difference of the last method of
+    `names` to the first where there are several, seeds, the fewest of a method."""
+    frame = by_seed(data[data["protocol"] == protocol], "method")
+    table, spread = means(frame), stds(frame)
+    averaged = [str(dataset) for dataset in table.index]
+    table.loc["average"] = table.mean(skipna=False)
+    spread.loc["average"] = averages_by_seed(frame, averaged).std(ddof=1)
+    found = pd.DataFrame(index=table.index)
+    for name in names:
+        found[name] = column(table, name)
+        if draws(name):
+            found[f"{name}_std"] = column(spread, name)
+    if len(names) > 1:
+        found["difference"] = found[names[-1]] - found[names[0]]
+    seeds = fewest(frame)
+    found["seeds"] = seeds.reindex(found.index)
+    found.loc["average", "seeds"] = seeds.mean()
+    return found.rename_axis("dataset")
+
+
+def few_shot_table(data: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    """Rows: data sets and, of the benchmarks, `average`. Columns: <method>_<k> and <method>_<k>_std for every
+    number of shots k, or <method> alone where there are no draws; seeds, the fewest of a method and k."""
+    part = data[data["protocol"] == "few_shot"]
+    frame = by_seed(part, ["method", "shots"])
+    table, spread = means(frame), stds(frame)
     averaged = benchmarks(table)
-    if not averaged:
-        return table.rename_axis("dataset")
-    average = table.loc[averaged].mean(skipna=False)
-    data = data[data["dataset"].isin(averaged)]
-    for k in means.columns:
-        part = data[data["shots"] == k]
-        complete = len(part) == len(averaged) * part["seed"].nunique()
-        average[f"heba_{k}_std"] = _std(part.groupby("seed")["heba_all"].mean()) if complete else float("nan")
-    table.loc["average"] = average
-    return table.rename_axis("dataset")
+    if averaged:
+        table.loc["average"] = table.loc[averaged].mean(skipna=False)
+        spread.loc["average"] = averages_by_seed(frame, averaged).std(ddof=1)
+    shots = sorted(set(part["shots"]))
+    found = pd.DataFrame(index=table.index)
+    for name in names:
+        if not draws(name):
+            found[name] = pd.concat([column(table, name, k) for k in shots], axis=1).mean(axis=1)
+            continue
+        for k in shots:
+            found[f"{name}_{k}"], found[f"{name}_{k}_std"] = column(table, name, k), column(spread, name, k)
+    seeds = fewest(frame)
+    found["seeds"] = seeds.reindex(found.index)
+    if averaged:
+        found.loc["average", "seeds"] = seeds[averaged].mean()
+    return found.rename_axis("dataset")
 
 
-def _std(values: "pd.Series[float]") -> float:
-    return float(values.std(ddof=1))
+def shots_of(table: pd.DataFrame, name: str) -> list[int]:
+    """The numbers of shots of a method in a few_shot table."""
+    found = [c.removeprefix(f"{name}_") for c in table.columns if c.startswith(f"{name}_")]
+    return [int(k) for k in found if k.isdecimal()]
 
 
-def shots_of(table: pd.DataFrame) -> list[int]:
-    """The numbers of shots of a few_shot table."""
-    return [int(c.split("_")[1]) for c in table.columns if c.startswith("heba_") and not c.endswith("_std")]
-
-
-def incomplete(table: pd.DataFrame) -> list[str]:
-    """Data sets of a table that have fewer seeds than the fullest one."""
-    seeds = table["seeds"].drop("average", errors="ignore")
-    return list(seeds.index[seeds < seeds.max()])
+def incomplete(data: pd.DataFrame, protocol: str, names: list[str]) -> dict[str, list[str]]:
+    """By data set of a protocol's table, those of the methods `names` that have fewer seeds there, for some number
+    of shots, than the fullest has; of those that can do the protocol."""
+    part = data[data["protocol"] == protocol]
+    counts = part.groupby(["dataset", "shots", "method"])["seed"].nunique()
+    found: dict[str, list[str]] = {}
+    for dataset in sorted(set(part["dataset"]), key=order):
+        for name in (n for n in names if trains(n, protocol)):
+            if any(counts.get((dataset, k, name), 0) < counts.max() for k in set(part["shots"])):
+                found.setdefault(dataset, []).append(name)
+    return found
 
 
 def row_title(dataset: str, table: pd.DataFrame, embedded: bool) -> str:
     """Display name of a row; an average says over how many data sets."""
     if dataset == "average":
         return f"Average of {len(benchmarks(table))}" + (" benchmarks" if own_data(table) else "")
-    return title(dataset) + ("*" if embedded and dataset in TITLES else "")
+    return title(dataset) + ("*" if embedded and dataset in TABLE else "")
 
 
 def number(mean: float, std: float | None = None, sign: bool = False) -> str:
@@ -239,7 +219,7 @@ def published_rows(protocol: str, columns: list[str]) -> list[dict[str, Any]]:
     entries = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
     return [
         {
-            "Data set": "Average" if e["dataset"] == "average" else TITLES[e["dataset"]],
+            "Data set": "Average" if e["dataset"] == "average" else title(e["dataset"]),
             "Method": f"{e['method']} (published)",
         }
         | {
@@ -249,7 +229,7 @@ def published_rows(protocol: str, columns: list[str]) -> list[dict[str, Any]]:
         | {"Source": e["source"]}
         if protocol == "base_to_novel"
         else {
-            "Data set": "Average" if e["dataset"] == "average" else TITLES[e["dataset"]],
+            "Data set": "Average" if e["dataset"] == "average" else title(e["dataset"]),
             "Method": f"{e['method']} (published)",
             "Accuracy": number(e["values"]["accuracy"]),
             "Source": e["source"],
@@ -259,38 +239,48 @@ def published_rows(protocol: str, columns: list[str]) -> list[dict[str, Any]]:
     ]
 
 
-def display_base_to_novel(table: pd.DataFrame, embedded: bool) -> pd.DataFrame:
+def cell(protocol: str, names: list[str], row: "pd.Series[float]", key: str, group: str = "all") -> str:
+    """What a table shows of `key` in a row, of the methods `names`: of one, or the difference of two."""
+    if not all(able(name, protocol, group) for name in names):
+        return GAP
+    return number(row[key], row.get(f"{key}_std"), sign=key.startswith("difference"))
+
+
+def display_base_to_novel(table: pd.DataFrame, names: list[str], embedded: bool) -> pd.DataFrame:
     """The table as text."""
+    heads = {"base": "Base", "novel": "Novel", "h": "H"}
     rows = []
     for dataset, row in table.iterrows():
         cells = {"Data set": row_title(str(dataset), table, embedded)}
-        for g, name in (("base", "Base"), ("novel", "Novel"), ("h", "H")):
-            cells[f"CLIP {name}"] = number(row[f"zero_shot_{g}"])
-        for g, name in (("base", "Base"), ("novel", "Novel"), ("h", "H")):
-            cells[f"HeBA {name}"] = number(row[f"heba_{g}"], row[f"heba_{g}_std"])
-        for g, name in (("base", "Base"), ("novel", "Novel"), ("h", "H")):
-            cells[f"Δ {name}"] = number(row[f"difference_{g}"], sign=True)
+        for name in names:
+            for g, head in heads.items():
+                cells[f"{method_title(name)} {head}"] = cell("base_to_novel", [name], row, f"{name}_{g}", g)
+        for g, head in heads.items() if len(names) > 1 else ():
+            cells[f"Δ {head}"] = cell("base_to_novel", [names[0], names[-1]], row, f"difference_{g}", g)
         rows.append(cells)
     return pd.DataFrame(rows)
 
 
-def display_transfer(table: pd.DataFrame, embedded: bool) -> pd.DataFrame:
+def display_transfer(table: pd.DataFrame, protocol: str, names: list[str], embedded: bool) -> pd.DataFrame:
     """The table as text."""
     return pd.DataFrame(
-        {
-            "Data set": row_title(str(dataset), table, embedded),
-            "CLIP": number(row["zero_shot"]),
-            "HeBA": number(row["heba"], row["heba_std"]),
-            "Δ": number(row["difference"], sign=True),
-        }
+        {"Data set": row_title(str(dataset), table, embedded)}
+        | {method_title(name): cell(protocol, [name], row, name) for name in names}
+        | ({"Δ": cell(protocol, [names[0], names[-1]], row, "difference")} if len(names) > 1 else {})
         for dataset, row in table.iterrows()
     )
 
 
-def display_few_shot(table: pd.DataFrame, embedded: bool) -> pd.DataFrame:
+def display_few_shot(table: pd.DataFrame, names: list[str], embedded: bool) -> pd.DataFrame:
     """The table as text."""
     return pd.DataFrame(
-        {"Data set": row_title(str(dataset), table, embedded), "CLIP": number(row["zero_shot"])}
-        | {f"HeBA, {k} shots": number(row[f"heba_{k}"], row[f"heba_{k}_std"]) for k in shots_of(table)}
+        {"Data set": row_title(str(dataset), table, embedded)}
+        | {
+            f"{method_title(name)}, {k} shots" if k else method_title(name): cell(
+                "few_shot", [name], row, f"{name}_{k}" if k else name
+            )
+            for name in names
+            for k in shots_of(table, name) or [0]
+        }
         for dataset, row in table.iterrows()
     )

@@ -14,14 +14,19 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from heba import backbone
-from heba.architecture import depth, read_config
-from heba.evaluation import encode_prompts
-from heba.images import Preprocess, preprocess_of
-from heba.model import AdaptedCLIP, load_adapter, save_adapter
-from heba.prompts import tokenize
-from heba.towers import check_towers, cut_texts, encode_text_plain, image_blocks, text_lengths
-from heba.training import Settings, TextBank, train
+from heba import artifact
+from heba.clip import backbone
+from heba.clip.architecture import depth, read_architecture
+from heba.clip.features import encode_prompts
+from heba.clip.preprocess import Preprocess, preprocess_of
+from heba.clip.towers import check_towers, cut_texts, encode_text_plain, image_blocks, text_lengths
+from heba.data.prompts import tokenize
+from heba.fit.run import Run
+from heba.methods.heba.draws import TextBank
+from heba.methods.heba.model import AdaptedCLIP
+from heba.methods.heba.settings import Settings
+from heba.methods.heba.training import train
+from tests.heba import artifacts
 
 VISION = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2}
 TEXT = {"width": 32, "heads": 2, "layers": 2, "vocab_size": 100, "context_length": 12}
@@ -52,7 +57,7 @@ FAMILIES = {
 def reduced(family, monkeypatch):
     """The config of a family's model, small enough for a test; timm's own part of it is made small on creation."""
     name, changes, _, _ = FAMILIES[family]
-    config = json.loads(json.dumps(read_config(name, Path())))
+    config = json.loads(json.dumps(read_architecture(name, Path())))
     config["embed_dim"] = 32
     config["vision_cfg"] |= VISION if "timm_model_name" not in config["vision_cfg"] else {"image_size": 32}
     config["text_cfg"] |= TEXT
@@ -135,8 +140,8 @@ def test_gradients_reach_every_adapter_that_can_have_one(family, make):
 @torch.no_grad()
 def test_save_and_load_give_identical_logits(make, tmp_path):
     model = AdaptedCLIP(make(), 2, 2, 0.1)
-    save_adapter(model, tmp_path, {})
-    again, _ = load_adapter(make(), tmp_path)
+    artifacts.save(model, tmp_path)
+    again, _ = artifact.load(make(), tmp_path)
     assert torch.equal(logits(model, *batch(model.clip)), logits(again, *batch(again.clip)))
 
 
@@ -175,8 +180,9 @@ def test_training_learns(make):
     model = AdaptedCLIP(clip, 1, 2, 0.1)
     bank = TextBank(tokens, text_lengths(clip, tokens), [0, 1, 2, 3, 4, 5], None)
     images = [torch.full((3, 36, 40), 50 * (i % 5), dtype=torch.uint8) for i in range(10)]
-    settings = Settings(6, 5, 0.01, 0.9, 5e-4, 0.1, 2.0, 0.8, 0, seed=3)
-    losses = [record["loss"] for record in train(model, images, [i % 5 for i in range(10)], bank, settings)]
+    settings = Settings(epochs=6, batch_size=5, lr=0.01, scale_factor=2.0, neg_ratio=0)
+    history = train(model, images, [i % 5 for i in range(10)], bank, settings, Run(seed=3))
+    losses = [record["loss"] for record in history]
     assert losses[-1] < losses[0]
 
 
@@ -195,7 +201,7 @@ def test_every_model_of_open_clip_is_taken_or_refused_with_a_reason():
     refused = {}
     for name in open_clip.list_models():
         try:
-            assert depth(read_config(name, Path())) >= 10
+            assert depth(read_architecture(name, Path())) >= 10
         except ValueError as error:
             refused[name] = str(error)
     for text in refused.values():
@@ -221,7 +227,7 @@ def test_the_names_of_timms_towers_do_not_deceive():
     seen = set()
     for name in open_clip.list_models():
         try:
-            config = read_config(name, Path())
+            config = read_architecture(name, Path())
         except ValueError:
             continue
         if config["vision_cfg"].get("timm_model_name") not in {None, *seen}:
@@ -248,7 +254,7 @@ def test_towers_that_only_show_when_built_are_refused(monkeypatch):
 
 def test_blocks_beyond_the_depth_of_a_timm_tower_are_refused(monkeypatch):
     clip = backbone.build(reduced("SigLIP", monkeypatch))
-    with pytest.raises(ValueError, match=r"adapter\.end 3 .* <= 2"):
+    with pytest.raises(ValueError, match=r"end 3 .* <= 2"):
         AdaptedCLIP(clip, 1, 3, 0.1)
 
 
@@ -256,10 +262,10 @@ def test_cuda_graphs_are_refused_for_timms_towers(monkeypatch):
     clip = backbone.build(reduced("SigLIP", monkeypatch)).eval()
     _, tokens = batch(clip)
     bank = TextBank(tokens, text_lengths(clip, tokens), [0, 5], None)
-    settings = Settings(1, 2, 0.01, 0.9, 5e-4, 0.1, 2.0, 0.8, 0, seed=3)
+    settings = Settings(epochs=1, batch_size=2)
     model, image = AdaptedCLIP(clip, 1, 2, 0.1), torch.zeros(3, 32, 32, dtype=torch.uint8)
     with pytest.raises(ValueError, match="cuda_graphs"):
-        train(model, [image] * 2, [0, 0], bank, settings, cuda_graphs=True)
+        train(model, [image] * 2, [0, 0], bank, settings, Run(seed=3, cuda_graphs=True))
 
 
 SMALL = {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": TEXT}
@@ -296,7 +302,7 @@ def test_images_are_made_as_the_published_weights_want_them(tmp_path, monkeypatc
         ("MobileCLIP", Preprocess(32, (0.0,) * 3, (1.0,) * 3, "bilinear", "shortest")),
     ):
         config = reduced(family, monkeypatch)
-        monkeypatch.setattr(backbone, "read_config", lambda name, root, c=config: c)
+        monkeypatch.setattr(backbone, "read_architecture", lambda name, root, c=config: c)
         monkeypatch.setattr(backbone, "load_tokenizer", lambda name, root: None)
         save_file(
             {k: v.contiguous() for k, v in backbone.build(config).state_dict().items()}, tmp_path / "w.safetensors"

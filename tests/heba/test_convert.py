@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from heba.adapters import Variant
-from heba.convert import from_official, read_official, to_official
-from heba.model import ADAPTER_FILE, AdaptedCLIP, load_adapter, save_adapter
+from heba import artifact
+from heba.methods.heba.adapters import Variant
+from heba.methods.heba.convert import from_official, read_official, to_official
+from heba.methods.heba.model import AdaptedCLIP
+from tests.heba import artifacts
 from tests.heba.test_model import batch, make_clip
 
 
@@ -50,24 +52,20 @@ def checkpoint(model, tmp_path):
 
 @torch.no_grad()
 def test_an_official_checkpoint_becomes_an_adapter_with_the_same_features(model, checkpoint, tmp_path):
-    from_official(checkpoint, tmp_path / "ours", 0.025, {"class_names": ["cat"]})
-    again, config = load_adapter(make_clip(open_clip.CLIP), tmp_path / "ours")
-    assert (config["start"], config["end"], config["ratio"], config["scale"], config["epoch"]) == (
-        2,
-        2,
-        4,
-        0.025,
-        30,
-    )
-    assert config["class_names"] == ["cat"]
+    tensors, settings = from_official(checkpoint, 0.025)
+    wanted = {"start": 2, "end": 2, "ratio": 4, "scale": 0.025, "epochs": 30}
+    assert wanted.items() <= settings.items()
+    artifacts.save(model, tmp_path / "ours", settings=settings)
+    artifact.write_tensors(tensors, tmp_path / "ours", torch.float32)
+    again, _ = artifact.load(make_clip(open_clip.CLIP), tmp_path / "ours")
     images, tokens = batch()
     assert torch.equal(again.encode_image(images), model.encode_image(images))
     assert torch.equal(again.encode_text(tokens), model.encode_text(tokens))
 
 
 def test_there_and_back_nothing_is_lost(model, checkpoint, tmp_path):
-    from_official(checkpoint, tmp_path / "ours", 0.025, {})
-    path = to_official(tmp_path / "ours", tmp_path / "run", 30, 0.025)
+    tensors, settings = from_official(checkpoint, 0.025)
+    path = to_official(tensors, settings, tmp_path / "run", checkpoint)
     assert path == tmp_path / "run" / "adapter_learner" / "model.pth.tar-30"
     back, epoch, scale = read_official(path)
     assert (epoch, scale) == (30, 0.025)
@@ -75,26 +73,28 @@ def test_there_and_back_nothing_is_lost(model, checkpoint, tmp_path):
     assert untold is None
     assert back.keys() == wanted.keys() == model.adapters.state_dict().keys()
     assert all(torch.equal(back[k], wanted[k]) for k in wanted)
-    from_official(path, tmp_path / "again", None, {})
-    for name in (ADAPTER_FILE, "config.json"):
-        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()
+    again, same = from_official(path, None)
+    assert same == settings
+    assert all(torch.equal(again[k], tensors[k]) for k in wanted)
 
 
 def test_a_scale_that_is_not_told_must_be_given(model, checkpoint, tmp_path):
     with pytest.raises(ValueError, match=r"model\.pth\.tar-30: does not tell its scale; .* \(--scale\)"):
-        from_official(checkpoint, tmp_path / "ours", None, {})
+        from_official(checkpoint, None)
     for wrong in (float("nan"), -1.0, "1", True):
         torch.save({"state_dict": official_state(model), "epoch": 1, "scale": wrong}, tmp_path / "c")
         with pytest.raises(ValueError, match="its scale is no number"):
-            from_official(tmp_path / "c", tmp_path / "ours", None, {})
+            from_official(tmp_path / "c", None)
 
 
 def test_ours_loads_in_the_official_model(model, tmp_path):
     """The official code loads with strict=False, so every name must be one of its own."""
-    save_adapter(model, tmp_path / "ours", {}, torch.float16)
-    state = torch.load(to_official(tmp_path / "ours", tmp_path, 1, 0.1), weights_only=True)["state_dict"]
+    artifacts.save(model, tmp_path / "ours", torch.float16)
+    settings = artifacts.settings_of(model).model_dump()
+    path = to_official(artifact.read_tensors(tmp_path / "ours"), settings, tmp_path, tmp_path / "ours")
+    state = torch.load(path, weights_only=True)["state_dict"]
     assert set(state) == set(official_state(model)) - {"tk_prompts"}
-    stored = load_file(tmp_path / "ours" / ADAPTER_FILE)
+    stored = load_file(tmp_path / "ours" / artifact.ADAPTER_FILE)
     assert all(v.dtype == torch.float32 and torch.equal(v, stored[k].float()) for k, v in state.items())
 
 
@@ -147,8 +147,6 @@ def test_what_is_no_official_checkpoint_is_named(model, tmp_path):
 )
 def test_what_the_official_code_can_not_have_is_refused(ratio, variant, message, tmp_path):
     model = AdaptedCLIP(make_clip(open_clip.CLIP), 2, 2, 0.1, ratio, variant=variant)
-    save_adapter(model, tmp_path, {})
+    settings = artifacts.settings_of(model).model_dump()
     with pytest.raises(ValueError, match=message):
-        to_official(tmp_path, tmp_path, 1, 0.1)
-    with pytest.raises(ValueError, match="no file"):
-        to_official(tmp_path / "nowhere", tmp_path, 1, 0.1)
+        to_official(model.adapters.state_dict(), settings, tmp_path, tmp_path)

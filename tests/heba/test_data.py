@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heba.data.benchmarks import parse_descriptions, prepare
-from heba.data.catalog import File, load_catalog
-from heba.data.fetch import FetchError, Local, bytes_to_fetch, check, obtain, partial_path
-from heba.data.unpack import ArchiveError, unpack
-from heba.splits import class_names, read_split
+from heba.data.splits import class_names, read_split
+from heba.sources.benchmarks import parse_descriptions, prepare
+from heba.sources.catalog import File, load_catalog
+from heba.sources.fetch import FetchError, Local, bytes_to_fetch, check, obtain, partial_path
+from heba.sources.unpack import ArchiveError, unpack
 from tests import replicas
 from tests.server import serve
 
@@ -71,8 +71,8 @@ WAITS = {
 
 @pytest.mark.parametrize("fault", WAITS)
 def test_a_server_that_keeps_us_waiting_gives_way_to_the_next(server, tmp_path, monkeypatch, fault):
-    monkeypatch.setattr("heba.data.fetch.WINDOW", 1)
-    monkeypatch.setattr("heba.data.fetch.ATTEMPTS", 2)
+    monkeypatch.setattr("heba.sources.fetch.WINDOW", 1)
+    monkeypatch.setattr("heba.sources.fetch.ATTEMPTS", 2)
     server.files |= {"first/a.bin": CONTENT, "b.bin": CONTENT}
     server.faults["first/a.bin"] = fault
     said = []
@@ -362,8 +362,8 @@ def test_the_committed_catalogue_is_complete():
 
 def test_a_malformed_catalogue_lists_its_problems(tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text("dtd: {title: 3, layout: odd}\nx: []\n")
-    with pytest.raises(ValueError, match=r"dtd\.title") as error:
+    path.write_text("dtd: {terms: 3, layout: odd}\nx: []\n")
+    with pytest.raises(ValueError, match=r"dtd\.terms") as error:
         load_catalog(path)
     assert "dtd.layout" in str(error.value)
 

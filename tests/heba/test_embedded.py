@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from heba.clip.features import class_features, encode_images
+from heba.clip.preprocess import preprocess_of
+from heba.clip.tiny import FOLDER, known_tokens, load_tiny_clip
+from heba.clip.towers import encode_text_plain
+from heba.data import datasets
+from heba.data.prompts import build_prompts
+from heba.data.splits import class_names, read_split
 from heba.embedded import canvas, suite
-from heba.embedded.model import FOLDER, known_tokens, load_tiny_clip
-from heba.evaluation import encode_images
-from heba.images import preprocess_of
-from heba.model import class_features
-from heba.prompts import build_prompts
-from heba.splits import class_names, read_split
-from heba.towers import encode_text_plain
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -29,7 +29,7 @@ def test_generation_is_complete_and_repeats(tmp_path, key):
         suite.generate(key, tmp_path / name)
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
     split = read_split(tmp_path / "a" / "split.json")
-    names = suite.DATASETS[key].classnames
+    names = suite.DATASETS[key].class_names
     assert class_names(split) == names
     variant = key in suite.VARIANTS
     for part, n in suite.PER_CLASS.items():
@@ -46,7 +46,7 @@ def test_every_class_has_descriptions_but_one():
     missing = [
         (key, name)
         for key, info in suite.DATASETS.items()
-        for name in info.classnames
+        for name in info.class_names
         if not suite.descriptions(key)[name]
     ]
     assert missing == [("dtd", "bubbly")]
@@ -58,7 +58,7 @@ def test_the_weights_are_small_and_know_every_prompt():
     texts = [
         text
         for key, info in suite.DATASETS.items()
-        for text in build_prompts(info.classnames, suite.descriptions(key), info.template).texts
+        for text in build_prompts(info.class_names, suite.descriptions(key), datasets.template(key, True)).texts
     ]
     assert set(tokenizer(texts).flatten().tolist()) <= known_tokens()
 
@@ -66,9 +66,9 @@ def test_the_weights_are_small_and_know_every_prompt():
 def test_the_tiny_clip_knows_clean_drawings():
     clip, tokenizer = load_tiny_clip()
     info = suite.DATASETS["imagenet"]
-    prompts = build_prompts(info.classnames, suite.descriptions("imagenet"), info.template)
+    prompts = build_prompts(info.class_names, suite.descriptions("imagenet"), datasets.template("imagenet", True))
     classifier = class_features(
-        encode_text_plain(clip, tokenizer(prompts.texts)), torch.tensor(prompts.class_index), len(info.classnames)
+        encode_text_plain(clip, tokenizer(prompts.texts)), torch.tensor(prompts.class_index), len(info.class_names)
     )
     pictures = [
         np.asarray(canvas.shrink(draw(np.random.default_rng([77, i])))).transpose(2, 0, 1)

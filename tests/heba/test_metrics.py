@@ -6,7 +6,7 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heba.metrics import harmonic_mean
+from heba.evaluation.metrics import harmonic_mean
 
 
 @given(st.floats(0, 100), st.floats(0, 100))

@@ -5,10 +5,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from heba.adapters import BottleneckAdapter
-from heba.evaluation import encode_prompts
-from heba.model import ADAPTER_FILE, AdaptedCLIP, class_features, load_adapter, save_adapter
-from heba.training import select_classes
+from heba import artifact
+from heba.artifact import ADAPTER_FILE
+from heba.clip.features import class_features, encode_prompts
+from heba.methods.heba.adapters import BottleneckAdapter
+from heba.methods.heba.draws import step_classes
+from heba.methods.heba.model import AdaptedCLIP
+from tests.heba import artifacts
 
 VISION = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
 TEXT = {"context_length": 16, "vocab_size": 100, "width": 64, "heads": 2, "layers": 2}
@@ -125,41 +128,41 @@ def test_gradients_reach_the_adapters_only(clip):
 def test_save_and_load_give_identical_features(clip, tmp_path):
     images, _ = batch()
     model = AdaptedCLIP(clip, 1, 2, 0.1)
-    save_adapter(model, tmp_path, {"seed": 1})
-    again, config = load_adapter(make_clip(type(clip)), tmp_path)
-    assert config["seed"] == 1
+    artifacts.save(model, tmp_path, seed=1)
+    again, config = artifact.load(make_clip(type(clip)), tmp_path)
+    assert config.seed == 1
     assert torch.equal(model.encode_image(images), again.encode_image(images))
 
 
 def test_missing_extra_and_misshapen_tensors_are_all_named(tmp_path):
     model = AdaptedCLIP(make_clip(open_clip.CLIP), 1, 2, 0.1)
-    save_adapter(model, tmp_path, {})
+    artifacts.save(model, tmp_path)
     tensors = load_file(tmp_path / ADAPTER_FILE)
     del tensors["text_adapter.1.att_conv.down.weight"]
     tensors["stranger"] = torch.zeros(1)
     tensors["text_adapter.2.att_conv.norm.bias"] = torch.zeros(7)
     save_file(tensors, tmp_path / ADAPTER_FILE)
     with pytest.raises(ValueError, match="does not fit") as error:
-        load_adapter(make_clip(open_clip.CLIP), tmp_path)
+        artifact.load(make_clip(open_clip.CLIP), tmp_path)
     for part in ("missing text_adapter.1.att_conv.down", "unexpected stranger", "norm.bias has shape (7,)"):
         assert part in str(error.value)
 
 
 @pytest.mark.parametrize(("start", "end"), [(1, 3), (0, 2), (2, 1)])
 def test_impossible_blocks_are_refused(start, end):
-    with pytest.raises(ValueError, match=r"adapter\.start"):
+    with pytest.raises(ValueError, match=r"start \d"):
         AdaptedCLIP(make_clip(open_clip.CLIP), start, end, 0.1)
 
 
 def test_exactly_one_negative_class_works():
-    selected, targets = select_classes([0, 2], 3, 1, torch.Generator())
+    selected, targets = step_classes([0, 2], 3, 1, torch.Generator())
     assert (selected, targets) == ([0, 2, 1], [0, 1])
 
 
 def test_no_batch_class_is_missing_or_doubled():
     generator = torch.Generator().manual_seed(0)
     for ratio in (0, 1, 5):
-        selected, targets = select_classes([7, 3, 7, 1], 12, ratio, generator)
+        selected, targets = step_classes([7, 3, 7, 1], 12, ratio, generator)
         assert len(set(selected)) == len(selected) == {0: 12, 1: 6, 5: 12}[ratio]
         assert [selected[t] for t in targets] == [7, 3, 7, 1]
 
@@ -170,21 +173,21 @@ def test_a_class_without_prompts_is_an_error():
 
 
 def test_half_precision_on_disk(tmp_path):
-    from heba.embedded.model import load_tiny_clip
+    from heba.clip.tiny import load_tiny_clip
 
     clip, _ = load_tiny_clip()
     model = AdaptedCLIP(clip, 1, 2, 0.1)
     for name, dtype in (("full", torch.float32), ("half", torch.float16)):
-        save_adapter(model, tmp_path / name, {}, dtype)
+        artifacts.save(model, tmp_path / name, dtype)
     size = {name: (tmp_path / name / "adapter.safetensors").stat().st_size for name in ("full", "half")}
     assert size["half"] < 0.6 * size["full"]
     wanted = {k: v.clone() for k, v in model.adapters.state_dict().items()}
-    loaded, _ = load_adapter(load_tiny_clip()[0], tmp_path / "half")
+    loaded, _ = artifact.load(load_tiny_clip()[0], tmp_path / "half")
     for name, value in loaded.adapters.state_dict().items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, wanted[name], rtol=1e-3, atol=1e-7)
     with torch.no_grad():
         next(model.adapters.parameters()).flatten()[0] = 1e6
     with pytest.raises(ValueError, match="fp32"):
-        save_adapter(model, tmp_path / "overflow", {}, torch.float16)
-    assert not (tmp_path / "overflow").exists()
+        artifacts.save(model, tmp_path / "overflow", torch.float16)
+    assert not list((tmp_path / "overflow").iterdir())

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from heba.data.check import check
-from heba.data.own import IMAGE_SUFFIXES, given_split, make_split, read_own
-from heba.splits import PARTS, class_names, read_split, write_split
-from pipeline.use import find_images
+from heba.data.splits import PARTS, class_names, read_split, write_split
+from heba.sources.check import Rules, check
+from heba.sources.own import IMAGE_SUFFIXES, given_split, make_split, read_own
+from pipeline.commands.use import find_images
 
 
 def image(path, value=0):
@@ -246,7 +246,9 @@ def test_a_split_file_keeps_its_labels(tmp_path):
 
 def report(root, split=None, **options):
     split = split or read_own(root, "folder").split
-    return check(split, root, **{"descriptions": {}, "shots": 1, "allow_leaks": False} | options)
+    others = {key: options.pop(key) for key in ("progress",) if key in options}
+    descriptions = options.pop("descriptions", {})
+    return check(split, root, descriptions, Rules(**{"shots": 1, "allow_leaks": False} | options), **others)
 
 
 def found(findings):
@@ -275,7 +277,7 @@ def test_every_problem_is_reported_at_once(tmp_path):
     (root / train[-3][0]).write_bytes((root / train[-2][0]).read_bytes())
     bad = report(root, split, shots=5, descriptions={"cat": ["x"], "mouse": ["y"]})
     errors, notes = found(bad.errors), found(bad.notes)
-    assert errors["images that are missing or can not be decoded"] == [train[0][0], train[1][0]]
+    assert errors["images that are missing or cannot be decoded"] == [train[0][0], train[1][0]]
     (leak,) = errors["the same bytes in more than one of train, val and test"]
     assert leak == f"{train[-1][0]} (train, dog) = {test[-1][0]} (test, dog)"
     (twice,) = notes["the same bytes more than once"]
@@ -290,7 +292,7 @@ def test_every_problem_is_reported_at_once(tmp_path):
     for items in [*errors.values(), *notes.values()]:
         assert all(item in bad.text() for item in items)
     allowed = report(root, split, allow_leaks=True)
-    assert set(found(allowed.errors)) == {"images that are missing or can not be decoded"}
+    assert set(found(allowed.errors)) == {"images that are missing or cannot be decoded"}
     assert leak in found(allowed.notes)["the same bytes in more than one of train, val and test"]
 
 

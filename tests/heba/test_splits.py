@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heba import splits
+from heba.data import splits
 
 counts = st.lists(st.integers(1, 9), min_size=1, max_size=8)
 

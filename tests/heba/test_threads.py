@@ -10,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from heba.adapters import Variant
-from heba.embedded.model import load_tiny_clip
-from heba.images import preprocess_of
-from heba.model import AdaptedCLIP, QuickGELU
-from heba.predict import Classifier
+from heba.clip.activation import QuickGELU
+from heba.clip.tiny import load_tiny_clip
+from heba.methods.heba.adapters import Variant
+from heba.methods.heba.model import AdaptedCLIP
+from heba.predict import load
+from tests.heba import artifacts
 from tests.heba.test_model import batch, make_clip
 
 # The second has an adapter that reads the positions of packed tokens, which are another call's state too.
@@ -128,17 +129,19 @@ def pictures(n, side):
     return files
 
 
-def classifier():
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A classifier that many threads use."""
     torch.manual_seed(0)
-    clip, _ = load_tiny_clip()
-    model = AdaptedCLIP(clip, 1, 4, 0.3)
-    weights = torch.nn.functional.normalize(torch.randn(20, 128), dim=-1)
+    folder = tmp_path_factory.mktemp("shared") / "adapter"
     names = [f"class {i}" for i in range(20)]
-    return Classifier(names, weights, model.encode_image, preprocess_of(clip), 100.0, torch.device("cpu"), {})
+    artifacts.save(AdaptedCLIP(load_tiny_clip()[0], 1, 4, 0.3), folder, class_names=names, backbone=artifacts.TINY)
+    artifacts.save_classifier(torch.randn(20, 128), folder, scale=0.3)
+    return load(folder)
 
 
-def test_eight_threads_share_a_classifier():
-    shared, files = classifier(), pictures(30, 40)
+def test_eight_threads_share_a_classifier(shared):
+    files = pictures(30, 40)
 
     def predict(i):
         (found,) = shared.predict(Image.open(io.BytesIO(files[i % 30])))
@@ -151,9 +154,9 @@ def test_eight_threads_share_a_classifier():
             assert found.probabilities == pytest.approx(alone[i % 30].probabilities, abs=1e-6)
 
 
-def test_threads_share_an_image_that_no_one_has_read_yet():
+def test_threads_share_an_image_that_no_one_has_read_yet(shared):
     """Also the threads of one call, which is given the same image twice."""
-    shared, (file,) = classifier(), pictures(1, 600)
+    (file,) = pictures(1, 600)
     (alone,) = shared.predict(Image.open(io.BytesIO(file)))
     for _ in range(5):
         image = Image.open(io.BytesIO(file))

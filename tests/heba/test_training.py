@@ -4,10 +4,13 @@ import open_clip
 import pytest
 import torch
 
-from heba.model import AdaptedCLIP
-from heba.static import masked_cross_entropy
-from heba.towers import cut_texts, text_lengths
-from heba.training import Settings, TextBank, train
+from heba.clip.towers import cut_texts, text_lengths
+from heba.fit.run import Run
+from heba.methods.heba.draws import TextBank
+from heba.methods.heba.model import AdaptedCLIP
+from heba.methods.heba.settings import Settings
+from heba.methods.heba.static import masked_cross_entropy
+from heba.methods.heba.training import train
 from tests.heba.test_model import batch, make_clip
 
 SETTINGS = {
@@ -20,25 +23,25 @@ SETTINGS = {
     "scale_factor": 2.0,
     "slow_ratio": 0.5,
     "neg_ratio": 1,
-    "seed": 3,
 }
 
 
-def setup(**changed):
+def setup(seed=3, run=None, **changed):
     clip = make_clip(open_clip.CLIP)
     torch.manual_seed(5)
     model = AdaptedCLIP(clip, 1, 2, 0.1)
     tokens = cut_texts(clip, batch()[1])
     bank = TextBank(tokens, text_lengths(clip, tokens), [0, 1, 2, 3, 4, 5], None)
     images = [torch.randint(0, 256, (3, 36 + i, 40), dtype=torch.uint8) for i in range(10)]
-    return model, images, [i % 5 for i in range(10)], bank, Settings(**(SETTINGS | changed))
+    settings = Settings(**(SETTINGS | changed))
+    return model, images, [i % 5 for i in range(10)], bank, settings, Run(seed, **(run or {}))
 
 
 def test_a_step_in_static_shapes_is_the_same():
     """Padded classes and texts, which a GPU captures as a graph, change nothing."""
-    plain, padded = setup(neg_ratio=1, batch_size=3), setup(neg_ratio=1, batch_size=3)
-    history = train(*plain)
-    again = train(*padded, cuda_graphs=True)
+    plain = setup(neg_ratio=1, batch_size=3)
+    padded = setup(neg_ratio=1, batch_size=3, run={"cuda_graphs": True})
+    history, again = train(*plain), train(*padded)
     for a, b in zip(history, again, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
     start = dict(setup()[0].adapters.named_parameters())
@@ -69,17 +72,17 @@ class Stop(Exception):
 def test_resuming_gives_the_same_bytes(tmp_path):
     whole = setup()
     history = train(*whole)
-    broken = setup()
 
     def interrupt(record):
         if record["epoch"] == 2:
             raise Stop
 
+    checkpoint = tmp_path / "c.safetensors"
     with pytest.raises(Stop):
-        train(*broken, checkpoint=tmp_path / "c.safetensors", on_epoch=interrupt)
-    resumed = setup()
+        train(*setup(run={"checkpoint": checkpoint, "on_epoch": interrupt}))
     seen = []
-    assert train(*resumed, checkpoint=tmp_path / "c.safetensors", on_epoch=seen.append) == history == seen
+    resumed = setup(run={"checkpoint": checkpoint, "on_epoch": seen.append})
+    assert train(*resumed) == history == seen
     for a, b in zip(whole[0].adapters.parameters(), resumed[0].adapters.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -94,7 +97,7 @@ def test_a_loss_that_is_not_finite_stops_the_run():
     model, *rest = setup()
     with torch.no_grad():
         next(iter(model.adapters.parameters())).fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match=r"epoch 1: .*train\.lr"):
+    with pytest.raises(FloatingPointError, match=r"epoch 1: .*lower lr"):
         train(model, *rest)
 
 
@@ -108,5 +111,5 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     path = tmp_path / "c.safetensors"
     path.write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="delete it") as error:
-        train(*setup(), checkpoint=path)
+        train(*setup(run={"checkpoint": path}))
     assert str(path) in str(error.value)

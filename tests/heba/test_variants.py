@@ -8,19 +8,18 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from heba.adapters import HEBA, BottleneckAdapter, Variant
-from heba.evaluation import encode_prompts
-from heba.model import (
-    ADAPTER_FILE,
-    CONFIG_FILE,
-    AdaptedCLIP,
-    _Call,
-    _going_on,
-    load_adapter,
-    save_adapter,
-)
-from heba.towers import encode_text_plain, run_image_blocks
-from heba.training import Settings, TextBank, make_optimizer, train, update
+from heba import artifact
+from heba.artifact import ADAPTER_FILE, CONFIG_FILE
+from heba.clip.features import encode_prompts
+from heba.clip.towers import encode_text_plain, run_image_blocks
+from heba.fit.loop import make_optimizer, update
+from heba.fit.run import Run
+from heba.methods.heba.adapters import HEBA, BottleneckAdapter, Variant
+from heba.methods.heba.draws import TextBank
+from heba.methods.heba.model import AdaptedCLIP, _Call, _going_on
+from heba.methods.heba.settings import Settings
+from heba.methods.heba.training import train
+from tests.heba import artifacts
 from tests.heba.test_model import batch, make_clip
 from tests.heba.test_training import SETTINGS
 
@@ -91,9 +90,9 @@ def test_the_blocks_with_autograds_backward_are_those_with_their_own(variant):
 
 def learning_step(model):
     images, tokens = batch()
-    optimizer = make_optimizer(model, Settings(**SETTINGS))
+    optimizer = make_optimizer(model.adapters, 0.01, 0.9, 5e-4)
     logits = F.normalize(model.encode_image(images), dim=-1) @ F.normalize(model.encode_text(tokens), dim=-1).T
-    update(model, optimizer, F.cross_entropy(10 * logits, torch.arange(3)))
+    update(model.adapters, optimizer, F.cross_entropy(10 * logits, torch.arange(3)))
 
 
 @pytest.mark.parametrize("blocks", [("conv", "linear"), ("linear", "conv1d")])
@@ -144,14 +143,14 @@ def test_a_variant_trains_in_static_shapes_and_comes_back_from_disk(name, tmp_pa
         model = AdaptedCLIP(make_clip(open_clip.CLIP), 1, 2, 0.1, variant=VARIANTS[name])
         pictures = [torch.randint(0, 256, (3, 36 + i, 40), dtype=torch.uint8) for i in range(10)]
         settings = Settings(**SETTINGS | {"batch_size": 3, "epochs": 2})
-        history = train(model, pictures, [i % 5 for i in range(10)], bank, settings, cuda_graphs=static)
+        history = train(model, pictures, [i % 5 for i in range(10)], bank, settings, Run(3, cuda_graphs=static))
         losses.append([record["loss"] for record in history])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert losses[0] != losses[0][:1] * 2
-    save_adapter(model, tmp_path, {"seed": 1})
-    again, config = load_adapter(make_clip(open_clip.CLIP), tmp_path)
+    artifacts.save(model, tmp_path, seed=1)
+    again, config = artifact.load(make_clip(open_clip.CLIP), tmp_path)
     assert again.variant == VARIANTS[name]
-    assert config["seed"] == 1
+    assert config.seed == 1
     with torch.no_grad():
         assert torch.equal(model.encode_image(images), again.encode_image(images))
         assert torch.equal(model.encode_text(tokens), again.encode_text(tokens))
@@ -167,7 +166,7 @@ def test_the_other_tower_stays_plain(towers, tmp_path):
         image_is_plain = torch.equal(model.encode_image(images), run_image_blocks(model.clip, images))
         text_is_plain = torch.equal(model.encode_text(tokens), encode_text_plain(model.clip, tokens))
     assert (image_is_plain, text_is_plain) == (towers == "text", towers == "image")
-    save_adapter(model, tmp_path, {})
+    artifacts.save(model, tmp_path)
     assert {name.split(".")[0] for name in load_file(tmp_path / ADAPTER_FILE)} == {kept}
 
 
@@ -197,14 +196,14 @@ def test_the_hidden_width(ratio, expansion):
 )
 def test_a_config_that_is_not_known_is_refused(key, value, tmp_path):
     model = AdaptedCLIP(make_clip(open_clip.CLIP), 1, 2, 0.1)
-    save_adapter(model, tmp_path, {})
+    artifacts.save(model, tmp_path)
     config = json.loads((tmp_path / CONFIG_FILE).read_text())
-    config[key] = value
+    config["settings"][key] = value
     if value is ...:
-        del config[key]
+        del config["settings"][key]
     (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=rf"config\.json: {key}: ") as error:
-        load_adapter(make_clip(open_clip.CLIP), tmp_path)
+    with pytest.raises(ValueError, match=rf"config\.json: .*{key}") as error:
+        artifact.load(make_clip(open_clip.CLIP), tmp_path)
     assert str(tmp_path) in str(error.value)
 
 

@@ -14,25 +14,17 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from heba import splits
-from heba.adapters import Adapters
-from heba.model import (
-    AdaptedCLIP,
-    class_features,
-    clip_from_openai_weights,
-    load_adapter_tensors,
-)
-from heba.towers import encode_text_plain, pack, text_lengths
-from heba.training import (
-    Settings,
-    Step,
-    TextBank,
-    learning_rate,
-    make_optimizer,
-    select_classes,
-    step_loss,
-    train_epoch,
-)
+from heba.artifact import load_tensors
+from heba.clip.features import class_features
+from heba.clip.openai import clip_from_openai_weights
+from heba.clip.towers import encode_text_plain, pack, text_lengths
+from heba.data import splits
+from heba.fit.loop import cosine, make_optimizer
+from heba.methods.heba.adapters import Adapters
+from heba.methods.heba.draws import Step, TextBank, step_classes
+from heba.methods.heba.model import AdaptedCLIP
+from heba.methods.heba.settings import Settings
+from heba.methods.heba.training import eager_step, step_loss
 
 SHARED = Path(os.environ.get("HEBA_SHARED", Path(__file__).parents[3] / "shared"))
 SUBSET = Path(__file__).parent / "data"
@@ -59,7 +51,7 @@ def build(forward, clip, adapter, case):
         case["adapter_end"],
         case["scale"],
     )
-    load_adapter_tensors(model, adapter, "oracle")
+    load_tensors(model.adapters, adapter, "oracle")
     return model
 
 
@@ -192,24 +184,21 @@ def test_trajectory(forward, name):
         scale_factor=case["scale_factor"],
         slow_ratio=case["slow_fast_ratio"],
         neg_ratio=case["neg_sampling_ratio"],
-        seed=0,
     )
-    optimizer = make_optimizer(model, settings)
+    optimizer = make_optimizer(model.adapters, settings.lr, settings.momentum, settings.weight_decay)
     bank = bank_of(model, data["tokens"])
+    take = eager_step(model, optimizer, bank, settings.label_smoothing, bf16=False)
     losses = []
     for epoch in range(4):
         records = [r for r in case["steps"] if r["epoch"] == epoch]
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, epoch)
+            group["lr"] = cosine(settings.lr, epoch, settings.epochs)
         assert group["lr"] == pytest.approx(records[0]["lr"], rel=1e-12)
-        batches = [
-            (
-                lambda b=r["batch"]: data["images"][b],
-                recorded_step(r, data["labels"][r["batch"]], case["counts"], bank, data["tokens"].shape[1])(case),
+        for r in records:
+            step = recorded_step(r, data["labels"][r["batch"]], case["counts"], bank, data["tokens"].shape[1])(
+                case
             )
-            for r in records
-        ]
-        losses += train_epoch(model, optimizer, batches, bank, 0.1, bf16=False)
+            losses.append(take(data["images"][r["batch"]], step).item())
     largest = max(abs(a - b) for a, b in zip(losses, case["losses"], strict=True))
     final = part(data, "final.")
     change = max((p - final[k]).abs().max().item() for k, p in model.adapters.named_parameters())
@@ -227,9 +216,7 @@ def test_class_selection_follows_the_recorded_permutation(name, monkeypatch):
         monkeypatch.setattr(
             torch, "randperm", lambda n, generator=None, r=record: torch.tensor(r["randperm_full"])
         )
-        selected, targets = select_classes(
-            labels, case["n_classes"], case["neg_sampling_ratio"], torch.Generator()
-        )
+        selected, targets = step_classes(labels, case["n_classes"], case["neg_sampling_ratio"], torch.Generator())
         assert selected == record["selected_classes"]
         assert targets == record["labels_in_selection"]
 

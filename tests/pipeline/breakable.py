@@ -1,34 +1,59 @@
-"""A repository with one small data set, for tests that break things; its stages run in forks of a warm process."""
+"""A repository with two small data sets and all protocols, which tests share (`conftest.finished`) or copy."""
 
 import hashlib
 import json
 import shutil
 import sqlite3
 import subprocess
-from pathlib import Path
+from contextlib import contextmanager
 
 import yaml
 
-from pipeline.warm import SERVER
-from tests.pipeline.repository import ROOT, copy_code, environment, initialise, wait_for
+from tests.pipeline.repository import ROOT, copy_code, environment, initialise
 
-TRAIN, TRAINED = "train@dtd-1", "out/train/dtd/base_to_novel-1"
-
-
-def wait_for_server(server):
-    if server:
-        wait_for(Path(server[SERVER]).exists)
+TRAIN, TRAINED = "train@dtd-heba", "out/train/dtd/heba/base_to_novel-2-1"
+ONE = ("--dataset", "dtd", "--method", "heba", "--protocol", "base_to_novel")  # `train` makes TRAINED alone
 
 
-def make(folder, **changes):
-    """A repository in `folder` for dtd, seed 1, base_to_novel; nothing has run yet."""
-    copy_code(folder)
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params |= {"datasets": ["dtd"], "seeds": [1], "shots": 2} | changes
-    params["train"] |= {"epochs": 25, "batch_size": 4}
-    params["few_shot"]["seeds"] = params["few_shot"]["datasets"] = []
-    params["transfer"] |= {"source": params["datasets"][0], "targets": [], "variants": [], "seeds": []}
+def read_params(folder=ROOT):
+    return yaml.safe_load((folder / "params.yaml").read_text())
+
+
+def write_params(folder, params):
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+@contextmanager
+def changed_params(folder):
+    """params.yaml of `folder`, to be changed in place."""
+    params = read_params(folder)
+    yield params
+    write_params(folder, params)
+
+
+def small_params():
+    """imagenet and dtd, one seed, all protocols, trainings that take seconds."""
+    params = read_params()
+    params |= {"datasets": ["imagenet", "dtd"], "seeds": [1], "shots": 2}
+    params["heba"] |= {"epochs": 25, "batch_size": 4}
+    params["heba"]["overrides"]["cross_dataset"] |= {"epochs": 1}
+    params["few_shot"] |= {"datasets": ["dtd"], "seeds": [1], "shots": [1]}
+    params["transfer"] |= {"source": "imagenet", "targets": ["dtd"], "variants": ["imagenet_a"], "seeds": [1]}
+    return params
+
+
+def alone(params, name="dtd"):
+    """`params`, for one data set and base_to_novel alone."""
+    params |= {"datasets": [name]}
+    params["few_shot"] |= {"seeds": [], "datasets": []}
+    params["transfer"] |= {"source": name, "targets": [], "variants": [], "seeds": []}
+    return params
+
+
+def make(folder, params):
+    """A repository in `folder`; nothing has run yet."""
+    copy_code(folder)
+    write_params(folder, params)
     initialise(folder)
     return folder
 
@@ -89,5 +114,6 @@ def runs(repo):
     store = repo / "mlflow.db"
     if not store.exists():
         return []
-    with sqlite3.connect(f"file:{store}?mode=ro", uri=True) as database:
+    # Not read-only: where a writer was killed, SQLite rolls back what it left.
+    with sqlite3.connect(f"file:{store}?mode=rw", uri=True) as database:
         return [status for (status,) in database.execute("select status from runs order by start_time")]

@@ -63,7 +63,7 @@ def wait_for(condition, seconds=120.0):
 
 NOTE = """
 import atexit, os, sys
-if sys.orig_argv[1:3] in (["-m", "dvc"], ["-m", "pipeline.safe_dvc"]):
+if sys.orig_argv[1:3] in (["-m", "dvc"], ["-m", "pipeline.runner.safe_dvc"]):
     path = f"{os.environ['NOTES']}/{os.getpid()}"
     atexit.register(lambda: open(f"{path}.ended", "w").close())
     with open(f"{path}.began", "w") as file:

@@ -1,6 +1,5 @@
 """Ablations: what is queued, what is read back from MLflow, and the table."""
 
-import json
 import re
 import shlex
 import shutil
@@ -13,16 +12,24 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
+import torch
 import yaml
 from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
 from typer.testing import CliRunner
 
-from pipeline import ablate, processes, tracking
-from pipeline.cli import app
-from pipeline.params import ParamsError, load_params
+from heba import artifact
+from heba.clip.tiny import load_tiny_clip
+from heba.methods.heba.model import AdaptedCLIP
+from pipeline.commands import ablate
+from pipeline.commands.cli import app
+from pipeline.core.params import ParamsError, load_params, settings_of
 from pipeline.report import ablation, render
-from pipeline.store import client
+from pipeline.runner import processes
+from pipeline.tracking import log as tracking
+from pipeline.tracking.store import client
+from tests.heba import artifacts
 from tests.pipeline import small
+from tests.pipeline.records import METHODS, RECORDS, record
 from tests.pipeline.repository import (
     ROOT,
     call,
@@ -34,7 +41,6 @@ from tests.pipeline.repository import (
     wait_for,
     working_in,
 )
-from tests.pipeline.test_report import RECORDS, record
 
 
 @pytest.fixture
@@ -72,8 +78,8 @@ def test_every_setting_that_differs_is_an_experiment(folder):
         "towers-text",
     }
     for line in lines:
-        assert "'datasets=[dtd,eurosat]' -S transfer.source=dtd" in line
-    assert "-S adapter.gradient_scale=false" in lines[names.index("gradient_scale-off")]
+        assert "-S 'methods=[heba]' -S 'datasets=[dtd,eurosat]' -S transfer.source=dtd" in line
+    assert "-S heba.gradient_scale=false" in lines[names.index("gradient_scale-off")]
     changed = (folder / "params.yaml").read_text().replace("ratio: 4 ", "ratio: 8 ")
     (folder / "params.yaml").write_text(changed)
     shown = run("--dry-run", "--only", "ratio").output
@@ -89,7 +95,8 @@ def test_what_is_queued_makes_a_valid_params_file(folder):
     raw["own"] = {name: {"kind": "folder", "path": f"photos/{name}"} for name in ("mine", "3d-set")}
     Path("params.yaml").write_text(yaml.safe_dump(raw))
     params = load_params()
-    for row in ablate.settings(params, []):
+    settings = settings_of(params, "heba", "base_to_novel")
+    for row in ablate.rows(params, []):
         args = ablate.command(params, row, ["eurosat"])
         Path("changed.yaml").write_text(yaml.safe_dump(raw))
         (overrides,) = get_hydra_sweeps({"changed.yaml": args[args.index("-S") + 1 :: 2]})
@@ -98,7 +105,8 @@ def test_what_is_queued_makes_a_valid_params_file(folder):
         assert changed.datasets == ["eurosat"]
         assert changed.own == {}
         assert changed.transfer.seeds == changed.few_shot.seeds == []
-        assert (changed.adapter, changed.train) != (params.adapter, params.train) or row.name == "baseline"
+        assert changed.methods == ["heba"]
+        assert (settings_of(changed, "heba", "base_to_novel") == settings) == (row.name == "baseline")
 
 
 def test_names_are_taken_once_and_without_spaces(folder):
@@ -122,12 +130,24 @@ def test_wrong_options_are_messages(folder, args, message):
 
 def log(params, dataset, seed, accuracy, status="FINISHED", scale_novel=None, **changed):
     """A run as the stage `train` makes it, with the metrics of the stage `evaluate`; returns its id."""
-    adapter = params.adapter.model_dump(exclude={"scale_novel"}) | changed
-    config = params.model_dump(include={"suite", "shots", "backbone", "train"}) | {"adapter": adapter}
-    config |= {"dataset": dataset, "seed": seed, "protocol": "base_to_novel", "bf16": False, "threads": 1}
-    training = tracking.begin_run(client(), config | {"inputs_sha256": str(hash(str(config)))})
+    settings = settings_of(params, "heba", "base_to_novel").model_copy(update=changed)
+    config = artifact.Config(
+        method="heba",
+        settings=settings.model_dump(),
+        class_names=["a", "b"],
+        backbone=artifact.Backbone(**params.backbone.model_dump(), sha256="0" * 64),
+        protocol="base_to_novel",
+        dataset=dataset,
+        suite=params.suite,
+        bf16=False,
+        seed=seed,
+        shots=params.shots,
+        threads=1,
+        inputs_sha256=str(hash((settings, dataset, seed))),
+    )
+    training = tracking.begin_run(client(), config.model_dump())
     if accuracy is not None:
-        evaluate(training.id, accuracy, params.adapter.scale if scale_novel is None else scale_novel)
+        evaluate(training.id, accuracy, scale_novel)
     training.end(status)
     time.sleep(0.002)  # runs are ordered by their start in milliseconds
     return training.id
@@ -135,9 +155,11 @@ def log(params, dataset, seed, accuracy, status="FINISHED", scale_novel=None, **
 
 def evaluate(run_id, accuracy, scale_novel):
     """Log to a run what the stage `evaluate` does."""
-    evaluation = record("dtd", 1, (accuracy,) * 2, (accuracy,) * 2) | {"scale_novel": scale_novel}
+    evaluation = record("heba", "dtd", 1, (accuracy,) * 2)
     for key, value in tracking.evaluation_metrics(evaluation).items():
         client().log_metric(run_id, key, value)
+    tag = tracking.evaluation_tag({"scale_novel": scale_novel})
+    client().set_tag(run_id, tracking.EVALUATION_TAG, tag)
     time.sleep(0.002)
 
 
@@ -145,6 +167,8 @@ def test_the_table_is_read_from_mlflow(folder):
     with pytest.raises(ValueError, match="no evaluated training of these settings"):
         run("--table")
     params = load_params()
+    with pytest.raises(ParamsError, match="none of zero_shot has ablations"):
+        ablate.ablated_method(params.model_copy(update={"methods": ["zero_shot"]}))
     for seed in (1, 2):
         log(params, "dtd", seed, 40.0)
         log(params, "dtd", seed, 60.0)
@@ -171,7 +195,7 @@ def test_the_table_is_read_from_mlflow(folder):
 
 
 def test_an_evaluation_at_another_novel_scale_is_not_that_of_the_table(folder):
-    """Experiments of adapter.scale_novel share the training and its run, and the last evaluation wins there."""
+    """Experiments of heba.scale_novel share the training and its run, and the last evaluation wins there."""
     params = load_params()
     options = ("--table", "--datasets", "dtd", "--only", "init")
     run_id = log(params, "dtd", 1, 60.0)
@@ -179,7 +203,7 @@ def test_an_evaluation_at_another_novel_scale_is_not_that_of_the_table(folder):
     evaluate(run_id, 40.0, 0.02)
     log(params, "dtd", 1, None, init="zero")
     shown = run(*options).output
-    assert "novel scale of params.yaml, or at another one since: 2 (Baseline, dtd, seed 1; " in shown
+    assert "with the settings of params.yaml, or with others since: 2 (Baseline, dtd, seed 1; " in shown
     assert "Initialisation: zero, dtd, seed 1)" in shown
     assert "not in MLflow" not in shown
     assert list(ablation.read(ablation.FILE, "embedded")["seed"]) == [2]
@@ -187,24 +211,30 @@ def test_an_evaluation_at_another_novel_scale_is_not_that_of_the_table(folder):
     (folder / "params.yaml").write_text(text.replace("scale_novel: null", "scale_novel: 0.02", 1))
     run(*options)
     assert list(ablation.read(ablation.FILE, "embedded")["novel"]) == [40.0]
-    evaluate(run_id, 60.0, 0.1)
+    evaluate(run_id, 60.0, None)
     with pytest.raises(ValueError, match=r"no evaluated training .*\ntrained, but not evaluated .*: 3 \("):
         run(*options)
 
 
 def test_an_evaluation_goes_to_the_run_with_its_params(folder):
     """Two trainings with the same adapter: with few classes, the number of negatives changes nothing."""
-    configs = [{"dataset": "dtd", "shots": 16, "seed": 1, "protocol": "base_to_novel", "n": n} for n in (0, 5)]
-    configs = [config | {"inputs_sha256": f"of {config['n']}"} for config in configs]
-    for config in configs:
-        out = folder / str(config["n"])
-        out.mkdir()
-        (out / "adapter.safetensors").write_bytes(b"the same")
-        (out / "config.json").write_text(json.dumps(config | {"class_names": []}))
-        tracking.start_training(config).finish(out)
-    store = client()
-    runs = [tracking.find_or_create_run(store, folder / str(n)) for n in (0, 5)]
-    assert [store.get_run(run).data.params["n"] for run in runs] == ["0", "5"]
+    store, runs = client(), []
+    for n in (0, 5):
+        out = folder / str(n)
+        about = {"dataset": "dtd", "shots": 16, "seed": 1, "protocol": "base_to_novel", "inputs_sha256": f"of {n}"}
+        torch.manual_seed(0)
+        model = AdaptedCLIP(load_tiny_clip()[0], 1, 4, 0.1)
+        settings = artifacts.settings_of(model).model_copy(update={"neg_ratio": n}).model_dump()
+        artifacts.save(model, out, settings=settings, **about)
+        artifacts.save_classifier(torch.ones(2, 128), out, scale=0.1)
+        artifact.write_history([], out)
+        run = tracking.begin_run(store, artifact.read_config(out).model_dump())
+        tracking.log_outs(store, run.id, out)
+        run.end()
+        runs.append(run.id)
+    assert artifact.sha256(folder / "0") == artifact.sha256(folder / "5")
+    assert [tracking.find_or_create_run(store, folder / str(n)) for n in (0, 5)] == runs
+    assert [store.get_run(run).data.params["heba.neg_ratio"] for run in runs] == ["0", "5"]
     assert len(store.search_runs([store.get_experiment_by_name("base_to_novel").experiment_id])) == 2
 
 
@@ -241,7 +271,7 @@ def test_the_table_by_hand():
 def test_the_report_has_the_table(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        render.render_report(RECORDS, tmp_path / name, False, TABLE)
+        render.render_report(RECORDS, METHODS, tmp_path / name, False, TABLE)
     for file in render.FILES:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     for file in ("README.md", "index.html", "ablation.md", "ablation.tex"):
@@ -250,7 +280,7 @@ def test_the_report_has_the_table(tmp_path):
         assert "DTD, EuroSAT, UCF101; 16 shots" in text
         assert "no paper result" in text
     assert "Δ" not in (tmp_path / "a" / "ablation.tex").read_text()
-    render.render_report(RECORDS, tmp_path, False, TABLE.iloc[:0])
+    render.render_report(RECORDS, METHODS, tmp_path, False, TABLE.iloc[:0])
     assert "no results" in (tmp_path / "ablation.md").read_text()
 
 
@@ -309,7 +339,7 @@ def test_the_table_needs_no_training_to_be_rendered(tmp_path):
     initialise(tmp_path)
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     code = (
-        "from tests.pipeline.test_ablate import log; from pipeline.params import load_params; "
+        "from tests.pipeline.test_ablate import log; from pipeline.core.params import load_params; "
         "log(load_params(), 'dtd', 1, 60.0)"
     )
     env = {"MLFLOW_TRACKING_URI": uri, "PYTHONPATH": str(ROOT)}
@@ -330,7 +360,7 @@ def test_two_experiments_side_by_side_fill_the_table(tmp_path):
     copy_code(tmp_path)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params |= {"datasets": ["imagenet", "dtd"], "seeds": [1], "shots": 2}
-    params["train"] |= {"epochs": 1, "batch_size": 4}
+    params["heba"] |= {"epochs": 1, "batch_size": 4}
     params["transfer"] |= {"targets": ["dtd"]}
     params["few_shot"] |= {"datasets": ["dtd"]}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))

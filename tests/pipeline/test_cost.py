@@ -3,16 +3,20 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
-from heba.data.catalog import load_catalog
-from heba.embedded.model import load_tiny_clip
-from heba.model import AdaptedCLIP
-from pipeline.cli import app
-from pipeline.cost import adapter_parameters, table
-from pipeline.params import ParamsError, load_params
+from heba.clip.tiny import load_tiny_clip
+from heba.methods.heba.model import AdaptedCLIP
+from heba.sources.catalog import load_catalog
+from pipeline.commands.cli import app
+from pipeline.commands.cost import FROZEN, adapter_bytes, table
+from pipeline.commands.presets import FOLDER
+from pipeline.core.params import ParamsError, load_params
+from pipeline.core.trainings import trainings
+from tests.heba import third
 
-PAPER = Path(__file__).parents[2] / "pipeline" / "presets" / "paper.yaml"
+PAPER, DEMO = FOLDER / "paper.yaml", FOLDER / "demo.yaml"
 
 
 def test_the_paper_preset(tmp_path, monkeypatch):
@@ -20,35 +24,57 @@ def test_the_paper_preset(tmp_path, monkeypatch):
     Path("params.yaml").write_text(PAPER.read_text())
     result = CliRunner().invoke(app, ["cost"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    rows = {
-        line.split("|")[1].strip(): line.split("|")[2:-1] for line in result.output.splitlines() if "|" in line
-    }
-    trainings, _, _, _, gigabytes = (float(v) for v in rows["base_to_novel"])
-    assert trainings == 33
+    lines = [line.split("|")[1:-1] for line in result.output.splitlines() if "|" in line]
+    _, _, *rows = [[cell.strip() for cell in line] for line in lines]
+    rows = {(protocol, method): [float(value) for value in values] for protocol, method, *values in rows}
+    trainings, steps, _, _, gigabytes = rows["base_to_novel", "HeBA"]
+    assert (trainings, steps) == (33, 98820)
     assert gigabytes == pytest.approx(33 * 87_158_016 * 2 / 1e9, abs=0.05)
-    assert float(rows["total"][0]) == sum(
-        float(v[0]) for k, v in rows.items() if k not in ("Protocol", "total") and ":" not in k
-    )
+    assert rows["base_to_novel", "CLIP"] == [33, 0, 0, 0, 0]
+    total = rows.pop(("total", ""))
+    assert total[:2] == [402, sum(values[1] for values in rows.values())]
+    assert total == pytest.approx([sum(column) for column in zip(*rows.values(), strict=True)], abs=0.3)
 
 
-def test_zero_shot_clip_passes_once_over_every_data_set_and_variant():
+def test_frozen_features_pass_once_over_every_data_set_and_variant():
     params, tflops = load_params(PAPER), 0.001
     rows = table(params, tflops, 20, 32)
-    flops = rows.loc["zero-shot CLIP", "Test passes, h"] * 3600 * tflops * 1e12
+    flops = rows.loc[(FROZEN, "all"), "Test passes, h"] * 3600 * tflops * 1e12
     catalog = load_catalog()
     images = sum(catalog[name].counts.test for name in [*params.datasets, *params.transfer.variants])
     # 17.6 G multiply-adds of a ViT-B/16 without adapters, and the few of the prompts.
     assert flops / images == pytest.approx(2 * 17.6e9, rel=0.1)
-    assert rows.loc["total", "Test passes, h"] == pytest.approx(rows["Test passes, h"].iloc[:-1].sum())
-    assert rows.loc["zero-shot CLIP", "Trainings"] == 0
+    assert rows.loc[("total", ""), "Test passes, h"] == pytest.approx(rows["Test passes, h"].iloc[:-1].sum())
+    # A method on these features takes none of its own.
+    assert (rows.xs("CLIP", level="Method")["Test passes, h"] == 0).all()
+    assert (rows.xs("HeBA", level="Method")["Test passes, h"] > 0).all()
 
 
-def test_the_size_of_the_adapters_needs_no_model():
-    adapter = load_params(PAPER).adapter
-    assert adapter_parameters("ViT-B-16-quickgelu", adapter) == 87_158_016
-    assert adapter_parameters("tiny", adapter.model_copy(update={"end": 4})) == sum(
-        p.numel() for p in AdaptedCLIP(load_tiny_clip()[0], 1, 4, 0.1).adapters.parameters()
-    )
+def test_a_listed_method_alone_has_rows(tmp_path, monkeypatch):
+    """Also one that cannot do a protocol, and then has no row of it."""
+    raw = yaml.safe_load(PAPER.read_text()) | {"methods": ["probe"], "probe": {}}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    with third.installed(tmp_path / "methods"):
+        params = load_params(tmp_path / "params.yaml")
+        rows = table(params, 60, 20, 32)
+        training = next(t for t in trainings(params) if t.method == "probe")
+        assert adapter_bytes(params, training) == 2 * 512 * 2  # of two classes, in half precision
+    assert [protocol for protocol, _ in rows.index] == ["base_to_novel", "few_shot", FROZEN, "total"]
+    assert rows.loc[("few_shot", "Probe"), "Trainings"] == 165
+
+
+def test_the_size_of_the_adapters_needs_no_model(tmp_path):
+    def bytes_of(path):
+        params = load_params(path)
+        training = next(t for t in trainings(params) if (t.method, t.protocol) == ("heba", "base_to_novel"))
+        return adapter_bytes(params, training)
+
+    assert bytes_of(PAPER) == 2 * 87_158_016
+    model = AdaptedCLIP(load_tiny_clip()[0], 1, 4, 0.1)
+    assert bytes_of(DEMO) == 2 * sum(p.numel() for p in model.adapters.parameters())
+    raw = yaml.safe_load(DEMO.read_text()) | {"adapter_dtype": "fp32"}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    assert bytes_of(tmp_path / "params.yaml") == 2 * bytes_of(DEMO)
 
 
 def test_the_embedded_suite_is_refused():

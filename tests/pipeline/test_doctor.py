@@ -10,7 +10,7 @@ import sys
 import pytest
 import yaml
 
-from pipeline import doctor as doctor_module
+from pipeline.commands import doctor as doctor_module
 from tests.pipeline import small
 from tests.pipeline.repository import ROOT, noted, noting
 
@@ -124,6 +124,27 @@ def test_a_store_named_as_the_readme_does(repo):
         (repo / "mlflow.db").unlink()
 
 
+KILLED = """
+import os, signal, sqlite3
+database = sqlite3.connect("mlflow.db")
+database.execute("CREATE TABLE experiments (name)")
+database.commit()
+database.execute("PRAGMA cache_size = 1")  # so that a part of what follows is in the file
+for _ in range(1000):
+    database.execute("INSERT INTO experiments VALUES (?)", ("name" * 100,))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_store_whose_writer_was_killed_is_sound(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    subprocess.run([sys.executable, "-c", KILLED], check=False)
+    assert (tmp_path / "mlflow.db-journal").stat().st_size > 0
+    assert doctor_module.store(None).state == "ok"
+
+
 def test_dvc_status_is_never_killed(repo, tmp_path, monkeypatch):
     """Neither when it takes too long nor at ctrl-C: it would leave its files as they are at that moment."""
     slow, notes = tmp_path / "repo", tmp_path / "notes"
@@ -165,7 +186,7 @@ def test_it_runs_without_params_and_without_a_package(repo, tmp_path):
     path = f"{tmp_path}{os.pathsep}{ROOT}"
     done = small.stage(repo, "doctor", PYTHONPATH=path)
     assert done.returncode == 1
-    assert done.stderr == "error: the package typer is missing; pip install -c constraints.txt -e .\n"
+    assert done.stderr == "error: the package typer is missing; pip install -c constraints.txt -e '.[pipeline]'\n"
     (tmp_path / "typer.py").unlink()
     rows, code = doctor(repo, PYTHONPATH=path)
     assert code == 1

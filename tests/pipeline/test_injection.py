@@ -11,6 +11,8 @@ from tests.pipeline.repository import call
 HOSTILE = {
     "datasets": ["dtd", "dtd; touch PWNED-datasets #"],
     "own": {"mine; touch PWNED-own #": {"kind": "folder", "path": "photos; touch PWNED-path #"}},
+    "methods": ["heba", "heba; touch PWNED-methods #"],
+    "heba; touch PWNED-methods #": {},
     "seeds": [1, "1; touch PWNED-seeds #"],
     "shots": "2; touch PWNED-shots #",
     "transfer.source": "dtd; touch PWNED-source #",
@@ -26,7 +28,7 @@ CONSTANT = {"params", "backbone", "protocols", "report"}  # stages without such 
 
 @pytest.fixture
 def repo(tmp_path):
-    folder = breakable.make(tmp_path / "repo")
+    folder = breakable.make(tmp_path / "repo", breakable.alone(breakable.small_params()))
     (folder / "photos").mkdir()
     (folder / "photos" / "notes.json").write_text("mine")
     return folder
@@ -54,7 +56,7 @@ def test_no_value_becomes_a_command(repo, monkeypatch):
     with Repo(str(repo)) as dvc:
         stages = {stage.addressing: stage for stage in dvc.index.stages}
     commands = [stage.cmd for stage in stages.values()]
-    for value in ("datasets", "seeds", "variants", "lines", "dollar", "transfer", "few-datasets", "few-seeds"):
+    for value in ("datasets", "methods", "variants", "lines", "dollar", "transfer"):
         assert any(f"touch PWNED-{value}" in command for command in commands), value
     # What a stage needs is there, or DVC would not start it. The last come first: a stage that fails has no outs.
     for dep in {dep.fs_path for stage in stages.values() for dep in stage.deps}:
@@ -81,7 +83,9 @@ def test_dvc_takes_no_mapping_for_a_value(repo):
     assert not (repo / "PWNED").exists()
 
 
-@pytest.mark.parametrize(("key", "target"), [("datasets", "download"), ("transfer.variants", "download-variant")])
+@pytest.mark.parametrize(
+    ("key", "target"), [("datasets", "download"), ("transfer.variants", "download-variant"), ("methods", "train")]
+)
 def test_an_experiment_is_refused_before_anything_runs(repo, key, target):
     done = call(repo, "dvc", "exp", "run", "-S", f"{key}=['dtd; touch PWNED #']", target)
     assert done.returncode
@@ -92,9 +96,16 @@ def test_an_experiment_is_refused_before_anything_runs(repo, key, target):
     assert not (repo / "PWNED").exists()
 
 
-def test_a_path_out_of_the_outs_is_refused_before_dvc_removes_what_is_there(repo):
-    change(repo, **{"transfer.variants": ["../../photos/notes"]})
-    done = call(repo, "dvc", "repro", "download-variant")
+@pytest.mark.parametrize(
+    ("key", "target", "path", "what"),
+    [
+        ("transfer.variants", "download-variant", "../../photos/notes", "data set"),
+        ("methods", "train", "../../../photos", "method"),
+    ],
+)
+def test_a_path_out_of_the_outs_is_refused_before_dvc_removes_what_is_there(repo, key, target, path, what):
+    change(repo, **{key: [path]})
+    done = call(repo, "dvc", "repro", target)
     assert done.returncode
-    assert "there is no data set '../../photos/notes'" in done.stderr
+    assert f"there is no {what} '{path}'" in done.stderr
     assert (repo / "photos" / "notes.json").read_text() == "mine"

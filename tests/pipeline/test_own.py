@@ -8,14 +8,16 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from heba.splits import read_split
-from pipeline.cli import app
-from pipeline.params import ParamsError, load_params
-from pipeline.report import render, tables
+from heba.data.splits import read_split
+from heba.evaluation.record import write_record
+from pipeline.commands.cli import app
+from pipeline.core.params import ParamsError, load_params
+from pipeline.core.trainings import Evaluation, Training
+from pipeline.report import render, selection, tables
 from tests.heba.test_own import folder_of_classes, image
+from tests.pipeline.records import METHODS, RECORDS, pair, record
 from tests.pipeline.repository import ROOT, call, copy_code, initialise, stage
 from tests.pipeline.test_params import write
-from tests.pipeline.test_report import RECORDS, record
 
 OWN = {"kind": "folder", "path": "photos"}
 
@@ -67,21 +69,21 @@ def test_entries_that_can_not_be_are_named(tmp_path, change, message):
 
 
 def few(dataset, shots, heba):
-    return record(dataset, 1, (40.0,), (heba,), "few_shot") | {"shots": shots}
+    return pair(dataset, 1, (40.0,), (heba,), "few_shot", shots=shots)
 
 
-MINE = [record("my_set", 1, (10.0, 10.0), (20.0, 10.0)), few("my_set", 1, 50.0), few("my_set", 16, 70.0)]
+MINE = [*pair("my_set", 1, (10.0, 10.0), (20.0, 10.0)), *few("my_set", 1, 50.0), *few("my_set", 16, 70.0)]
 
 
 def test_own_data_is_in_the_tables_and_in_no_average(tmp_path):
-    records = [*RECORDS, few("dtd", 1, 60.0), *MINE]
-    table, alone = tables.base_to_novel_table(records), tables.base_to_novel_table(RECORDS)
+    records = [*RECORDS, *few("dtd", 1, 60.0), *MINE]
+    table, alone = (tables.base_to_novel_table(tables.long_table(r), METHODS) for r in (records, RECORDS))
     assert list(table.index) == ["dtd", "eurosat", "my_set", "average"]
     assert table.loc["average"].equals(alone.loc["average"])
-    shots = tables.few_shot_table(records)
+    shots = tables.few_shot_table(tables.long_table(records), METHODS)
     assert shots.loc["average", "heba_1"] == 60
     assert shots.loc["my_set", "heba_16"] == 70
-    render.render_report(records, tmp_path, published=False)
+    render.render_report(records, METHODS, tmp_path, published=False)
     text = (tmp_path / "base_to_novel.md").read_text()
     assert re.search(r"\| my_set +\|", text)
     assert "Average of 2 benchmarks" in text
@@ -96,7 +98,8 @@ def test_own_data_is_in_the_tables_and_in_no_average(tmp_path):
 
 
 def test_a_report_of_own_data_alone_has_no_average_and_no_published_figures(tmp_path):
-    render.render_report([r | {"suite": "real"} for r in MINE], tmp_path, published=True)
+    records = [r.model_copy(update={"suite": "real"}) for r in MINE]
+    render.render_report(records, METHODS, tmp_path, published=True)
     text = (tmp_path / "README.md").read_text()
     assert "my_set" in text
     assert "Average" not in text
@@ -105,12 +108,18 @@ def test_a_report_of_own_data_alone_has_no_average_and_no_published_figures(tmp_
     assert set(json.loads((tmp_path / "metrics.json").read_text())["base_to_novel"]) == {"datasets"}
 
 
-def test_only_names_of_params_are_own_data(tmp_path):
-    path = tmp_path / "r.json"
-    path.write_text(json.dumps(MINE[0]))
-    assert tables.load_record(path, ["my_set"])
-    with pytest.raises(ValueError, match=r"r\.json: key 'dataset': unknown data set 'my_set'"):
-        tables.load_record(path)
+def test_the_report_is_of_the_own_data_that_params_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    params = load_params(write(tmp_path, only_own))
+    paths = []
+    for name in ("my-set", "once-mine"):
+        training = Training("base_to_novel", name, "heba", 16, 1)
+        paths.append(Evaluation("base_to_novel", name, training).path)
+        paths[-1].parent.mkdir(parents=True)
+        write_record(record("heba", name, 1, (20.0, 10.0)), paths[-1])
+    records, left_out = selection.select(params)
+    assert [r.dataset for r in records] == ["my-set"]
+    assert left_out == paths[1:]
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +140,7 @@ def repo(tmp_path_factory):
     }
     params |= {"seeds": [1], "shots": 2}
     params["few_shot"] = {"datasets": ["listed"], "seeds": [], "shots": [1]}
-    params["train"] |= {"epochs": 1, "batch_size": 4}
+    params["heba"] |= {"epochs": 1, "batch_size": 4}
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     initialise(folder)
     for command in (
@@ -163,7 +172,7 @@ def outside_of(repo):
 def test_own_data_goes_to_the_report_and_is_not_copied(repo):
     metrics = json.loads((repo / "reports" / "metrics.json").read_text())
     assert set(metrics["base_to_novel"]["datasets"]) == {"listed"}
-    prompts = json.loads((repo / "out" / "precompute" / "listed" / "prompts.json").read_text())
+    prompts = json.loads((repo / "out" / "precompute-own" / "listed" / "prompts.json").read_text())
     assert prompts["prompts"] == ["a photo of a cat.", "a photo of a dog."]
     assert json.loads((repo / "data" / "own" / "drawn" / "descriptions.json").read_text()) == {
         "star": ["a drawing"]
@@ -203,19 +212,19 @@ def test_dvc_notices_changed_images_and_goes_back(repo):
 
 def test_other_training_images_under_the_same_names_are_trained_on(repo):
     # Of two classes one is base, and there is nothing to learn: the adapter stays, what it was made of does not.
-    trained = repo / "out" / "train" / "listed" / "base_to_novel-1" / "config.json"
+    trained = repo / "out" / "train" / "listed" / "heba" / "base_to_novel-2-1" / "config.json"
     before = trained.read_bytes()
     sample = read_split(repo / "out" / "split" / "listed" / "2-1.json")["train"]
     kept = {repo / "my photos" / file: (repo / "my photos" / file).read_bytes() for file, _, _ in sample}
     for number, path in enumerate(kept):
         image(path, 900 + number)
-    done = call(repo, "dvc", "repro", "train-own@listed-1")
+    done = call(repo, "dvc", "repro", "train-own@listed-heba")
     assert done.returncode == 0, done.stderr
-    assert "Running stage 'train-own@listed-1'" in done.stdout
+    assert "Running stage 'train-own@listed-heba'" in done.stdout
     assert trained.read_bytes() != before
     for path, content in kept.items():
         path.write_bytes(content)
-    assert call(repo, "dvc", "repro", "train-own@listed-1").returncode == 0
+    assert call(repo, "dvc", "repro", "train-own@listed-heba").returncode == 0
     assert trained.read_bytes() == before
 
 
@@ -300,14 +309,14 @@ def test_damaged_and_missing_images_stop_the_stage(repo, run, leaky):
     (outside_of(repo) / test).write_bytes(b"broken")
     code, text = run("download", "--dataset", "drawn")
     assert code == 1
-    assert f"own.drawn: images that are missing or can not be decoded:\n  {test}\n" in text
+    assert f"own.drawn: images that are missing or cannot be decoded:\n  {test}\n" in text
     lost = repo / "my photos" / "a" / "0.png"
     kept = lost.read_bytes()
     lost.unlink()
     code, text = run("download", "--dataset", "listed")
     lost.write_bytes(kept)
     assert code == 1
-    assert "own.listed: images that are missing or can not be decoded:\n  a/0.png\n" in text
+    assert "own.listed: images that are missing or cannot be decoded:\n  a/0.png\n" in text
 
 
 def test_check_data_of_a_benchmark(run, edit_params):
@@ -335,5 +344,5 @@ def test_no_own_data_makes_no_stages(tmp_path):
     initialise(tmp_path)
     listed = call(tmp_path, "dvc", "stage", "list", "--name-only")
     assert listed.returncode == 0, listed.stderr
-    assert "train@dtd-1" in listed.stdout
+    assert "train@dtd-heba" in listed.stdout
     assert "-own" not in listed.stdout

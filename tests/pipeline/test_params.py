@@ -9,8 +9,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import presets
-from pipeline.params import ParamsError, load_params
+from pipeline.commands import presets
+from pipeline.core.params import ParamsError, load_params, settings_of
+from tests.heba import third
 from tests.pipeline.repository import ROOT, environment, stage
 
 
@@ -35,12 +36,13 @@ def test_all_problems_are_listed_at_once(tmp_path):
     def change(raw):
         raw["shots"] = 0
         raw["typo"] = 1
-        raw["adapter"]["end"] = 5
-        raw["adapter"]["ratio"] = 1000
+        raw["heba"]["end"] = 5
+        raw["heba"]["ratio"] = 1000
         raw["datasets"].append("mnist")
-        raw["train"]["lr"] = "1e-3"
+        raw["heba"]["overrides"]["cross_dataset"]["lr"] = "1e-3"
         raw["seeds"] = [1, 1]
-        raw["transfer"]["adapter"]["scale_novel"] = 0.01
+        raw["heba"]["overrides"]["few_shot"] = {"start": 6}
+        raw["methods"].append("coop")
         del raw["precision"]
 
     with pytest.raises(ParamsError) as error:
@@ -49,14 +51,15 @@ def test_all_problems_are_listed_at_once(tmp_path):
     for part in (
         "shots:",
         "typo: unknown key",
-        "adapter.end: 5 is beyond the last layer, 4",
+        "heba.end: 5 is beyond the last layer, 4",
         "no data set 'mnist'",
-        "train.lr:",
+        "heba.overrides.cross_dataset.lr:",
         "1.0e-3",
         "seeds: 1 is listed twice",
         "precision: missing",
-        "transfer.adapter.scale_novel: must be null",
-        "adapter.ratio: 1000 leaves nothing of the width 128 of tiny",
+        "heba.overrides.few_shot.start: 6 is above end 5",
+        "methods: there is no method 'coop'; known are heba, zero_shot",
+        "heba.ratio: 1000 leaves nothing of the width 128 of the backbone",
     ):
         assert part in text
 
@@ -64,12 +67,34 @@ def test_all_problems_are_listed_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "value", "message"),
     [
-        ("adapter.expansion", 10**20, "adapter.expansion: .* less than or equal to 64"),
-        ("adapter.scale", 1e300, "adapter.scale: .* less than or equal to 1000000"),
-        ("adapter.scale", 1e-300, "adapter.scale: .* greater than or equal to 0.000000001"),
+        ("heba.expansion", 10**20, "heba.expansion: .* less than or equal to 64"),
+        ("heba.scale", 1e300, "heba.scale: .* less than or equal to 1000000"),
+        ("heba.scale", 1e-300, "heba.scale: .* greater than or equal to 0.000000001"),
+        ("heba.scale", "0.1", "heba.scale: .* valid number"),
+        ("heba.towers", "all", "heba.towers: .*'both', 'image' or 'text'"),
+        ("heba.depth", 3, "heba.depth: unknown key"),
+        ("heba.start", 5, "heba.start: 5 is above end 4"),
+        ("zero_shot.scale", 1.0, "zero_shot.scale: unknown key"),
+        ("heba", None, "heba: must map settings to values, and heba.overrides protocols to such"),
+        ("heba", [1], "heba: must map settings to values"),
+        ("heba.overrides", 1, "heba: must map settings to values, and heba.overrides protocols to such"),
+        ("heba.overrides.few_shot", 1, "heba: must map settings to values, and heba.overrides protocols to such"),
+        (
+            "heba.overrides.domain_generalization",
+            {"scale": 1.0},
+            "heba.overrides: 'domain_generalization' is not one of base_to_novel, cross_dataset, few_shot",
+        ),
+        ("heba.overrides.cross_dataset.scale", -1.0, "heba.overrides.cross_dataset.scale: .* greater than"),
+        ("heba.overrides.cross_dataset.end", 5, "heba.overrides.cross_dataset.end: 5 is beyond the last layer, 4"),
+        ("heba.overrides.cross_dataset.typo", 1, "heba.overrides.cross_dataset.typo: unknown key"),
+        ("methods", ["heba", "coop"], "methods: there is no method 'coop'; known are heba, zero_shot"),
+        ("methods", ["heba", "heba"], "methods: 'heba' is listed twice"),
+        ("methods", [], "methods: .* at least 1 item"),
+        ("methods", [1], "methods.0: .* valid string"),
+        ("train", {"epochs": 1}, "train: unknown key"),
         ("seeds", [2**64], "seeds.0: .* less than or equal to 4294967295"),
         ("threads", 10**12, "threads: .* less than or equal to 1024"),
-        ("train.epochs", 10**12, "train.epochs: .* less than or equal to 1000000"),
+        ("heba.epochs", 10**12, "heba.epochs: .* less than or equal to 1000000"),
         ("data.root", "a\0b", "data.root: .*"),
         ("data.root", "a" * 5000, "data.root: .* at most 4096 characters"),
         ("own", {"a" * 300: {"kind": "folder", "path": "photos"}}, "own: 'a+' must be .* at most 64: .*"),
@@ -92,6 +117,51 @@ def test_what_is_out_of_bounds_is_one_line_with_the_key_and_the_bound(tmp_path, 
     assert len(lines[0]) < 500
 
 
+def test_a_method_that_is_listed_needs_a_block(tmp_path):
+    path = write(tmp_path, lambda raw: raw.pop("zero_shot"))
+    with pytest.raises(ParamsError) as error:
+        load_params(path)
+    assert str(error.value).splitlines() == [
+        f"{path} has 1 problem:",
+        "  zero_shot: missing; it is listed in methods and needs a block, {} for its defaults",
+    ]
+    raw = yaml.safe_load(path.read_text()) | {"methods": ["heba"]}
+    path.write_text(yaml.safe_dump(raw))
+    assert load_params(path).methods == ["heba"]
+
+
+def test_the_block_of_a_method_that_is_not_listed_is_checked_too(tmp_path):
+    def change(raw):
+        raw["methods"] = ["zero_shot"]
+        raw["heba"]["lr"] = 0
+
+    with pytest.raises(ParamsError, match=r"heba\.lr: "):
+        load_params(write(tmp_path, change))
+
+
+def test_settings_are_a_blocks_with_the_overrides_of_the_protocol(tmp_path):
+    def change(raw):
+        raw["heba"] = {"scale": 0.3, "end": 2, "overrides": {"few_shot": {"scale": 0.4}}}
+
+    params = load_params(write(tmp_path, change))
+    found = {protocol: settings_of(params, "heba", protocol) for protocol in ("base_to_novel", "few_shot")}
+    assert [s.scale for s in found.values()] == [0.3, 0.4]
+    assert [s.end for s in found.values()] == [2, 2]
+    assert found["few_shot"].epochs == type(found["few_shot"])().epochs
+
+
+def test_a_new_method_is_one_like_the_others(tmp_path):
+    def change(lr):
+        return lambda raw: raw.update(methods=["zero_shot", "probe"], probe={"lr": lr})
+
+    with third.installed(tmp_path / "methods"):
+        assert settings_of(load_params(write(tmp_path, change(0.2))), "probe", "few_shot").lr == 0.2
+        with pytest.raises(ParamsError, match=r"\n  probe\.lr: must be above 0$"):
+            load_params(write(tmp_path, change(-0.2)))
+    with pytest.raises(ParamsError, match="there is no method 'probe'"):
+        load_params(write(tmp_path, change(0.2)))
+
+
 def test_of_very_many_problems_the_first_are_listed(tmp_path):
     with pytest.raises(ParamsError) as error:
         load_params(write(tmp_path, lambda raw: raw.update(datasets=[f"no-{i}" for i in range(2000)])))
@@ -103,7 +173,7 @@ def test_of_very_many_problems_the_first_are_listed(tmp_path):
     "options", [["--seed", str(2**64)], ["--seed", "-1"], ["--seed", "1", "--shots", str(10**9)]]
 )
 def test_the_command_line_has_the_same_bounds(options):
-    done = stage(ROOT, "train", "--dataset", "dtd", *options)
+    done = stage(ROOT, "train", "--dataset", "dtd", "--method", "heba", *options)
     assert done.returncode == 2
     assert options[-2] in done.stderr
     assert "than or equal to" in done.stderr
@@ -122,7 +192,7 @@ MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]
         ("seeds: 1\nown: &own {mine: *own}\n", "own.mine: contains itself, by an alias to line 2"),
         (f"seeds: 1\n{BOMB}", "a4: more than 100000 values, with the aliases written out"),
         (f"seeds: 1\n{MERGES}", "more than 100000 values, with the aliases written out"),
-        ("shots: 1\nadapter:\n  scale: 1\n  scale: 2\n", "adapter.scale: there twice, in lines 3 and 4"),
+        ("shots: 1\nheba:\n  scale: 1\n  scale: 2\n", "heba.scale: there twice, in lines 3 and 4"),
         (f"shots: 0x{'f' * 5000}\n", "shots: a number of more than 1000 digits"),
         ('shots: !!int ""\n', "cannot be read"),
         ("shots: !!timestamp x\n", "cannot be read"),
@@ -133,9 +203,8 @@ MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]
 def test_the_traps_of_yaml_are_problems_with_a_name(tmp_path, text, problem):
     """In a process with 1 GB and a minute: aliases written out would take more, of both, than there is."""
     (tmp_path / "params.yaml").write_text(text)
-    limited = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30)); from pipeline import cli; "
-    )
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30)); "
+    limited += "from pipeline.commands import cli; "
     done = subprocess.run(
         [sys.executable, "-c", limited + "sys.argv = ['pipeline', 'check-params']; cli.main()"],
         cwd=tmp_path,
@@ -153,15 +222,14 @@ def test_the_traps_of_yaml_are_problems_with_a_name(tmp_path, text, problem):
 
 def test_an_anchor_that_is_used_with_measure_is_taken(tmp_path):
     text = (ROOT / "params.yaml").read_text()
-    head, tail = text.split("\ntransfer:\n")
-    head = head.replace("\nadapter:\n", "\nadapter: &adapter\n")
-    before, after = tail.split("  adapter:\n")
-    after = after[after.index("  train:\n") :]
-    changed = f"{head}\ntransfer:\n{before}  adapter:\n    <<: *adapter\n    scale: 0.05\n{after}"
+    head, tail = text.split("  overrides:\n    cross_dataset:\n")
+    head = head.replace("\nheba:\n", "\nheba:\n  <<: &block\n    momentum: 0.5\n").replace("  momentum: 0.9\n", "")
+    changed = f"{head}  overrides:\n    cross_dataset:\n      <<: *block\n{tail}"
     (tmp_path / "params.yaml").write_text(changed)
     params = load_params(tmp_path / "params.yaml")
-    assert (params.adapter.scale, params.transfer.adapter.scale) == (0.1, 0.05)
-    assert params.transfer.adapter.start == params.adapter.start
+    for protocol, scale in (("base_to_novel", 0.1), ("cross_dataset", 0.05)):
+        settings = settings_of(params, "heba", protocol)
+        assert (settings.momentum, settings.scale) == (0.5, scale)
 
 
 def test_openais_weights_in_the_plain_gelu_model_are_refused(tmp_path):
@@ -187,10 +255,10 @@ def test_the_depth_of_timms_towers_is_only_bounded_by_the_text_tower(tmp_path):
     def change(raw, end):
         raw["suite"] = "real"
         raw["backbone"] = {"name": "ViT-B-16-SigLIP2", "pretrained": "webli"}
-        raw["adapter"]["end"] = end
+        raw["heba"]["end"] = end
 
     load_params(write(tmp_path, lambda raw: change(raw, 12)))
-    with pytest.raises(ParamsError, match=r"adapter\.end: 13 is beyond the last layer, 12"):
+    with pytest.raises(ParamsError, match=r"heba\.end: 13 is beyond the last layer, 12"):
         load_params(write(tmp_path, lambda raw: change(raw, 13)))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from pipeline.store import SHA_TAG
+from pipeline.tracking.store import SHA_TAG
 from tests.pipeline import small
 from tests.pipeline.repository import wait_for
 
@@ -21,18 +21,19 @@ EPOCHS = 5
 WRITER = """
 import sys
 from pathlib import Path
-from pipeline import tracking
+from pipeline.tracking.log import StageLog
+from tests.pipeline.test_tracking import CONFIG
 
-config = {"protocol": "base_to_novel", "dataset": "dtd", "shots": 2, "train": {"lr": 0.1}}
-config |= {"seed": int(sys.argv[1]), "inputs_sha256": sys.argv[1]}
-run = tracking.start_training(config)
+log = StageLog()
+log.begin(CONFIG.model_copy(update={"seed": int(sys.argv[1]), "inputs_sha256": sys.argv[1]}))
 for epoch in range(int(sys.argv[2])):
-    run.epoch({"epoch": epoch, "loss": 1 / (epoch + 1), "lr": 0.1})
+    log.epoch({"epoch": epoch, "loss": 1 / (epoch + 1), "lr": 0.1})
 folder = Path("adapter")
 folder.mkdir()
 (folder / "adapter.safetensors").write_bytes(b"weights of seed " + sys.argv[1].encode())
 (folder / "history.csv").write_text("epoch,loss,lr")
-run.finish(folder)
+log.outs(folder)
+log.finish()
 """
 
 
@@ -120,10 +121,12 @@ def test_four_writers_on_one_server_leave_four_complete_runs(tmp_path):
         client = MlflowClient(uri)
         experiment = client.get_experiment_by_name("base_to_novel")
         runs = client.search_runs([experiment.experiment_id])
-        assert sorted(run.info.run_name for run in runs) == [f"dtd-2shot-seed{seed}" for seed in range(1, 5)]
+        assert sorted(run.info.run_name for run in runs) == [
+            f"dtd-zero_shot-2shot-seed{seed}" for seed in range(1, 5)
+        ]
         for run in runs:
             assert run.info.status == "FINISHED"
-            assert run.data.params["train.lr"] == "0.1"
+            assert run.data.params["backbone.name"] == "tiny"
             for key in ("loss", "lr", "seconds"):
                 assert [m.step for m in client.get_metric_history(run.info.run_id, key)] == list(range(EPOCHS))
             (output,) = run.outputs.model_outputs

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
-from pipeline import processes
+from pipeline.runner import processes
 from tests.pipeline import small
 from tests.pipeline.repository import ROOT, wait_for, working_in
 

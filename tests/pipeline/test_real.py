@@ -9,6 +9,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from heba.evaluation.record import read_record
 from tests import replicas
 from tests.pipeline.repository import ROOT, call, copy_code, initialise, stage
 from tests.server import serve
@@ -32,9 +33,8 @@ def repository(folder, datasets, variants):
     params |= {"datasets": datasets, "seeds": [1], "shots": 2}
     params["data"] |= {"mirror": "mirror", "catalog": "mirror/catalog.yaml"}
     params["backbone"] = {"name": "small.json", "pretrained": "small.safetensors"}
-    for section in (params, params["transfer"]):
-        section["adapter"] |= {"start": 1, "end": 2}
-        section["train"] |= {"epochs": 1, "batch_size": 16}
+    params["heba"] |= {"start": 1, "end": 2, "epochs": 1, "batch_size": 16}
+    params["heba"]["overrides"]["cross_dataset"] |= {"start": 1, "epochs": 1, "batch_size": 16}
     params["transfer"] |= {"source": datasets[0], "targets": datasets[1:], "variants": variants, "seeds": [1]}
     params["few_shot"] = {"datasets": datasets[1:3], "seeds": [1], "shots": [1, 2]}
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
@@ -70,7 +70,7 @@ def change(repo, file, edit):
 def test_what_needs_an_account_says_what_is_missing_where_to_get_it_and_where_to_put_it(tmp_path):
     repo = repository(tmp_path, ["eurosat", "dtd"], [])
     train, val, devkit = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
-    entry = yaml.safe_load((ROOT / "heba" / "data" / "catalog.yaml").read_text())["imagenet"]
+    entry = yaml.safe_load((ROOT / "heba" / "sources" / "catalog.yaml").read_text())["imagenet"]
     archives = repo / "data" / "archives" / "imagenet"
     archives.mkdir(parents=True)
     entry["descriptions"] = replicas.publish(archives, "imagenet.py", b'prompts = {"tench": ["which swims."]}')
@@ -102,7 +102,7 @@ def test_what_needs_an_account_says_what_is_missing_where_to_get_it_and_where_to
     split = yaml.safe_load((repo / "mirror" / "catalog.yaml").read_text())["eurosat"]["split"]["file"]
     (repo / "mirror" / "eurosat" / split).unlink()
     done = stage(repo, "download", "--dataset", "eurosat")
-    assert f"its split file can not be had, for want of {split}. Put {split} into" in done.stderr
+    assert f"its split file cannot be had, for want of {split}. Put {split} into" in done.stderr
 
 
 def test_a_download_over_a_bad_network_ends_right_and_is_recorded(tmp_path):
@@ -179,18 +179,19 @@ def test_the_whole_paper_dag(tmp_path):
     assert set(few) == set(datasets[1:3])
     assert all(0 <= row[key] <= 100 for row in few.values() for key in ("zero_shot", "heba_1", "heba_2"))
     catalog = yaml.safe_load((repo / "mirror" / "catalog.yaml").read_text())
-    records = [json.loads(path.read_text()) for path in (repo / "out").glob("evaluate*/*/*.json")]
+    records = [read_record(path) for path in (repo / "out").glob("evaluate*/**/*.json")]
     for record in records:
-        images = sum(group["n_images"] for group in record["groups"].values())
-        assert images == catalog[record["dataset"]]["counts"]["test"] > 0
-    found = {(r["protocol"], r["dataset"], r["shots"]) for r in records}
+        images = sum(group.n for group in record.groups.values())
+        assert images == catalog[record.dataset]["counts"]["test"] > 0
+    found = {(r.protocol, r.dataset, r.shots, r.method) for r in records}
     assert len(found) == len(records)
-    assert found == {
+    evaluated = [
         *(("base_to_novel", name, 2) for name in datasets),
         *(("cross_dataset", name, 2) for name in datasets[1:]),
         *(("domain_generalization", name, 2) for name in variants),
         *(("few_shot", name, shots) for name in datasets[1:3] for shots in (1, 2)),
-    }
+    ]
+    assert found == {(*about, method) for about in evaluated for method in ("zero_shot", "heba")}
     classes = [100, 37, 196, 102, 101, 100, 397, 47, 10, 101, 1000]
     names = {}
     for path in (repo / "out" / "precompute").glob("*/prompts.json"):

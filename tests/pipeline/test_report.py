@@ -9,36 +9,46 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from pipeline import presets
-from pipeline.cli import app
-from pipeline.params import load_params
-from pipeline.paths import evaluate_path
+from heba.data.protocols import PROTOCOLS
+from heba.evaluation.record import read_record, write_record
+from pipeline.commands import presets
+from pipeline.commands.cli import app
+from pipeline.core.params import load_params
+from pipeline.core.trainings import Evaluation, Training, evaluations
 from pipeline.report import render, selection, tables
+from tests.heba import third
+from tests.pipeline.records import METHODS, RECORDS, pair, record
 from tests.pipeline.repository import ROOT
 
 
-def record(dataset, seed, zero, heba, protocol="base_to_novel", suite="embedded"):
-    names = ("base", "novel") if protocol == "base_to_novel" else ("all",)
-    groups = {
-        g: {"zero_shot": {"accuracy": z}, "heba": {"accuracy": h}}
-        for g, z, h in zip(names, zero, heba, strict=True)
-    }
-    about = {"protocol": protocol, "suite": suite, "backbone": {"name": "tiny", "pretrained": "embedded"}}
-    return about | {"dataset": dataset, "seed": seed, "shots": 16, "groups": groups}
+def base_to_novel(records, names=METHODS):
+    return tables.base_to_novel_table(tables.long_table(records), names)
 
 
-RECORDS = [
-    record("dtd", 1, (50.0, 60.0), (70.0, 60.0)),
-    record("dtd", 2, (50.0, 60.0), (74.0, 64.0)),
-    record("eurosat", 1, (40.0, 40.0), (90.0, 30.0)),
-    record("eurosat", 2, (40.0, 40.0), (90.0, 34.0)),
-    record("dtd", 1, (30.0,), (35.0,), "cross_dataset"),
-    record("eurosat", 1, (50.0,), (45.0,), "cross_dataset"),
-]
+def shown(records, protocol, names=METHODS):
+    """The table as text, by the data set's title, and its notes."""
+    table = render.numeric(records, protocol, names)
+    text = render.displayed(table, protocol, names, True).set_index("Data set")
+    return text, render.notes(records, table, protocol, names)
+
+
+def test_the_long_table_has_a_row_per_record_and_group():
+    table = tables.long_table(RECORDS)
+    columns = ["protocol", "dataset", "method", "seed", "shots", "group", "accuracy", "n"]
+    assert list(table.columns) == columns
+    assert len(table) == 8 * 2 + 4
+    rows = list(table.itertuples(index=False, name=None))
+    assert rows[:3] == [
+        ("base_to_novel", "dtd", "zero_shot", 1, 16, "base", 50.0, 100),
+        ("base_to_novel", "dtd", "zero_shot", 1, 16, "novel", 60.0, 100),
+        ("base_to_novel", "dtd", "heba", 1, 16, "base", 70.0, 100),
+    ]
+    assert rows[-1] == ("cross_dataset", "eurosat", "heba", 1, 16, "all", 45.0, 100)
+    assert list(tables.long_table([]).columns) == columns
 
 
 def test_base_to_novel_by_hand():
-    table = tables.base_to_novel_table(RECORDS)
+    table = base_to_novel(RECORDS)
     dtd, average = table.loc["dtd"], table.loc["average"]
     assert dtd["heba_base"] == 72
     assert dtd["heba_base_std"] == pytest.approx(8**0.5)
@@ -49,43 +59,153 @@ def test_base_to_novel_by_hand():
     assert average["heba_h"] == pytest.approx(2 * 81 * 47 / (81 + 47))
     assert average["difference_base"] == 81 - 45
     assert average["heba_base_std"] == pytest.approx(2**0.5)
+    assert list(table["seeds"]) == [2, 2, 2]
 
 
 def test_transfer_by_hand():
-    table = tables.transfer_table(RECORDS, "cross_dataset")
+    table = tables.transfer_table(tables.long_table(RECORDS), "cross_dataset", METHODS)
     assert list(table["difference"]) == [5, -5, 0]
-    assert "±" not in tables.display_transfer(table, True).to_string()
+    assert "±" not in shown(RECORDS, "cross_dataset")[0].to_string()
+
+
+def few_shot_records():
+    def few(dataset, seed, shots, heba):
+        return pair(dataset, seed, (40.0,), (heba,), "few_shot", shots=shots)
+
+    found = [few("dtd", 1, 1, 50.0), few("dtd", 2, 1, 54.0), few("dtd", 1, 16, 80.0), few("dtd", 2, 16, 80.0)]
+    found += [few("eurosat", 1, 1, 60.0), few("eurosat", 2, 1, 60.0), few("eurosat", 1, 16, 90.0)]
+    return [r for records in found for r in records]
 
 
 def test_few_shot_by_hand():
-    def few(dataset, seed, shots, heba):
-        return record(dataset, seed, (40.0,), (heba,), "few_shot") | {"shots": shots}
-
-    records = [few("dtd", 1, 1, 50.0), few("dtd", 2, 1, 54.0), few("dtd", 1, 16, 80.0), few("dtd", 2, 16, 80.0)]
-    records += [few("eurosat", 1, 1, 60.0), few("eurosat", 2, 1, 60.0), few("eurosat", 1, 16, 90.0)]
-    table = tables.few_shot_table(records)
-    assert tables.shots_of(table) == [1, 16]
+    data = tables.long_table(few_shot_records())
+    table = tables.few_shot_table(data, METHODS)
+    assert tables.shots_of(table, "heba") == [1, 16]
     assert table.loc["dtd", "heba_1"] == 52
     assert table.loc["dtd", "heba_1_std"] == pytest.approx(8**0.5)
     assert table.loc["average", "heba_1"] == 56
     assert table.loc["average", "heba_1_std"] == pytest.approx(2**0.5)
     assert table.loc["average", "heba_16"] == 85
-    assert tables.incomplete(table) == ["eurosat"]
+    assert table.loc["average", "zero_shot"] == 40
+    assert tables.incomplete(data, "few_shot", METHODS) == {"eurosat": METHODS}
+    assert list(table["seeds"]) == [2, 1, 1.5]
     assert table.isna().loc["average", "heba_16_std"]
 
 
 def test_a_missing_seed_is_named_and_the_average_says_over_how_many():
-    table = tables.base_to_novel_table(RECORDS[:3])
-    assert tables.incomplete(table) == ["eurosat"]
-    assert any("EuroSAT" in n for n in render.notes(table, "base_to_novel", True))
-    assert "Average of 2" in tables.display_base_to_novel(table, True).to_string()
+    records = RECORDS[:6]
+    table = base_to_novel(records)
+    text, notes = shown(records, "base_to_novel")
+    assert "Fewer seeds than the others: EuroSAT (CLIP, HeBA)." in notes
+    assert "Average of 2" in text.index
     assert table.isna().loc["average", "heba_base_std"]
+
+
+def test_one_method_that_lacks_a_seed_or_a_data_set_is_named_and_has_no_wrong_average():
+    lacks_seed = [r for r in RECORDS if (r.dataset, r.method, r.seed) != ("eurosat", "heba", 2)]
+    table = base_to_novel(lacks_seed)
+    assert table.loc["eurosat", "heba_novel"] == 30
+    assert list(table["seeds"]) == [2, 1, 1.5]
+    assert table.isna().loc["average", "heba_base_std"]
+    assert "Fewer seeds than the others: EuroSAT (HeBA)." in shown(lacks_seed, "base_to_novel")[1]
+    lacks_set = [r for r in RECORDS if (r.dataset, r.method) != ("eurosat", "heba")]
+    table = base_to_novel(lacks_set)
+    # The average of dtd alone would stand beside that of both data sets.
+    assert table.loc["average", "zero_shot_base"] == 45
+    assert table.loc[["eurosat", "average"], [f"heba_{g}" for g in tables.GROUPS]].isna().all(axis=None)
+    text, notes = shown(lacks_set, "base_to_novel")
+    assert text.loc["EuroSAT*", "HeBA H"] == text.loc["EuroSAT*", "Δ H"] == ""
+    assert "Fewer seeds than the others: EuroSAT (HeBA)." in notes
+    cross = shown(lacks_set, "cross_dataset")[0]
+    assert (cross.loc["EuroSAT*", "HeBA"], cross.loc["Average of 2", "HeBA"]) == ("", "")
+
+
+def test_one_seed_has_no_deviation():
+    one = [r for r in RECORDS if r.seed == 1]
+    table = base_to_novel(one)
+    assert table.filter(like="_std").isna().all(axis=None)
+    text, notes = shown(one, "base_to_novel")
+    assert "±" not in text.to_string()
+    assert not any("Fewer seeds" in note for note in notes)
+
+
+def test_one_method_has_no_difference(tmp_path):
+    records = [r for r in [*RECORDS, *few_shot_records()] if r.method == "heba"]
+    for protocol in ("base_to_novel", "cross_dataset", "few_shot"):
+        assert not [c for c in render.numeric(records, protocol, ["heba"]) if "difference" in c]
+        assert "Δ" not in shown(records, protocol, ["heba"])[0].to_string()
+    render.render_report(records, ["heba"], tmp_path, published=False)
+    assert (tmp_path / "index.html").read_text().count("<img") == 3
+
+
+@pytest.fixture
+def probe(tmp_path):
+    """A third method, which cannot classify new classes."""
+    with third.installed(tmp_path / "methods") as name:
+        yield name
+
+
+def test_a_third_method_stands_between_the_others(probe):
+    names = ["zero_shot", probe, "heba"]
+    records = [*RECORDS, *(record(probe, d, s, (60.0 + s,)) for d in ("dtd", "eurosat") for s in (1, 2))]
+    table, before = base_to_novel(records, names), base_to_novel(RECORDS)
+    assert before.equals(table[before.columns])
+    assert table.loc["dtd", "probe_base"] == table.loc["average", "probe_base"] == 61.5
+    assert table.loc["dtd", "probe_base_std"] == pytest.approx(0.5**0.5)
+    assert list(table["seeds"]) == [2, 2, 2]
+    text, notes = shown(records, "base_to_novel", names)
+    assert list(text.columns[:6]) == [f"{m} {g}" for m in ("CLIP", "Probe") for g in ("Base", "Novel", "H")]
+    assert text.loc["DTD*", "Probe Base"] == "61.50 ± 0.71"
+    assert text.loc["Average of 2", "Δ Base"] == "+36.00"
+    assert not any("Fewer seeds" in note for note in notes)
+
+
+def test_a_method_that_cannot_do_new_classes_has_gaps_and_the_reason_below(probe, tmp_path):
+    records = [*RECORDS, *(record(probe, d, s, (60.0,)) for d in ("dtd", "eurosat") for s in (1, 2))]
+    records += [record(probe, "dtd", 1, (33.0,), "few_shot"), *pair("dtd", 1, (30.0,), (35.0,), "few_shot")]
+    names = ["zero_shot", "heba", probe]
+    reason = "–: Probe cannot classify classes that it was not trained on."
+    table = base_to_novel(records, names)
+    assert table[["probe_novel", "probe_h", "difference_novel", "difference_h"]].isna().all(axis=None)
+    text, notes = shown(records, "base_to_novel", names)
+    for head in ("Novel", "H"):
+        assert list(text[f"Probe {head}"]) == list(text[f"Δ {head}"]) == ["–"] * 3
+    assert list(text["Δ Base"]) == ["+10.00", "+20.00", "+15.00"]
+    assert reason in notes
+    text, notes = shown(records, "cross_dataset", names)
+    assert list(text["Probe"]) == list(text["Δ"]) == ["–"] * 3
+    assert reason in notes
+    assert not any("Fewer seeds" in note for note in notes)
+    text, notes = shown(records, "few_shot", names)
+    assert text.loc["DTD*", "Probe, 16 shots"] == "33.00"
+    assert reason not in notes
+    render.render_report(records, names, tmp_path, published=False)
+    for file in ("README.md", "index.html", "base_to_novel.md", "cross_dataset.md"):
+        assert reason in (tmp_path / file).read_text(encoding="utf-8")
+    tex = (tmp_path / "base_to_novel.tex").read_text(encoding="utf-8")
+    assert "–" not in tex
+    assert "--: Probe cannot" in tex
+    assert "–" not in (tmp_path / "base_to_novel.csv").read_text(encoding="utf-8")
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert "probe_novel" not in metrics["base_to_novel"]["average"]
+    assert metrics["base_to_novel"]["average"]["probe_base"] == 60
+
+
+def test_own_data_counts_in_no_average():
+    mine = [r for seed in (1, 2) for r in pair("my_set", seed, (10.0, 10.0), (20.0, 10.0))]
+    table = base_to_novel([*RECORDS, *mine])
+    assert list(table.index) == ["dtd", "eurosat", "my_set", "average"]
+    assert table.drop("my_set").equals(base_to_novel(RECORDS))
+    text, notes = shown([*RECORDS, *mine], "base_to_novel")
+    assert list(text.index) == ["DTD*", "EuroSAT*", "my_set", "Average of 2 benchmarks"]
+    assert "Own data, in no average: my_set." in notes
+    assert "average" not in base_to_novel(mine).index
 
 
 def test_files(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        render.render_report(RECORDS, tmp_path / name, published=False)
+        render.render_report(RECORDS, METHODS, tmp_path / name, published=False)
     for file in render.FILES:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     page = (tmp_path / "a" / "index.html").read_text()
@@ -101,8 +221,8 @@ def test_files(tmp_path):
 
 
 def test_published_rows_stand_apart_and_name_their_source(tmp_path):
-    records = [r | {"suite": "real"} for r in RECORDS]
-    render.render_report(records, tmp_path, published=True)
+    records = [r.model_copy(update={"suite": "real"}) for r in RECORDS]
+    render.render_report(records, METHODS, tmp_path, published=True)
     text = (tmp_path / "base_to_novel.md").read_text()
     assert "HeBA (published)" in text
     assert "81.35" in text
@@ -113,30 +233,36 @@ def test_published_rows_stand_apart_and_name_their_source(tmp_path):
 
 def test_a_malformed_record_is_named(tmp_path):
     path = tmp_path / "r.json"
-    path.write_text(json.dumps({k: v for k, v in RECORDS[0].items() if k != "seed"}))
-    with pytest.raises(ValueError, match=r"r\.json: key 'seed'"):
-        tables.load_record(path)
+    path.write_text(json.dumps(RECORDS[0].model_dump(exclude={"seed"})))
+    with pytest.raises(ValueError, match=r"r\.json: .*key 'seed'"):
+        read_record(path)
 
 
 @pytest.mark.parametrize(
     ("change", "key"),
     [
-        ({"groups": None}, "groups.base.zero_shot.accuracy"),
-        ({"groups": {"base": RECORDS[0]["groups"]["base"]}}, "groups.novel.zero_shot.accuracy"),
-        ({"groups": {"base": {"zero_shot": {"accuracy": float("nan")}}}}, "groups.base.zero_shot.accuracy"),
-        ({"groups": {"base": {"zero_shot": {"accuracy": True}}}}, "groups.base.zero_shot.accuracy"),
-        ({"protocol": "other"}, "protocol"),
+        ({"groups": None}, "key 'groups'"),
+        ({"groups": {}}, "groups: must be among base, novel"),
+        ({"groups": {"all": RECORDS[-1].model_dump()["groups"]["all"]}}, "groups: must be among base, novel"),
+        ({"groups": {"base": {"accuracy": float("nan")}}}, "key 'groups.base.accuracy'"),
+        ({"groups": {"base": {"accuracy": True}}}, "key 'groups.base.accuracy'"),
+        ({"groups": {"base": {"accuracy": 101.0}}}, "key 'groups.base.accuracy'"),
+        ({"protocol": "other"}, "unknown protocol 'other'"),
+        ({"more": 1}, "key 'more'"),
     ],
 )
 def test_a_wrong_value_is_named(tmp_path, change, key):
+    record = RECORDS[0].model_dump()
+    if isinstance(change.get("groups"), dict):
+        change = {"groups": {g: record["groups"].get(g, {}) | v for g, v in change["groups"].items()}}
     path = tmp_path / "r.json"
-    path.write_text(json.dumps(RECORDS[0] | change))
-    with pytest.raises(ValueError, match=rf"r\.json: key '{key}'"):
-        tables.load_record(path)
+    path.write_text(json.dumps(record | change))
+    with pytest.raises(ValueError, match=rf"r\.json: .*{key}"):
+        read_record(path)
 
 
 def test_the_notes_are_typeset_in_latex(tmp_path):
-    render.render_report(RECORDS, tmp_path, published=False)
+    render.render_report(RECORDS, METHODS, tmp_path, published=False)
     tex = (tmp_path / "base_to_novel.tex").read_text()
     assert "%" not in tex
     assert "±" not in tex
@@ -145,7 +271,7 @@ def test_the_notes_are_typeset_in_latex(tmp_path):
 
 @pytest.fixture
 def evaluated(tmp_path, monkeypatch):
-    """A folder with params.yaml and four evaluations that it asks for."""
+    """A folder with params.yaml and the evaluations of four trainings of either method that it asks for."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     shutil.copy(ROOT / "ablation.csv", tmp_path)
@@ -156,20 +282,25 @@ def evaluated(tmp_path, monkeypatch):
     params["transfer"] |= {"targets": ["dtd"], "seeds": [1]}
     params["few_shot"] |= {"datasets": ["dtd"], "seeds": [1], "shots": [4]}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
-    put(record("dtd", 1, (50.0, 60.0), (70.0, 60.0)))
-    put(record("dtd", 2, (50.0, 60.0), (74.0, 64.0)))
-    put(record("dtd", 1, (30.0,), (35.0,), "cross_dataset"))
-    put(record("dtd", 1, (30.0,), (35.0,), "few_shot") | {"shots": 4})
+    for one in (
+        *pair("dtd", 1, (50.0, 60.0), (70.0, 60.0)),
+        *pair("dtd", 2, (50.0, 60.0), (74.0, 64.0)),
+        *pair("dtd", 1, (30.0,), (35.0,), "cross_dataset"),
+        *pair("dtd", 1, (30.0,), (35.0,), "few_shot", shots=4),
+    ):
+        put(one)
     return tmp_path
 
 
-def put(evaluation):
+def put(one):
     """Write a record to where its evaluation does."""
-    path = evaluate_path(*(evaluation[key] for key in ("protocol", "dataset", "seed", "shots")))
+    trained_as, source = PROTOCOLS[one.protocol].trained_as, one.source or one.dataset
+    path = Evaluation(
+        one.protocol, one.dataset, Training(trained_as, source, one.method, one.shots, one.seed)
+    ).path
     path.parent.mkdir(parents=True, exist_ok=True)
-    source = "imagenet" if evaluation["protocol"] in ("cross_dataset", "domain_generalization") else None
-    path.write_text(json.dumps({"source": source} | evaluation))
-    return str(path)
+    write_record(one, path)
+    return path
 
 
 def report():
@@ -193,6 +324,7 @@ def report():
         ("cross_dataset", {"shots": 4}),
         ("cross_dataset", {"source": "sun397"}),
         ("domain_generalization", {"dataset": "dtd"}),
+        ("base_to_novel", {"method": "zero_shot", "seed": 3}),
         ("few_shot", {"shots": 8}),
         ("few_shot", {"shots": 4, "seed": 2}),
     ],
@@ -200,18 +332,25 @@ def report():
 def test_a_record_of_another_params_file_is_left_out_and_named(evaluated, protocol, other):
     n = 2 if protocol == "base_to_novel" else 1
     params = load_params()
-    wanted = selection.wanted(params)
+    wanted = {evaluation.path for evaluation in evaluations(params)}
     before, none = selection.select(params)
-    assert (len(before), none) == (4, [])
-    path = Path(put(record("dtd", 1, (1.0,) * n, (2.0,) * n, protocol) | other))
+    assert (len(before), none) == (8, [])
+    usual = {"method": "heba", "dataset": "dtd", "seed": 1, "accuracies": (1.0,) * n, "protocol": protocol}
+    path = put(record(**usual | other))
     after, left_out = selection.select(params)
     assert left_out == [path]
-    assert len(after) == (3 if path in wanted else 4)
+    assert len(after) == (7 if path in wanted else 8)
     assert all(kept in before for kept in after)
     assert (
         selection.left_out_text(left_out)
         == f"left out, since params.yaml does not ask for it: 1 evaluation, {path}"
     )
+
+
+def test_a_record_that_lacks_a_group_is_named(evaluated):
+    path = put(record("heba", "dtd", 1, (70.0,)))
+    with pytest.raises(ValueError, match=rf"{path}: groups\.novel is missing; evaluate this data set again"):
+        selection.select(load_params())
 
 
 def backbone():
@@ -222,11 +361,12 @@ def test_records_left_over_from_the_demo_do_not_stop_the_report_of_the_real_suit
     presets.write("paper")
     said, metrics = report()
     assert metrics == {}
-    assert "4 evaluations" in said
-    assert said.strip().endswith(" and 1 more")
-    put(record("dtd", 1, (50.0, 60.0), (71.0, 60.0), suite="real") | {"backbone": backbone()})
+    assert "8 evaluations" in said
+    assert said.strip().endswith(" and 5 more")
+    for one in pair("dtd", 1, (50.0, 60.0), (71.0, 60.0), suite="real", backbone=backbone()):
+        put(one)
     said, metrics = report()
-    assert "3 evaluations" in said
+    assert "6 evaluations" in said
     assert metrics["base_to_novel"]["datasets"]["dtd"]["heba_base"] == 71
     assert "no paper result" not in (evaluated / "reports" / "README.md").read_text()
 
@@ -240,7 +380,8 @@ def test_each_table_says_what_its_adapters_were_trained_with(evaluated):
     params = yaml.safe_load((evaluated / "params.yaml").read_text())
     params |= {"suite": "real", "backbone": {"name": "ViT-B-16", "pretrained": "my_weights/100%<a>.pt"}}
     (evaluated / "params.yaml").write_text(yaml.safe_dump(params))
-    put(record("dtd", 1, (50.0, 60.0), (71.0, 60.0), suite="real") | {"backbone": backbone()})
+    for one in pair("dtd", 1, (50.0, 60.0), (71.0, 60.0), suite="real", backbone=backbone()):
+        put(one)
     report()
     assert "my_weights/100%<a>.pt" in (evaluated / "reports" / "base_to_novel.md").read_text()
     assert "my_weights/100%&lt;a&gt;.pt" in (evaluated / "reports" / "index.html").read_text()

@@ -10,7 +10,7 @@ import sys
 import pytest
 import yaml
 
-from pipeline import processes
+from pipeline.runner import dvc_inside, processes
 from tests.pipeline import small
 from tests.pipeline.repository import noted, noting, wait_for, working_in
 
@@ -187,7 +187,7 @@ if path.read_text() != "x":
 
 
 def test_ctrl_c_lets_the_last_dvc_repro_end(tmp_path):
-    """It is no job of ours; a kill would leave its locks and the stage that it runs."""
+    """It is not one of our jobs; a kill would leave its locks and the stage that it runs."""
     repo, notes = small.make(tmp_path / "repo"), tmp_path / "notes"
     (repo / "again.py").write_text(AGAIN)
     (repo / "dvc.yaml").write_text("stages: {again: {cmd: python again.py, always_changed: true}}\n")
@@ -217,7 +217,7 @@ def half(data, stream):
 
 _yaml._dump = half
 sys.argv = ["dvc", "repro", "--single-item", "b@1"]
-runpy.run_module("pipeline.safe_dvc", run_name="__main__")
+runpy.run_module("pipeline.runner.safe_dvc", run_name="__main__")
 """
 
 
@@ -239,20 +239,20 @@ def test_what_a_killed_process_leaves_of_dvcs_files_stops_nobody(tmp_path):
     }
     path.write_text(json.dumps(lock))
     other = json.loads(path.read_text())
-    processes.release(repo, ["b@2"])
+    dvc_inside.release(repo, ["b@2"])
     assert json.loads(path.read_text()) == other
     busy = subprocess.run(
         ["dvc", "repro", "-s", "b@1"], cwd=repo, env=small.environment(), capture_output=True, text=True
     )
     assert "is busy" in busy.stderr
-    processes.release(repo, ["b@1"])
+    dvc_inside.release(repo, ["b@1"])
     subprocess.run(["dvc", "repro", "-q", "-s", "b@1"], cwd=repo, env=small.environment(), check=True)
 
 
 def test_the_next_run_removes_what_a_killed_process_left(tmp_path):
     repo = small.make(tmp_path / "repo")
     subprocess.run(["dvc", "repro", "-q", "a"], cwd=repo, env=small.environment(), check=True)
-    again = [sys.executable, "-m", "pipeline.safe_dvc", "repro", "-q", "--force", "--single-item", "b@1"]
+    again = [sys.executable, "-m", "pipeline.runner.safe_dvc", "repro", "-q", "--force", "--single-item", "b@1"]
     for clean in (
         lambda: subprocess.run(again, cwd=repo, env=small.environment(), check=True),
         lambda: small.repro(repo),

@@ -14,12 +14,11 @@ import torch
 from PIL import Image
 
 import heba
-from heba import backbone
-from heba.embedded.model import load_tiny_clip
-from heba.model import AdaptedCLIP, save_adapter
-from heba.predict import save_classifier
-from pipeline import served
-from pipeline.models import save_model
+from heba.clip.tiny import load_tiny_clip
+from heba.methods.heba.model import AdaptedCLIP
+from pipeline.tracking import served
+from pipeline.tracking.models import save_model
+from tests.heba import artifacts
 from tests.pipeline.serving import serving
 
 NAMES = [f"class {i}" for i in range(20)]
@@ -42,11 +41,9 @@ def adapter(tmp_path_factory):
     """The folder of an adapter on the tiny CLIP, as a training writes it."""
     folder = tmp_path_factory.mktemp("served") / "adapter"
     torch.manual_seed(0)
-    named = {"name": "tiny", "pretrained": "embedded"}
-    named["sha256"] = backbone.sha256(backbone.weights_file("tiny", "embedded"))
     model = AdaptedCLIP(load_tiny_clip()[0], 1, 4, 0.3)
-    save_adapter(model, folder, {"class_names": NAMES, "bf16": False, "backbone": named})
-    save_classifier(torch.nn.functional.normalize(torch.randn(len(NAMES), 128), dim=-1), folder)
+    artifacts.save(model, folder, class_names=NAMES, backbone=artifacts.TINY)
+    artifacts.save_classifier(torch.randn(len(NAMES), 128), folder, scale=0.3)
     return folder
 
 

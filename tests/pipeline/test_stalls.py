@@ -12,10 +12,10 @@ import pytest
 import requests
 from filelock import FileLock
 
-from pipeline import background, tracking
+from pipeline.tracking import background
+from pipeline.tracking import log as tracking
 from tests.pipeline.repository import ROOT, wait_for, working_in
-from tests.pipeline.test_report import record
-from tests.pipeline.test_tracking import CONFIG, RECORD, trained
+from tests.pipeline.test_tracking import EPOCH, begun, evaluation, trained
 
 PATIENCE = 3.0
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
@@ -110,12 +110,13 @@ def warnings(caplog):
 def test_a_store_with_a_fault_costs_a_training_its_patience_at_most(store, tmp_path, caplog):
     folder = trained(tmp_path)
     begin = time.monotonic()
-    run = tracking.start_training(CONFIG)
+    run = begun()
     for epoch in range(500):
-        run.epoch(RECORD | {"epoch": epoch})
+        run.epoch(EPOCH | {"epoch": epoch})
+    run.outs(folder)
     assert time.monotonic() - begin < PATIENCE
     begin = time.monotonic()
-    run.finish(folder)
+    run.finish()
     assert time.monotonic() - begin < 2 * PATIENCE
     assert len(warnings(caplog)) == 1
     assert "`python -m pipeline track`" in warnings(caplog)[0]
@@ -136,13 +137,14 @@ def test_a_call_that_a_timeout_of_its_own_does_not_end_is_stopped(monkeypatch):
 
 def test_a_process_that_does_not_read_holds_up_no_epoch(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
-    run = tracking.start_training(CONFIG)
+    run = begun()
     process = run.log.process
     process.send_signal(signal.SIGSTOP)
     begin = time.monotonic()
     for epoch in range(5000):
-        run.epoch(RECORD | {"epoch": epoch})
-    run.finish(tmp_path)
+        run.epoch(EPOCH | {"epoch": epoch})
+    run.outs(tmp_path)
+    run.finish()
     assert time.monotonic() - begin < background.PATIENCE / 2
     assert len(warnings(caplog)) == 1
     assert process.wait(10) == -signal.SIGKILL
@@ -152,17 +154,14 @@ def test_a_process_that_does_not_read_holds_up_no_epoch(tmp_path, monkeypatch, c
 def test_an_evaluation_is_as_patient(fault, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(background, "PATIENCE", PATIENCE)
-    evaluation = record("dtd", 1, (50.0, 60.0), (70.0, 60.0))
-    for group in evaluation["groups"].values():
-        group["classnames"] = ["grass"]
-        group["heba"]["confusion"] = [[1]]
+    trained(tmp_path)
     with ExitStack() as until:
         if fault == "drip":
             monkeypatch.setenv("MLFLOW_TRACKING_URI", until.enter_context(faulty(fault)))
         else:
             until.enter_context(broken_file(fault, tmp_path))
         begin = time.monotonic()
-        tracking.log_evaluations([(evaluation, trained(tmp_path))])
+        tracking.log_evaluations([evaluation()])
         assert time.monotonic() - begin < 3 * PATIENCE
     (warning,) = warnings(caplog)
     assert "was not done in 3 s" in warning
@@ -174,4 +173,4 @@ def test_late_tracking_says_that_a_store_hangs(tmp_path, monkeypatch):
     with faulty("drip") as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         with pytest.raises(ValueError, match=f"{uri} gave no answer in 3 s"):
-            tracking.track(tmp_path, [])
+            tracking.track(tmp_path)

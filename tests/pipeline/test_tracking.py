@@ -1,24 +1,84 @@
 """MLflow runs under ctrl-C, side by side, and when the store is down."""
 
 import itertools
-import json
 import signal
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 from filelock import FileLock
 
-from pipeline import background, tracking
-from pipeline.store import client
+from heba import artifact
+from heba.evaluation.record import Group, Record, write_record
+from pipeline.core.trainings import Evaluation, Training
+from pipeline.tracking import background
+from pipeline.tracking import log as tracking
+from pipeline.tracking.store import client
 from tests.pipeline.repository import ROOT, environment, stage, wait_for
-from tests.pipeline.test_report import record
 
-CONFIG = {"protocol": "base_to_novel", "dataset": "dtd", "shots": 2, "seed": 1, "train": {"lr": 0.1}}
-CONFIG |= {"inputs_sha256": "of its inputs"}
-RECORD = {"epoch": 0, "loss": 1.0, "lr": 0.1}
+TRAINING = Training("base_to_novel", "dtd", "zero_shot", shots=2, seed=1)
+CONFIG = artifact.Config(
+    method=TRAINING.method,
+    settings={},
+    class_names=["grass"],
+    backbone=artifact.Backbone(name="tiny", pretrained="embedded", sha256="0" * 64),
+    protocol=TRAINING.protocol,
+    dataset=TRAINING.dataset,
+    suite="embedded",
+    bf16=False,
+    seed=TRAINING.seed,
+    shots=TRAINING.shots,
+    inputs_sha256="of its inputs",
+)
+EPOCH = {"epoch": 0, "loss": 1.0, "lr": 0.1}
+
+
+def begun():
+    """What a stage logs its trainings by, with one that has begun."""
+    log = tracking.StageLog()
+    log.begin(CONFIG)
+    return log
+
+
+def trained(folder, training=TRAINING, config=CONFIG):
+    """The folder of a training under `folder`, as the stage leaves it."""
+    out = folder / training.folder
+    out.mkdir(parents=True)
+    artifact.write_config(config, out)
+    (out / artifact.ADAPTER_FILE).write_bytes(b"weights")
+    artifact.write_history([EPOCH], out)
+    return out
+
+
+def evaluation(**about):
+    """A record of TRAINING."""
+    group = Group(n=1, accuracy=100.0, class_names=["grass"], per_class=[100.0], confusion=[[1]])
+    found = {
+        "protocol": TRAINING.protocol,
+        "dataset": TRAINING.dataset,
+        "method": TRAINING.method,
+        "shots": TRAINING.shots,
+        "seed": TRAINING.seed,
+        "source": None,
+        "suite": CONFIG.suite,
+        "backbone": {"name": "tiny", "pretrained": "embedded"},
+        "settings": {},
+        "adapter_sha256": "of its adapter",
+        "inputs_sha256": CONFIG.inputs_sha256,
+        "evaluated_sha256": "of its evaluation",
+        "groups": {"base": group, "novel": group},
+    }
+    return Record(**found | about)
+
+
+def evaluated(folder):
+    """The path of a record of TRAINING under `folder`."""
+    path = folder / Evaluation("base_to_novel", TRAINING.dataset, TRAINING).path
+    path.parent.mkdir(parents=True)
+    return path
 
 
 @pytest.fixture
@@ -53,16 +113,16 @@ def statuses():
 
 def train_for_ever(run):
     for epoch in itertools.count():
-        run.epoch(RECORD | {"epoch": epoch})
+        run.epoch(EPOCH | {"epoch": epoch})
         time.sleep(0.01)
 
 
 def test_ctrl_c_at_any_moment_of_a_training_leaves_a_run_that_is_closed(folder):
     for part in range(5):
-        run = tracking.start_training(CONFIG)
+        run = begun()
         with pytest.raises(KeyboardInterrupt), alarm(press_ctrl_c, 0.001 + 0.3 * part):
             train_for_ever(run)
-        run.fail()
+        run.finish()
     assert statuses() == ["FAILED"] * 5
 
 
@@ -74,29 +134,48 @@ def test_ctrl_c_while_a_stage_waits_for_mlflow_lets_it_be_done(folder):
         lock.release()
         press_ctrl_c()
 
-    run = tracking.start_training(CONFIG)
+    run = begun()
+    run.outs(trained(folder))
     with pytest.raises(KeyboardInterrupt), alarm(press, 0.5):
-        run.finish(trained(folder))
+        run.finish()
+    assert statuses() == ["FINISHED"]
+
+
+def test_ctrl_c_just_before_a_stage_waits_for_mlflow_lets_it_be_done(folder, monkeypatch):
+    run = begun()
+    run.outs(trained(folder))
+    send, presses = run.log.send, [press_ctrl_c]
+
+    def send_end(name, argument):
+        if presses:
+            presses.pop()()
+        send(name, argument)
+
+    monkeypatch.setattr(run.log, "send", send_end)
+    with pytest.raises(KeyboardInterrupt):
+        run.finish()
     assert statuses() == ["FINISHED"]
 
 
 def test_a_second_ctrl_c_ends_the_wait_for_mlflow(folder):
     with FileLock(folder / ".heba-mlflow.lock"):
-        run = tracking.start_training(CONFIG)
+        run = begun()
+        run.outs(trained(folder))
         begin = time.monotonic()
         with pytest.raises(KeyboardInterrupt), alarm(press_ctrl_c, 0.5, 0.5):
-            run.finish(trained(folder))
+            run.finish()
         assert time.monotonic() - begin < background.PATIENCE / 2
 
 
 def test_epochs_that_a_slow_store_could_not_take_at_once_are_all_logged(folder):
     lock = FileLock(folder / ".heba-mlflow.lock")
     lock.acquire()
-    run = tracking.start_training(CONFIG)
+    run = begun()
     for epoch in range(300):
-        run.epoch(RECORD | {"epoch": epoch})
+        run.epoch(EPOCH | {"epoch": epoch})
     lock.release()
-    run.finish(trained(folder))
+    run.outs(trained(folder))
+    run.finish()
     store = client()
     (found,) = store.search_runs([e.experiment_id for e in store.search_experiments()])
     history = store.get_metric_history(found.info.run_id, "seconds")
@@ -105,14 +184,32 @@ def test_epochs_that_a_slow_store_could_not_take_at_once_are_all_logged(folder):
     assert found.info.status == "FINISHED"
 
 
-def trained(folder):
-    """An adapter's folder as a training leaves it."""
-    out = folder / "out" / "train" / "dtd" / "base_to_novel-1"
-    out.mkdir(parents=True)
-    (out / "config.json").write_text(json.dumps(CONFIG))
-    (out / "adapter.safetensors").write_bytes(b"weights")
-    (out / "history.csv").write_text("epoch,loss,lr\n0,1.0,0.1\n")
-    return out
+def test_the_trainings_of_a_stage_are_runs_of_their_own_and_the_one_without_outs_has_failed(folder):
+    """One process logs them all, in order; a stage that trains nothing starts none."""
+    nothing = tracking.StageLog()
+    nothing.finish()
+    assert nothing.log is None
+    log = tracking.StageLog()
+    processes = set()
+    for seed in (1, 2, 3):
+        log.begin(CONFIG.model_copy(update={"seed": seed, "inputs_sha256": f"of seed {seed}"}))
+        processes.add(log.log.process.pid)
+        for epoch in range(seed):
+            log.epoch(EPOCH | {"epoch": epoch})
+        if seed < 3:
+            log.outs(trained(folder / str(seed)))
+    log.finish()
+    assert len(processes) == 1
+    store = client()
+    found = store.search_runs([e.experiment_id for e in store.search_experiments()])
+    assert {run.info.run_name: run.info.status for run in found} == {
+        f"dtd-zero_shot-2shot-seed{seed}": status
+        for seed, status in ((1, "FINISHED"), (2, "FINISHED"), (3, "FAILED"))
+    }
+    for run in found:
+        seed = int(run.data.params["seed"])
+        assert run.data.tags[tracking.INPUTS_TAG] == f"of seed {seed}"
+        assert [m.step for m in store.get_metric_history(run.info.run_id, "loss")] == list(range(seed))
 
 
 def test_evaluations_side_by_side_make_one_run_of_a_training(folder):
@@ -120,11 +217,11 @@ def test_evaluations_side_by_side_make_one_run_of_a_training(folder):
     client()
     code = (
         "import sys, pathlib\n"
-        "from pipeline import tracking, store\n"
+        "from pipeline.tracking import log, store\n"
         "found = store.client()\n"
         "print('ready', flush=True)\n"
         "sys.stdin.readline()\n"
-        "print(tracking.find_or_create_run(found, pathlib.Path(sys.argv[1])))\n"
+        "print(log.find_or_create_run(found, pathlib.Path(sys.argv[1])))\n"
     )
     both = [
         subprocess.Popen(
@@ -148,9 +245,26 @@ def test_evaluations_side_by_side_make_one_run_of_a_training(folder):
     assert len(ids) == 1
 
 
+def test_a_training_is_registered_by_its_own_run_where_others_have_the_same_adapter(folder):
+    """All of zero-shot CLIP have."""
+    trainings = [replace(TRAINING, shots=shots) for shots in (1, 2, 4)]
+    for training in trainings:
+        config = CONFIG.model_copy(update={"shots": training.shots, "inputs_sha256": f"of {training.shots} shots"})
+        trained(folder, training, config)
+    done = stage(folder, "track", PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    store = client()
+    for training in trainings:
+        name = f"{training.shots} shots"
+        done = stage(folder, "register", str(training.folder), "--name", name, PYTHONPATH=str(ROOT))
+        assert done.returncode == 0, done.stderr
+        run = store.get_run(store.get_model_version(name, "1").run_id)
+        assert run.data.params["shots"] == str(training.shots)
+
+
 def test_a_kill_while_the_store_is_made_leaves_none(folder):
     process = subprocess.Popen(
-        [sys.executable, "-c", "from pipeline.store import client; client()"],
+        [sys.executable, "-c", "from pipeline.tracking.store import client; client()"],
         env=environment(PYTHONPATH=str(ROOT)),
     )
     wait_for(lambda: any(path.stat().st_size for path in folder.rglob("mlflow.db")))
@@ -166,24 +280,22 @@ def test_track_names_what_is_wrong(folder, tmp_path_factory):
     down = stage(folder, "track", MLFLOW_TRACKING_URI="http://me:secret@127.0.0.1:9", PYTHONPATH=str(ROOT))
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     lost = stage(elsewhere, "track", PYTHONPATH=str(ROOT))
-    config = trained(folder) / "config.json"
-    config.write_text("{")
+    out = trained(folder)
+    (out / "config.json").write_text("{")
     damaged = stage(folder, "track", PYTHONPATH=str(ROOT))
-    config.write_text(json.dumps(CONFIG))
-    history = config.with_name("history.csv")
-    history.write_text("nothing,of,it\n1,2,3\n")
+    artifact.write_config(CONFIG, out)
+    (out / "history.csv").write_text("nothing,of,it\n1,2,3\n")
     no_epochs = stage(folder, "track", PYTHONPATH=str(ROOT))
-    history.write_text("epoch,loss,lr\n0,1.0,0.1\n")
-    record = folder / "out" / "evaluate" / "dtd" / "base_to_novel-1.json"
-    record.parent.mkdir(parents=True)
+    artifact.write_history([EPOCH], out)
+    record = evaluated(folder)
     record.write_text("{}")
     empty = stage(folder, "track", PYTHONPATH=str(ROOT))
     for done, named in (
         (down, "MLflow's store http://127.0.0.1:9"),
         (lost, "params.yaml is not here"),
-        (damaged, "config.json is damaged"),
-        (no_epochs, "history.csv is damaged"),
-        (empty, f"{record.relative_to(folder)}: key 'protocol' is missing"),
+        (damaged, f"{TRAINING.folder}/config.json: damaged (Invalid JSON: "),
+        (no_epochs, f"{TRAINING.folder}/history.csv: damaged (its columns must be epoch, loss, lr)"),
+        (empty, f"{record.relative_to(folder)}: not a record of an evaluation (key 'protocol': Field required"),
     ):
         assert done.returncode == 1
         assert done.stderr.startswith("error: ") or "\nerror: " in done.stderr
@@ -195,10 +307,8 @@ def test_track_names_what_is_wrong(folder, tmp_path_factory):
 
 def test_an_evaluation_of_an_adapter_that_is_no_more_is_left_out(folder):
     trained(folder)
-    path = folder / "out" / "evaluate" / "dtd" / "base_to_novel-1.json"
-    path.parent.mkdir(parents=True)
-    other = record("dtd", 1, (50.0, 60.0), (70.0, 60.0)) | {"adapter_sha256": "of another", "scale_novel": 0.1}
-    path.write_text(json.dumps(other))
+    path = evaluated(folder)
+    write_record(evaluation(inputs_sha256="of others"), path)
     done = stage(folder, "track", PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("0 evaluations")

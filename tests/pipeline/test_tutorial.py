@@ -6,7 +6,7 @@ import sys
 
 import yaml
 
-from heba.splits import read_split
+from heba.data.splits import read_split
 from tests.pipeline.repository import ROOT, call
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -19,7 +19,7 @@ def blocks():
 def reduce(params):
     """Less of everything that takes time, after the reader's own entries."""
     params["seeds"] = []
-    params["train"] |= {"epochs": 1, "neg_ratio": 1}
+    params["heba"] |= {"epochs": 1, "neg_ratio": 1}
     params["few_shot"] |= {"shots": params["few_shot"]["shots"][-1:]}
 
 

@@ -14,18 +14,24 @@ from safetensors.torch import save_file
 
 import heba
 from benchmarks import adapter_dtype
-from heba import backbone
-from heba.model import AdaptedCLIP, save_adapter
-from heba.predict import save_classifier
-from heba.splits import read_split
-from pipeline import use
-from pipeline.backbone import load_backbone
-from pipeline.params import load_params
+from heba import artifact
+from heba.clip import backbone
+from heba.data.datasets import template
+from heba.data.prompts import read_descriptions
+from heba.data.splits import read_split
+from heba.evaluation.record import read_record
+from heba.methods.heba.model import AdaptedCLIP
+from pipeline.commands import use
+from pipeline.core.params import load_params
+from pipeline.core.trainings import Training
+from pipeline.stages.backbone import load_backbone
+from tests.heba import artifacts
 from tests.heba.test_backbones import SMALL, TEXT
 from tests.pipeline.repository import ROOT, call, stage
 from tests.pipeline.serving import serving
 
-TRAINED = "out/train/dtd/base_to_novel-1"
+TRAINED = "out/train/dtd/heba/base_to_novel-2-1"
+PLAIN = "out/train/dtd/zero_shot/base_to_novel-2-1"
 CLASSES = ["striped", "dotted", "chequered", "zigzag", "bubbly"]
 
 
@@ -35,12 +41,12 @@ def repo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("use")
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params |= {"datasets": ["dtd"], "seeds": [1], "shots": 2}
-    params["train"] |= {"epochs": 2, "batch_size": 4}
-    params["adapter"] |= {"scale_novel": 0.02}
+    params["heba"] |= {"epochs": 2, "batch_size": 4, "scale_novel": 0.02}
     params["few_shot"]["seeds"] = params["few_shot"]["datasets"] = []
     params["transfer"] |= {"source": "dtd", "targets": [], "variants": [], "seeds": []}
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    for command in ("backbone", "download", "split", "precompute", "train --seed 1", "evaluate"):
+    trains = [f"train --method {method}" for method in params["methods"]]
+    for command in ("backbone", "download", "split", "precompute", *trains, "evaluate"):
         name, *options = command.split()
         dataset = [] if name == "backbone" else ["--dataset", "dtd"]
         done = stage(folder, name, *dataset, *options, PYTHONPATH=str(ROOT))
@@ -75,15 +81,17 @@ def test_images(repo):
     return [(data / "images" / file, name) for file, label, name in items if label < len(CLASSES)]
 
 
-def record(repo):
-    return json.loads((repo / "out" / "evaluate" / "dtd" / "base_to_novel-1.json").read_text())
+def record(repo, method="heba"):
+    return read_record(repo / "out" / "evaluate" / "dtd" / method / "base_to_novel-2-1.json")
 
 
-def test_predictions_are_those_of_the_evaluation(repo, test_images):
-    classifier = heba.load(repo / TRAINED)
+@pytest.mark.parametrize(("method", "folder"), [("heba", TRAINED), ("zero_shot", PLAIN)])
+def test_predictions_are_those_of_the_evaluation(repo, test_images, method, folder):
+    classifier = heba.load(repo / folder)
     found = list(classifier.predict([path for path, _ in test_images], top=5))
     correct = sum(p.classes[0] == name for p, (_, name) in zip(found, test_images, strict=True))
-    assert 100 * correct / len(found) == record(repo)["groups"]["base"]["heba"]["accuracy"]
+    assert 100 * correct / len(found) == record(repo, method).groups["base"].accuracy
+    assert classifier.config.method == method
     assert all(sum(p.probabilities) == pytest.approx(1, abs=1e-5) for p in found)
     assert sorted(found[0].classes) == sorted(CLASSES)
     opened = next(classifier.predict([Image.open(test_images[0][0])]))
@@ -118,11 +126,21 @@ def test_bad_arguments_of_the_library_are_refused(repo, test_images):
             load("striped,dotted")
         with pytest.raises(ValueError, match="two or more different names are needed, got 'striped', 1"):
             load(["striped", 1])
-    for ignored in ({"template": "a {}."}, {"scale": 0.1}, {"descriptions": {"striped": ["x"]}}):
+    settings = {"scale_novel": 0.1}
+    for ignored in ({"template": "a {}."}, {"settings": settings}, {"descriptions": {"striped": ["x"]}}):
         with pytest.raises(ValueError, match="go with classes"):
             heba.load(repo / TRAINED, **ignored)
-    with pytest.raises(ValueError, match="scale must be a number from 0 on, not -1"):
-        heba.load(repo / TRAINED, classes=["striped", "dotted"], scale=-1)
+    for folder, settings, message in (
+        (TRAINED, {"scale_novel": -1}, "settings: scale_novel: .*greater than or equal to 0"),
+        (
+            TRAINED,
+            {"scale": 0.2, "lr": 1.0},
+            "lr, scale cannot be changed .*; these can: scale_novel",
+        ),
+        (PLAIN, {"scale_novel": 0.2}, "scale_novel cannot be changed after the training; these can: none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            heba.load(repo / folder, classes=["striped", "dotted"], settings=settings)
 
 
 def test_the_library_and_the_command_name_as_many_classes(repo, test_images, run_heba):
@@ -164,7 +182,7 @@ def test_an_image_of_16_bits_is_named(repo, tmp_path, run_heba):
 
 
 def test_new_classes_at_the_novel_scale(repo, test_images, run_heba):
-    """At the scale of the training, also where an evaluation at another novel scale lies, unless one is given."""
+    """At the novel scale of the training's settings, unless another one is given."""
     # An image of none of the names: the scale decides.
     image = next(str(path) for path, _ in test_images if path.match("bubbly/0036.png"))
     names = ["chequered", "striped", "cracked"]
@@ -175,17 +193,37 @@ def test_new_classes_at_the_novel_scale(repo, test_images, run_heba):
         assert done.returncode == 0, done.stderr
         return {c["class"]: c["probability"] for c in json.loads(done.stdout)["classes"]}
 
-    def loaded(scale):
-        found = next(heba.load(repo / TRAINED, classes=names, scale=scale).predict([image], top=3))
+    def loaded(**settings):
+        found = next(heba.load(repo / TRAINED, classes=names, settings=settings).predict([image], top=3))
         return dict(zip(found.classes, found.probabilities, strict=True))
 
-    assert record(repo)["scale_novel"] == 0.02
-    assert loaded(0.02) != pytest.approx(loaded(0.1), abs=0.01)
-    assert printed() == pytest.approx(loaded(0.1), abs=2e-6)
-    assert loaded(None) == loaded(0.1)
-    assert printed("--scale", "0.02") == pytest.approx(loaded(0.02), abs=2e-6)
+    assert record(repo).settings == {"scale_novel": 0.02}
+    assert loaded(scale_novel=0.02) != pytest.approx(loaded(scale_novel=0.1), abs=0.01)
+    assert printed() == pytest.approx(loaded(scale_novel=0.02), abs=2e-6)
+    assert loaded() == loaded(scale_novel=0.02)
+    assert loaded(scale_novel=None) == loaded(scale_novel=0.1)  # the training's scale
+    assert printed("--set", "scale_novel=0.1") == pytest.approx(loaded(scale_novel=0.1), abs=2e-6)
+    assert printed("--set", "scale_novel=null") == pytest.approx(loaded(scale_novel=0.1), abs=2e-6)
     plain = next(heba.zero_shot("tiny", "embedded", names).predict([image], top=3))
-    assert loaded(0.0) == pytest.approx(dict(zip(plain.classes, plain.probabilities, strict=True)), abs=1e-5)
+    plain = dict(zip(plain.classes, plain.probabilities, strict=True))
+    assert loaded(scale_novel=0.0) == pytest.approx(plain, abs=1e-5)
+    frozen = next(heba.load(repo / PLAIN, classes=names).predict([image], top=3))
+    assert dict(zip(frozen.classes, frozen.probabilities, strict=True)) == pytest.approx(plain, abs=1e-6)
+
+
+def test_new_classes_are_classified_as_the_evaluation_does(repo):
+    """The novel classes of the data set, by their names and descriptions, at the settings of params.yaml."""
+    data = repo / "data" / "embedded" / "dtd"
+    names = json.loads((repo / "out" / "precompute" / "dtd" / "prompts.json").read_text())["class_names"]
+    novel = names[len(CLASSES) :]
+    items = [(data / "images" / file, name) for file, _, name in read_split(data / "split.json")["test"]]
+    items = [item for item in items if item[1] in novel]
+    descriptions = read_descriptions(data / "descriptions.json")
+    for method, folder in (("heba", TRAINED), ("zero_shot", PLAIN)):
+        classifier = heba.load(repo / folder, novel, descriptions, template("dtd", embedded=True))
+        found = classifier.predict([path for path, _ in items], top=1)
+        correct = sum(p.classes[0] == name for p, (_, name) in zip(found, items, strict=True))
+        assert 100 * correct / len(items) == record(repo, method).groups["novel"].accuracy
 
 
 def test_zero_shot_takes_the_backbone_of_params(repo, test_images, run_heba):
@@ -194,9 +232,17 @@ def test_zero_shot_takes_the_backbone_of_params(repo, test_images, run_heba):
     assert found[0]["class"] == test_images[0][1]
 
 
-def test_info_by_folder_run_and_registered_model(repo, run_heba):
+def run_of(repo, method):
+    """The MLflow run of a method's training."""
     from mlflow.tracking import MlflowClient
 
+    client = MlflowClient(f"sqlite:///{repo / 'mlflow.db'}")
+    ids = [experiment.experiment_id for experiment in client.search_experiments()]
+    (run,) = client.search_runs(ids, f"params.method = '{method}'")
+    return run
+
+
+def test_info_by_folder_run_and_registered_model(repo, run_heba):
     done = run_heba(repo, "info", TRAINED, "--json")
     assert done.returncode == 0, done.stderr
     about = json.loads(done.stdout)
@@ -204,9 +250,12 @@ def test_info_by_folder_run_and_registered_model(repo, run_heba):
     assert about["backbone"] == "tiny, embedded"
     assert about["backbone sha256"] == json.loads((repo / "out" / "backbone.json").read_text())["sha256"]
     assert (about["shots"], about["seed"]) == (2, 1)
-    assert about["heba base, %"] == pytest.approx(record(repo)["groups"]["base"]["heba"]["accuracy"], abs=0.005)
-    client = MlflowClient(f"sqlite:///{repo / 'mlflow.db'}")
-    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert about["method"] == "heba"
+    assert about["trained on"] == "dtd (embedded), base_to_novel"
+    assert "scale_novel 0.02" in about["settings"]
+    evaluated = {f"{group}, %": value for group, value in record(repo).accuracies().items()}
+    assert {key: about[key] for key in evaluated} == pytest.approx(evaluated, abs=0.005)
+    run = run_of(repo, "heba")
     registered = stage(repo, "register", TRAINED, "--name", "textures", PYTHONPATH=str(ROOT))
     assert registered.stdout.strip() == "models:/textures/1", registered.stderr
     for name in (run.info.run_id, f"runs:/{run.info.run_id}", "models:/textures/1"):
@@ -217,15 +266,18 @@ def test_info_by_folder_run_and_registered_model(repo, run_heba):
     assert rows["classes"].strip() == "striped, dotted, chequered, zigzag, bubbly"
     assert rows["sha256"].strip() == about["sha256"]
     assert rows["backbone sha256"].strip() == about["backbone sha256"]
-    assert float(rows["heba base, %"]) == about["heba base, %"]
+    assert float(rows["base, %"]) == about["base, %"]
     assert len({len(line) - len(line.split(":", 1)[1].lstrip()) for line in shown}) == 1  # aligned
     assert "git commit" not in rows  # no git here
+    plain = json.loads(run_heba(repo, "info", PLAIN, "--json").stdout)
+    assert (plain["method"], plain["settings"], plain["classes"]) == ("zero_shot", None, CLASSES)
+    assert plain["base, %"] == round(record(repo, "zero_shot").groups["base"].accuracy, 2)
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"adapter_sha256": "SHA", "groups": {"all": {}}}', "no JSON"])
 def test_a_damaged_evaluation_is_named_and_left_out(repo, run_heba, text):
-    path = repo / "out" / "evaluate" / "caltech101" / "base_to_novel-1.json"  # before dtd's
-    path.parent.mkdir(exist_ok=True)
+    path = repo / "out" / "evaluate" / "caltech101" / "heba" / "base_to_novel-2-1.json"  # before dtd's
+    path.parent.mkdir(parents=True, exist_ok=True)
     sha = json.loads(run_heba(repo, "info", TRAINED, "--json").stdout)["sha256"]
     path.write_text(text.replace("SHA", sha))
     try:
@@ -233,19 +285,21 @@ def test_a_damaged_evaluation_is_named_and_left_out(repo, run_heba, text):
     finally:
         path.unlink()
     assert done.returncode == 0, done.stderr
-    assert f"note: {path.relative_to(repo)} is damaged" in done.stderr
-    assert "dvc repro evaluate@caltech101" in done.stderr
-    assert json.loads(done.stdout)["heba base, %"] == round(record(repo)["groups"]["base"]["heba"]["accuracy"], 2)
+    assert f"note: {path.relative_to(repo)}: not a record of an evaluation" in done.stderr
+    assert "evaluate this data set again" in done.stderr
+    assert json.loads(done.stdout)["base, %"] == round(record(repo).groups["base"].accuracy, 2)
 
 
 def test_the_benchmark_of_rounding_compares_base_and_novel(repo, monkeypatch):
     """The adapter is in fp16 already, so that rounding it changes nothing."""
     monkeypatch.chdir(repo)
     params = load_params()
-    base, novel = adapter_dtype.full_and_rounded(load_backbone(params)[0], params, "dtd", 1)
-    evaluated = record(repo)["groups"]
-    assert base == (evaluated["base"]["heba"],) * 2
-    assert novel[0] == novel[1]
+    for method in params.methods:
+        training = Training("base_to_novel", "dtd", method, 2, 1)
+        base, novel = adapter_dtype.full_and_rounded(load_backbone(params)[0], params, training)
+        evaluated = record(repo, method).groups
+        assert base == (evaluated["base"].model_dump(),) * 2
+        assert novel == (evaluated["novel"].model_dump(),) * 2
     refused = call(repo, sys.executable, "-m", "benchmarks.adapter_dtype", PYTHONPATH=str(ROOT))
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: adapter_dtype: run `dvc repro` with fp32 first")
@@ -260,6 +314,7 @@ def test_an_official_checkpoint_and_back(repo, test_images, tmp_path, run_heba):
     assert done.stdout.strip() == str(checkpoint)
     arguments = ["convert", str(checkpoint), str(tmp_path / "ours"), "--dataset", "dtd"]
     params = (repo / "params.yaml").read_text()
+    assert "  scale: 0.1\n" in params
     (repo / "params.yaml").write_text(params.replace("  scale: 0.1\n", "  scale: 0.7\n"))
     done = stage(repo, *arguments, PYTHONPATH=str(ROOT))
     (repo / "params.yaml").write_text(params)
@@ -294,12 +349,15 @@ def test_what_can_not_be_converted_is_named(repo, tmp_path):
     assert "weights_only" not in readme
     assert "--scale inf: must be finite" in error(ROOT / "README.md", "--dataset", "dtd", "--scale", "inf")
     assert "are for a checkpoint" in error(TRAINED, "--scale", "0.1")
+    assert "the method zero_shot has no convert" in error(PLAIN)
     prompts = repo / "out" / "precompute" / "dtd" / "prompts.json"
+    done = stage(repo, "convert", TRAINED, str(tmp_path / "official"), PYTHONPATH=str(ROOT))
+    checkpoint = done.stdout.strip()
     whole = prompts.read_text()
     prompts.write_text("{")
-    damaged = error(ROOT / "README.md", "--dataset", "dtd")
+    damaged = error(checkpoint, "--dataset", "dtd")
     prompts.unlink()
-    missing = error(ROOT / "README.md", "--dataset", "dtd")
+    missing = error(checkpoint, "--dataset", "dtd")
     prompts.write_text(whole)
     assert "prompts.json is damaged" in damaged
     assert "prompts.json is not there" in missing
@@ -307,25 +365,29 @@ def test_what_can_not_be_converted_is_named(repo, tmp_path):
     assert "dvc repro precompute@dtd" in missing
 
 
+PREDICT = ("predict", "IMAGE", "--adapter")
+NEW = (*PREDICT, TRAINED, "--classes", "a,b")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["predict", "IMAGE", "--adapter", "nowhere"], "neither a folder nor a run"),
-        (["predict", "IMAGE", "--adapter", "out"], "no adapter; name the folder"),
-        (["predict", "out", "--adapter", TRAINED], "no images in this folder"),
-        (["predict", "IMAGE", "--adapter", TRAINED, "--classes", "striped"], "two or more different names"),
-        (["predict", "IMAGE", "--adapter", TRAINED, "--classes", "striped,blotchy"], "does not know blotchy"),
-        (["predict", "IMAGE", "--adapter", TRAINED, "--scale", "0.1"], "go with classes"),
-        (["predict", "IMAGE", "--adapter", TRAINED, "--template", "{}"], "go with classes"),
-        (
-            ["predict", "IMAGE", "--adapter", TRAINED, "--classes", "striped,dotted", "--template", "a {} of {x}"],
-            "one {} for the class name, and no other brace, got 'a {} of {x}'",
-        ),
-        (["predict", "IMAGE", "--adapter", TRAINED, "--classes", "a,b", "--scale", "-1"], "scale must be"),
-        (["predict", "IMAGE", "--adapter", TRAINED, "--classes", "a,b", "--scale", "nan"], "scale must be"),
-        (["predict", "IMAGE", "--adapter", TRAINED, "--top", "0"], "top must be a whole number from 1 on, not 0"),
-        (["predict", "IMAGE", "--adapter", TRAINED, "--device", "tpu"], "take cpu or cuda"),
-        (["zero-shot", "IMAGE", "--classes", "a,b", "--backbone", "ViT-B-32"], "go together"),
+        ((*PREDICT, "nowhere"), "neither a folder nor a run"),
+        ((*PREDICT, "out"), "no adapter; name the folder"),
+        (("predict", "out", "--adapter", TRAINED), "no images in this folder"),
+        ((*PREDICT, TRAINED, "--classes", "striped"), "two or more different names"),
+        ((*PREDICT, TRAINED, "--classes", "striped,blotchy"), "does not know blotchy"),
+        ((*PREDICT, TRAINED, "--template", "{}"), "go with classes"),
+        ((*PREDICT, TRAINED, "--set", "scale_novel=0.1"), "go with classes"),
+        ((*NEW, "--template", "a {} of {x}"), "one {} for the class name, and no other brace, got 'a {} of {x}'"),
+        ((*NEW, "--set", "scale_novel"), "--set scale_novel: write name=value"),
+        ((*NEW, "--set", "scale_novel=[1"), "--set scale_novel=[1: write name=value"),
+        ((*NEW, "--set", "scale=0.2"), "scale cannot be changed after the training; these can: scale_novel"),
+        ((*NEW, "--set", "scale_novel=-1"), "scale_novel: Input should be greater than or equal to 0"),
+        ((*NEW, "--set", "scale_novel=.nan"), "scale_novel: Input should be a finite number"),
+        ((*NEW, "--set", "scale_novel=much"), "scale_novel: Input should be a valid number"),
+        ((*PREDICT, TRAINED, "--device", "tpu"), "take cpu or cuda"),
+        (("zero-shot", "IMAGE", "--classes", "a,b", "--backbone", "ViT-B-32"), "go together"),
     ],
 )
 def test_errors_are_messages(repo, test_images, arguments, message, run_heba):
@@ -335,14 +397,25 @@ def test_errors_are_messages(repo, test_images, arguments, message, run_heba):
     assert "Traceback" not in done.stderr
 
 
+def test_top_has_a_bound(repo, test_images, run_heba):
+    done = run_heba(repo, "predict", str(test_images[0][0]), "--adapter", TRAINED, "--top", "0")
+    assert done.returncode == 2
+    assert "--top" in done.stderr
+
+
 def test_a_config_that_lacks_what_info_shows(repo, tmp_path, run_heba):
     config = json.loads((repo / TRAINED / "config.json").read_text())
-    del config["end"], config["suite"]
+    del config["settings"]["end"], config["suite"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "adapter.safetensors").write_bytes((repo / TRAINED / "adapter.safetensors").read_bytes())
     done = run_heba(repo, "info", str(tmp_path))
     assert done.returncode == 1
-    assert "config.json: damaged (no end, suite)" in done.stderr
+    assert "config.json: damaged (suite: Field required)" in done.stderr
+    config["suite"] = "embedded"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = run_heba(repo, "info", str(tmp_path))
+    assert done.returncode == 1
+    assert "config.json: damaged (settings: end missing)" in done.stderr
 
 
 def test_an_adapter_on_a_local_backbone_from_elsewhere(test_images, tmp_path, run_heba):
@@ -353,13 +426,14 @@ def test_an_adapter_on_a_local_backbone_from_elsewhere(test_images, tmp_path, ru
     (root / "models" / "small.json").write_text(json.dumps(config))
     clip = backbone.build(config)
     save_file(clip.state_dict(), root / "models" / "w.safetensors")
-    named = {"name": "models/small.json", "pretrained": "models/w.safetensors"}
-    named["sha256"] = backbone.sha256(root / "models" / "w.safetensors")
-    named["config_sha256"] = backbone.sha256(root / "models" / "small.json")
-    save_adapter(
-        AdaptedCLIP(clip, 1, 2, 0.1), adapter, {"class_names": ["a", "b"], "bf16": False, "backbone": named}
+    named = artifact.Backbone(
+        name="models/small.json",
+        pretrained="models/w.safetensors",
+        sha256=backbone.sha256(root / "models" / "w.safetensors"),
+        config_sha256=backbone.sha256(root / "models" / "small.json"),
     )
-    save_classifier(torch.nn.functional.normalize(torch.ones(2, 32), dim=-1), adapter)
+    artifacts.save(AdaptedCLIP(clip, 1, 2, 0.1), adapter, class_names=["a", "b"], backbone=named)
+    artifacts.save_classifier(torch.ones(2, 32), adapter, scale=0.1)
     image = str(test_images[0][0])
     for more in ([], ["--classes", "cat,dog"]):
         lost = run_heba(tmp_path, "predict", image, "--adapter", str(adapter), *more)
@@ -396,19 +470,18 @@ def test_damaged_files_are_named(repo, tmp_path):
         heba.load(tmp_path / "config.json")
 
 
-def test_mlflow_serves_the_adapter(repo, test_images):
+@pytest.mark.parametrize(("method", "folder"), [("heba", TRAINED), ("zero_shot", PLAIN)])
+def test_mlflow_serves_the_adapter(repo, test_images, method, folder):
     """The logged model behind HTTP on the loopback address: images in base64, and no files."""
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{repo / 'mlflow.db'}")
-    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
-    model = f"models:/{run.outputs.model_outputs[0].model_id}"
+    model = f"models:/{run_of(repo, method).outputs.model_outputs[0].model_id}"
     # Elsewhere than in the repository: the model brings heba's code with it.
     with serving(model, repo.parent, MLFLOW_TRACKING_URI=f"sqlite:///{repo / 'mlflow.db'}") as server:
         path = test_images[0][0]
         answer = server.ask([base64.b64encode(path.read_bytes()).decode()], top=2)
         assert answer.ok, answer.text
         (found,) = answer.json()["predictions"]
-        assert found["label"] == found["labels"][0] == next(heba.load(repo / TRAINED).predict([path])).classes[0]
-        assert len(found["labels"]) == len(found["probabilities"]) == 2
+        expected = next(heba.load(repo / folder).predict([path]))
+        assert found["label"] == found["labels"][0] == expected.classes[0]
+        assert found["probabilities"] == pytest.approx(expected.probabilities[:2], abs=1e-5)
+        assert len(found["labels"]) == 2
         assert "this server has no folder of images (HEBA_SERVE_IMAGES)" in server.ask([str(path)]).text

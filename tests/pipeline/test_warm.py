@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.warm import SERVER, stage_server
+from pipeline.runner.warm import SERVER, stage_server
 from tests.pipeline.repository import ROOT, wait_for, working_in
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the server of stages is for Linux only")

@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import heba
-from heba import backbone
-from heba.model import AdaptedCLIP, save_adapter
-from heba.predict import save_classifier
+from heba import artifact
+from heba.clip import backbone
+from heba.methods.heba.model import AdaptedCLIP
+from tests.heba import artifacts
 from tests.heba.test_backbones import SMALL, TEXT
 from tests.pipeline.repository import ROOT, call, stage
 from tests.server import serve
@@ -60,10 +61,10 @@ def adapter(folder, files, **record):
     named = {"name": "small.json", "pretrained": "w.safetensors"} | record
     for key, name in (("config_sha256", "small.json"), ("sha256", "w.safetensors")):
         named.setdefault(key, backbone.sha256(files / name))
-    save_adapter(
-        AdaptedCLIP(clip, 1, 2, 0.1), folder, {"class_names": ["a", "b"], "bf16": False, "backbone": named}
+    artifacts.save(
+        AdaptedCLIP(clip, 1, 2, 0.1), folder, class_names=["a", "b"], backbone=artifact.Backbone(**named)
     )
-    save_classifier(nn.functional.normalize(torch.ones(2, 32), dim=-1), folder)
+    artifacts.save_classifier(torch.ones(2, 32), folder, scale=0.1)
     return folder
 
 
@@ -72,15 +73,15 @@ def params(folder, name, pretrained):
     raw = yaml.safe_load((ROOT / "pipeline" / "presets" / "paper.yaml").read_text())
     raw["backbone"] = {"name": name, "pretrained": pretrained}
     if name == "small.json":
-        for adapted in (raw["adapter"], raw["transfer"]["adapter"]):
-            adapted |= {"start": 1, "end": 2}
+        raw["heba"] |= {"start": 1, "end": 2}
+        raw["heba"]["overrides"]["cross_dataset"]["start"] = 1
     (folder / "params.yaml").write_text(yaml.safe_dump(raw))
 
 
 @pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
 def test_the_code_in_torchscript_never_runs(tmp_path):
     """The archive lies where an adapter may name files, and has the hash that the adapter tells."""
-    from pipeline.models import save_model
+    from pipeline.tracking.models import save_model
 
     mark, image = tmp_path / "mark", tmp_path / "a.png"
     Image.new("RGB", (8, 8)).save(image)
@@ -92,7 +93,17 @@ def test_the_code_in_torchscript_never_runs(tmp_path):
     sha256 = backbone.sha256(tmp_path / "evil.pt")
     evil = adapter(tmp_path / "evil", tmp_path, pretrained="evil.pt", sha256=sha256)
     named = [
-        call(tmp_path, sys.executable, "-m", "pipeline.use", "predict", "a.png", "--adapter", "evil", **ALONE)
+        call(
+            tmp_path,
+            sys.executable,
+            "-m",
+            "pipeline.commands.use",
+            "predict",
+            "a.png",
+            "--adapter",
+            "evil",
+            **ALONE,
+        )
     ]
     params(tmp_path, "small.json", "evil.pt")
     named.append(stage(tmp_path, "backbone", **ALONE))
@@ -163,7 +174,7 @@ def test_an_adapter_names_no_file_outside_its_root(tmp_path, key, how):
 def test_predict_takes_the_files_that_the_command_line_names(tmp_path):
     adapter(tmp_path / "adapter", tmp_path / "far", name="../far/small.json", pretrained="/nowhere/w.safetensors")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    command = [sys.executable, "-m", "pipeline.use", "predict", "a.png", "--adapter", "adapter"]
+    command = [sys.executable, "-m", "pipeline.commands.use", "predict", "a.png", "--adapter", "adapter"]
     refused = call(tmp_path, *command, **ALONE)
     assert refused.returncode == 1
     assert "--backbone for a JSON config" in refused.stderr
@@ -225,7 +236,7 @@ def test_a_hub_that_cannot_be_reached_is_one_message(tmp_path, silent, name, pre
 
 def test_a_tokenizer_of_a_hub_that_is_silent(tmp_path, silent):
     (tmp_path / "transformers.py").write_text("")
-    code = "from heba import backbone; backbone.load_tokenizer('ViT-B-16-SigLIP')"
+    code = "from heba.clip import backbone; backbone.load_tokenizer('ViT-B-16-SigLIP')"
     env = ALONE | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     before = time.monotonic()
     done = call(tmp_path, sys.executable, "-c", code, HF_ENDPOINT=silent, HF_HOME=str(tmp_path / "cache"), **env)
@@ -234,7 +245,7 @@ def test_a_tokenizer_of_a_hub_that_is_silent(tmp_path, silent):
     assert "no answer within 10 s" in done.stderr
 
 
-FETCH = "from heba import hub; print(hub.fetch('a/b', ['w.safetensors', 'w.bin']).read_text())"
+FETCH = "from heba.clip import hub; print(hub.fetch('a/b', ['w.safetensors', 'w.bin']).read_text())"
 
 
 def test_a_file_of_the_hub_comes_once(tmp_path):

@@ -1,0 +1,112 @@
+"""Features of images and of prompts, and the classifier that prompts make."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from heba.clip.preprocess import Preprocess, normalise
+from heba.clip.towers import cut_texts, text_lengths
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What frozen CLIP makes of class names.
+
+    Attributes:
+        names: by label.
+        tokens: [n_prompts, length], of all prompts, class by class.
+        index: [n_prompts], the class of every prompt, ascending.
+        features: [n_prompts, E], of the frozen text tower, not normalised.
+    """
+
+    names: list[str]
+    tokens: Tensor
+    index: Tensor
+    features: Tensor
+
+    def select(self, labels: range) -> "Classes":
+        """The classes of `labels` alone, counted from 0."""
+        rows = (self.index >= labels.start) & (self.index < labels.stop)
+        names = [self.names[label] for label in labels]
+        return Classes(names, self.tokens[rows], self.index[rows] - labels.start, self.features[rows])
+
+
+# A CPU gains nothing from larger batches, which leave its cache.
+BATCH_SIZE = {"cpu": 64}
+
+
+@torch.no_grad()
+def encode_images(
+    images: np.ndarray,
+    preprocess: Preprocess,
+    encode: Callable[[Tensor], Tensor],
+    device: torch.device,
+    batch_size: int | None = None,
+    progress: Callable[[int], object] = lambda n: None,
+) -> Tensor:
+    """Normalised features [n, E] (fp32, on the CPU) of packed uint8 `images` [n, 3, size, size].
+
+    An array from `heba.data.images.open_packed` is read without a copy.
+    """
+    features = []
+    batch_size = batch_size or BATCH_SIZE.get(device.type, 256)
+    for start in range(0, len(images), batch_size):
+        batch = torch.from_numpy(images[start : start + batch_size]).to(device)
+        features.append(F.normalize(encode(normalise(batch, preprocess)).float(), dim=-1))
+        progress(len(batch))
+    return torch.cat(features).cpu() if features else torch.zeros(0, 1)
+
+
+@torch.no_grad()
+def encode_prompts(
+    clip: Any,
+    tokens: Tensor,
+    encode: Callable[[Tensor], Tensor],
+    device: torch.device,
+    batch_size: int | None = None,
+    progress: Callable[[int], object] = lambda n: None,
+) -> Tensor:
+    """Text features [n, E] (fp32, on the CPU, not normalised) of `tokens` [n, context].
+
+    Equal prompts are encoded once, and prompts of like length together, cut after the longest, where the tower
+    of `clip` allows it.
+    """
+    different, which = torch.unique(tokens, dim=0, return_inverse=True)
+    lengths = torch.tensor(text_lengths(clip, different))
+    order = lengths.argsort(stable=True)
+    features = []
+    for part in order.split(batch_size or BATCH_SIZE.get(device.type, 256)):
+        batch = cut_texts(clip, different[part]).to(device)
+        features.append(encode(batch).float())
+        progress(len(part))
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order))
+    return torch.cat(features).cpu()[back][which]
+
+
+def class_features(features: Tensor, class_index: Tensor, n_classes: int) -> Tensor:
+    """The classifier [n_classes, E]: per class the mean of its normalised prompt features, normalised again.
+
+    Args:
+        features: [n_prompts, E], as the text tower gives them.
+        class_index: [n_prompts], the class of every prompt; every class needs at least one.
+    """
+    features = F.normalize(features.float(), dim=-1)
+    total = torch.zeros(n_classes, features.shape[1], device=features.device)
+    total.index_add_(0, class_index, features)
+    count = torch.bincount(class_index, minlength=n_classes).unsqueeze(1)
+    if (count == 0).any():
+        missing = (count[:, 0] == 0).nonzero().flatten().tolist()
+        raise ValueError(f"classes {missing} have no prompt")
+    return F.normalize(total / count, dim=-1)
+
+
+def cosine_logits(factor: Tensor, features: Tensor, weights: Tensor) -> Tensor:
+    """factor * features @ weights.T [n, n_classes] in fp32, also under autocast; both normalised, [..., E]."""
+    with torch.autocast(features.device.type, enabled=False):
+        return factor * features.float() @ weights.float().T

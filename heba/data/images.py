@@ -1,0 +1,143 @@
+"""Images: decoding, the test transform packed as uint8, and the training augmentation."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from heba.clip.preprocess import Preprocess, decode, normalise, resize_and_crop
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images as a method reads them (`READS` of its settings); what it does not read is empty.
+
+    Attributes:
+        features: [n, E], normalised, of the frozen image tower.
+        pixels: [n, 3, size, size], preprocessed (`heba.clip.preprocess.normalise`).
+    """
+
+    features: Tensor
+    pixels: Tensor
+
+    @classmethod
+    def of_features(cls, features: Tensor) -> "Images":
+        return cls(features, torch.empty(0))
+
+    @classmethod
+    def of_pixels(cls, pixels: Tensor) -> "Images":
+        return cls(torch.empty(0), pixels)
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """The few-shot images of a training: their files, and labels from 0 on."""
+
+    files: list[Path]
+    labels: list[int]
+
+
+def decode_all(files: Sequence[Path], done: Callable[[int], object]) -> list[Tensor]:
+    """The images [3, height, width] uint8, as they are, for the crops of all epochs; `done` counts them.
+
+    ValueError names a file that cannot be read, and says so when they do not fit into the memory that is free.
+    """
+    needed = 0
+    for file in files:
+        with suppress(OSError), Image.open(file) as image:  # reads its head only; a damaged one is named below
+            needed += 3 * image.width * image.height
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(
+            f"{len(files)} training images take {needed / 1e9:.1f} GB of memory, of which {free / 1e9:.1f} GB are "
+            "free: scale them down, to a shorter side of some 500 pixels, or take fewer shots"
+        )
+    images = []
+    for image in for_each_image(lambda path: torch.from_numpy(np.array(decode(path)).transpose(2, 0, 1)), files):
+        images.append(image)
+        done(1)
+    return images
+
+
+def for_each_image(work: Callable[[Any], Any], paths: Iterable[Any]) -> Iterator[Any]:
+    """Yield `work(path)` in the order of `paths`, worked on by as many threads as torch has (Pillow decodes and
+    resizes without Python's lock). Few are worked on ahead of what is taken, so memory stays small."""
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        ahead: deque[Future] = deque()
+        try:
+            for path in paths:
+                ahead.append(pool.submit(work, path))
+                if len(ahead) > 4 * threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def pack_images(
+    paths: Sequence[Path], preprocess: Preprocess, out: Path, progress: Callable[[int], object]
+) -> None:
+    """Decode, resize and crop the images at `paths` into one array [n, 3, size, size] uint8 in the file `out`."""
+    header = {
+        "descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)),
+        "fortran_order": False,
+        "shape": (len(paths), 3, preprocess.size, preprocess.size),
+    }
+    # Written, not mapped: on a full disk a write is an error, and a page of a map the end of the process.
+    with out.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for pixels in for_each_image(lambda path: resize_and_crop(decode(path), preprocess), paths):
+            file.write(pixels.tobytes())
+            progress(1)
+
+
+def open_packed(path: Path) -> np.ndarray:
+    """The array of `pack_images` as a memory map. Copy on write, because torch takes only writable arrays."""
+    return np.load(path, mmap_mode="c")
+
+
+def sample_crop(height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
+    """RandomResizedCrop's box (top, left, height, width): area 0.08 to 1 of the image, aspect 3/4 to 4/3,
+    as torchvision draws it (ten tries, then the central crop)."""
+    for _ in range(10):
+        u = torch.rand(4, generator=generator).tolist()
+        area = height * width * (0.08 + 0.92 * u[0])
+        ratio = math.exp(math.log(3 / 4) + u[1] * (math.log(4 / 3) - math.log(3 / 4)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(u[2] * (height - h + 1)), int(u[3] * (width - w + 1)), h, w
+    if width / height < 3 / 4:
+        w, h = width, round(width / (3 / 4))
+    elif width / height > 4 / 3:
+        h, w = height, round(height * (4 / 3))
+    else:
+        h, w = height, width
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def crop_batch(
+    images: Sequence[Tensor], boxes: Sequence[Sequence[int]], flips: Sequence[bool], preprocess: Preprocess
+) -> Tensor:
+    """Cut the boxes out of uint8 `images` [3, h, w], resize to the model's size (antialiased), flip where asked,
+    and normalise. Returns [n, 3, size, size] fp32."""
+    out = []
+    size, mode = (preprocess.size, preprocess.size), preprocess.interpolation
+    for image, (top, left, h, w), flip in zip(images, boxes, flips, strict=True):
+        crop = image[None, :, top : top + h, left : left + w].float()
+        crop = interpolate(crop, size=size, mode=mode, antialias=True, align_corners=False)
+        out.append(crop.flip(-1) if flip else crop)
+    return normalise(torch.cat(out).round_().clamp_(0, 255), preprocess)

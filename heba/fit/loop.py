@@ -1,0 +1,142 @@
+"""SGD epoch by epoch, with a checkpoint after each, for every method that is trained so."""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from heba.fit.run import Run
+
+History = list[dict[str, float]]
+
+
+def make_optimizer(parameters: nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
+    """SGD over all `parameters` in one group (weight decay on the norms too)."""
+    return torch.optim.SGD(
+        parameters.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True
+    )
+
+
+def update(parameters: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step of SGD down the gradient of `loss`."""
+    loss.backward()
+    for parameter in parameters.parameters():
+        # What no loss depends on gets a gradient of zero instead of none, so that it decays as it does officially.
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def cosine(lr: float, epoch: int, epochs: int) -> float:
+    """The learning rate of an epoch (0-based), without warm-up: lr/2 * (1 + cos(pi * epoch / epochs))."""
+    return lr / 2 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+def finite(losses: list[Tensor]) -> list[float]:
+    """The losses of an epoch's steps as numbers, fetched from the device at once; FloatingPointError when one is
+    not finite."""
+    values = torch.stack(losses).tolist()
+    for i, value in enumerate(values):
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss of step {i + 1} of {len(values)} is {value}")
+    return values
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long to train: `epochs` of so many `steps`; `lr` is an epoch's learning rate (epochs count from 0)."""
+
+    epochs: int
+    steps: int
+    lr: Callable[[int], float]
+
+
+def train_epochs(
+    parameters: nn.Module,
+    optimizer: torch.optim.SGD,
+    schedule: Schedule,
+    run_epoch: Callable[[torch.Generator, Callable[[int], object]], list[float]],
+    run: Run,
+    remedy: str,
+) -> History:
+    """Train for the epochs of `schedule`, or for what a checkpoint has left of them.
+
+    Args:
+        parameters: the module that `optimizer` trains.
+        run_epoch: makes the steps of an epoch, with all its draws from the generator, counts them by the function
+            that it gets, and returns their losses.
+        remedy: what to do about a loss that is not finite.
+    Returns:
+        One {"epoch", "loss", "lr"} per epoch, which count from 1; loss is the mean over the steps.
+    Raises:
+        FloatingPointError: a loss that is not finite. ValueError: a damaged checkpoint.
+    """
+    generator = torch.Generator().manual_seed(run.seed)
+    history: History = []
+    if run.checkpoint is not None and run.checkpoint.exists():
+        history = load_checkpoint(run.checkpoint, parameters, optimizer, generator)
+    with run.progress(schedule.epochs * schedule.steps, "train") as done:
+        done(len(history) * schedule.steps)
+        for record in history:
+            run.on_epoch(record)
+        for epoch in range(len(history), schedule.epochs):
+            lr = schedule.lr(epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            try:
+                losses = run_epoch(generator, done)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"epoch {epoch + 1}: {error}; {remedy}") from None
+            history.append({"epoch": epoch + 1, "loss": sum(losses) / len(losses), "lr": lr})
+            if run.checkpoint is not None:
+                save_checkpoint(run.checkpoint, parameters, optimizer, generator, history)
+            run.on_epoch(history[-1])
+    return history
+
+
+def save_checkpoint(
+    path: Path,
+    parameters: nn.Module,
+    optimizer: torch.optim.SGD,
+    generator: torch.Generator,
+    history: History,
+) -> None:
+    """Write parameters, momentum and generator state atomically; `history` tells the epochs done."""
+    tensors = {"generator": generator.get_state()}
+    for name, parameter in parameters.named_parameters():
+        tensors[f"parameter.{name}"] = parameter.detach().cpu()
+        tensors[f"momentum.{name}"] = optimizer.state[parameter]["momentum_buffer"].cpu()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A name of this process: another experiment may run the same training.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata={"history": json.dumps(history)})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(
+    path: Path, parameters: nn.Module, optimizer: torch.optim.SGD, generator: torch.Generator
+) -> History:
+    """Restore what `save_checkpoint` wrote; returns the history. ValueError names a damaged file."""
+    try:
+        with safe_open(path, "pt") as file:
+            history = json.loads(file.metadata()["history"])
+            with torch.no_grad():
+                for name, parameter in parameters.named_parameters():
+                    parameter.copy_(file.get_tensor(f"parameter.{name}"))
+                    momentum = file.get_tensor(f"momentum.{name}").to(parameter.device)
+                    optimizer.state[parameter]["momentum_buffer"] = momentum
+            generator.set_state(file.get_tensor("generator"))
+    except Exception as error:
+        raise ValueError(f"{path}: damaged checkpoint ({error}); delete it to train from the start") from error
+    return history

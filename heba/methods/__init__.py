@@ -1,0 +1,45 @@
+"""The methods that are compared, a folder each, found by its name.
+
+settings.py   what the pipeline must know without running the method; imports no torch
+    class Settings(BaseModel)     its block in params.yaml
+    TITLE                         its name in tables
+    READS                         "features": frozen image features; "pixels": images through the towers
+    NEW_CLASSES                   whether it classifies classes that it was not trained on
+    DRAWS                         whether its results depend on the seed
+    EVALUATION                    settings that change no training, only what is made of it
+    problems(settings, depth, width)      what does not fit together, or not the backbone
+    work(settings, n_images, n_classes)   what a training costs
+method.py     the method; its docstring has the equations
+    build(clip, n_classes, settings, seed) -> nn.Module       the model, on the device of `clip`
+    trained(model) -> nn.Module                               what of it is trained and saved; never CLIP itself
+    fit(model, train, val, classes, settings, run)            train it in place
+    classifier(model, classes, settings, trained) -> tensors  what is kept of some class names
+    logits(model, classifier, images) -> Tensor [n, classes]  images to logits
+    detach(model)                                             leave CLIP as it was
+    A model that reads pixels has encode_image and encode_text, by which the command `cost` counts operations.
+ablations.py, convert.py     where it has ablations, or official checkpoints
+"""
+
+import pkgutil
+from importlib import import_module
+from types import ModuleType
+
+
+def names() -> list[str]:
+    """All methods, by name."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.ispkg)
+
+
+def has_part(name: str, what: str) -> bool:
+    """Whether a method has the module `what`."""
+    return what in [module.name for module in pkgutil.iter_modules([f"{path}/{name}" for path in __path__])]
+
+
+def part(name: str, what: str) -> ModuleType:
+    """The module `what` ("settings", "method", "ablations" or "convert") of a method; ValueError for a method that
+    does not exist or has no such part."""
+    if name not in names():
+        raise ValueError(f"there is no method {name!r}; known are {', '.join(names())}")
+    if not has_part(name, what):
+        raise ValueError(f"the method {name} has no {what}")
+    return import_module(f"heba.methods.{name}.{what}")

@@ -1,0 +1,150 @@
+"""The random draws of HeBA's training, in the order of the official code.
+
+All random choices of an epoch are drawn ahead as a list of `Step`s, so that a recorded plan can be replayed and
+nothing waits for the GPU inside an epoch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from heba.clip.features import Classes
+from heba.clip.towers import Packing, embed_tokens, text_lengths
+from heba.data.images import sample_crop
+from heba.methods.heba.model import AdaptedCLIP
+from heba.methods.heba.settings import Settings, steps_per_epoch
+
+TEXT_BATCH = 256
+
+
+@dataclass(frozen=True)
+class TextBank:
+    """The prompts of the training classes.
+
+    Attributes:
+        tokens: [n_prompts, length].
+        lengths: per prompt, tokens up to and with the one that is read (`towers.text_lengths`).
+        offsets: first prompt of every class, and n_prompts at the end; prompts are ordered by class.
+        hidden: frozen states [n_prompts, length, width] below block `start`, or None to compute them.
+    """
+
+    tokens: Tensor
+    lengths: list[int]
+    offsets: list[int]
+    hidden: Tensor | None
+
+    @property
+    def n_classes(self) -> int:
+        return len(self.offsets) - 1
+
+
+def text_bank(model: AdaptedCLIP, classes: Classes) -> TextBank:
+    """The prompts of `classes` on the model's device, with their frozen states below its first adapted block."""
+    clip, where = model.clip, model.logit_factor().device
+    hidden = None
+    if model.start > 1:
+        with torch.no_grad():
+            batches = classes.tokens.split(TEXT_BATCH)
+            hidden = torch.cat([embed_tokens(clip, b.to(where), model.start - 1).float() for b in batches])
+    counts = torch.bincount(classes.index, minlength=len(classes.names))
+    return TextBank(
+        tokens=classes.tokens.to(where),
+        lengths=text_lengths(clip, classes.tokens),
+        offsets=[0, *counts.cumsum(0).tolist()],
+        hidden=hidden,
+    )
+
+
+@dataclass(frozen=True)
+class Step:
+    """The random choices of one step.
+
+    Attributes:
+        images: rows of the training set. boxes, flips: their augmentation.
+        targets: [batch], the column of each image's class among `prompts`.
+        prompts: [n_selected], one prompt per selected class: sorted classes of the batch, then negatives.
+        packing: of these prompts.
+        text_scales, visual_scales: [n_adapted_blocks].
+    """
+
+    images: list[int]
+    boxes: list[tuple[int, int, int, int]]
+    flips: list[bool]
+    targets: Tensor
+    prompts: Tensor
+    packing: Packing
+    text_scales: Tensor
+    visual_scales: Tensor
+
+
+def step_classes(
+    labels: list[int], n_classes: int, neg_ratio: int, generator: torch.Generator
+) -> tuple[list[int], list[int]]:
+    """The classes of a step in the order of the logit columns, and each label's column.
+
+    The sorted classes of the batch come first; when there are more classes than images, min(#others,
+    neg_ratio * #positives) random others follow, in the order drawn. With neg_ratio 0 all classes are used.
+    """
+    positives = sorted(set(labels))
+    if n_classes <= len(labels) or neg_ratio == 0:
+        selected = list(range(n_classes))
+    else:
+        others = sorted(set(range(n_classes)) - set(positives))
+        order = torch.randperm(len(others), generator=generator)
+        selected = positives + [others[i] for i in order[: neg_ratio * len(positives)].tolist()]
+    column = {c: i for i, c in enumerate(selected)}
+    return selected, [column[label] for label in labels]
+
+
+def draw_scales(n_blocks: int, scale: float, settings: Settings, generator: torch.Generator) -> Tensor:
+    """Slow-fast scales [n_blocks]: s * scale_factor where a uniform draw exceeds slow_ratio, else s."""
+    fast = torch.rand(n_blocks, generator=generator) > settings.slow_ratio
+    return torch.where(fast, scale * settings.scale_factor, scale)
+
+
+def plan_epoch(
+    labels: list[int],
+    sizes: Sequence[tuple[int, int]],
+    bank: TextBank,
+    model: AdaptedCLIP,
+    settings: Settings,
+    generator: torch.Generator,
+) -> list[Step]:
+    """Draw one epoch: a permutation of the images cut into batches (drop_last), then per step the
+    augmentation, the negative classes, one prompt per class, the text scales and the image scales.
+
+    Args:
+        labels: of the training images. sizes: their (height, width).
+    """
+    device = model.logit_factor().device
+    order = torch.randperm(len(labels), generator=generator).tolist()
+    n_blocks = model.end - model.start + 1
+    steps = []
+    batch_size = min(settings.batch_size, len(order))
+    for step in range(steps_per_epoch(len(order), settings)):
+        images = order[step * batch_size : (step + 1) * batch_size]
+        boxes = [sample_crop(sizes[j][0], sizes[j][1], generator) for j in images]
+        flips = (torch.rand(len(images), generator=generator) < 0.5).tolist()
+        selected, targets = step_classes(
+            [labels[j] for j in images], bank.n_classes, settings.neg_ratio, generator
+        )
+        draws = torch.rand(len(selected), generator=generator).tolist()
+        prompts = [
+            bank.offsets[c] + int(u * (bank.offsets[c + 1] - bank.offsets[c]))
+            for c, u in zip(selected, draws, strict=True)
+        ]
+        steps.append(
+            Step(
+                images=images,
+                boxes=boxes,
+                flips=flips,
+                targets=torch.tensor(targets, device=device),
+                prompts=torch.tensor(prompts, device=device),
+                packing=model.pack([bank.lengths[p] for p in prompts]),
+                text_scales=draw_scales(n_blocks, model.scale, settings, generator).to(device),
+                visual_scales=draw_scales(n_blocks, model.scale, settings, generator).to(device),
+            )
+        )
+    return steps

@@ -1,0 +1,169 @@
+"""`python -m pipeline cost`: an estimate of the compute and disk that params.yaml needs on the real benchmarks;
+own data is not counted.
+
+The operations of one image and of one prompt, forward and in training, are counted by torch while the model of a
+method runs on one of each. Everything else is products of counts in params.yaml and the catalogue:
+
+    step      = (images per step * image_train + prompts per step * text_train) / throughput + overhead
+    training  = steps * step
+    test pass = (test images * image + 20 prompts per class * text) / throughput, once per training and test set;
+                a method on frozen features needs those alone, which are computed once per data set
+"""
+
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from heba import methods
+from heba.clip.architecture import read_architecture
+from heba.clip.backbone import build
+from heba.clip.preprocess import preprocess_of
+from heba.clip.towers import encode_text_plain, eos_id, pool_type, text_tower
+from heba.data.protocols import PROTOCOLS
+from heba.data.splits import base_labels
+from heba.sources.catalog import Benchmark, load_catalog
+from pipeline.core.params import Params, ParamsError, settings_of
+from pipeline.core.paths import main_root
+from pipeline.core.trainings import Training, evaluations, trainings
+
+PROMPTS_PER_CLASS = 20
+FROZEN = "frozen features"
+
+
+class Flops(NamedTuple):
+    """Operations of one image and one prompt: in a test pass, and with the backward in a training step."""
+
+    image: int
+    text: int
+    image_train: int
+    text_train: int
+
+
+def count_flops(clip: Any, encode_image: Any, encode_text: Any, text_length: int) -> Flops:
+    """Run the two functions on one image and one prompt of `text_length` tokens and count."""
+    text = text_tower(clip)
+    size = preprocess_of(clip).size
+    tokens = torch.zeros(1, text.context_length, dtype=torch.long)
+    last = text.token_embedding.num_embeddings - 1
+    tokens[0, text_length - 1] = eos_id(text) if pool_type(text) == "eos" else last
+    image = torch.zeros(1, 3, size, size)
+
+    def count(encode: Any, value: torch.Tensor, train: bool) -> int:
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
+            features = encode(value)
+            if train and features.requires_grad:  # not where a tower is left plain
+                features.sum().backward()
+        return int(counter.get_total_flops())
+
+    return Flops(
+        count(encode_image, image, False),
+        count(encode_text, tokens, False),
+        count(encode_image, image, True),
+        count(encode_text, tokens, True),
+    )
+
+
+def trained_parameters(params: Params, method: str, protocol: str, clip: Any) -> int:
+    """Numbers that a training of a method leaves; `clip` may be without its weights."""
+    part = methods.part(method, "method")
+    model = part.build(clip, 2, settings_of(params, method, protocol), seed=0)
+    found = sum(t.numel() for t in part.trained(model).state_dict().values())
+    part.detach(model)
+    return found
+
+
+def adapter_bytes(params: Params, training: Training) -> int:
+    """What a training leaves on the disk; the model is made without its weights."""
+    with torch.device("meta"):
+        clip = build(read_architecture(params.backbone.name, main_root()))
+        found = trained_parameters(params, training.method, training.protocol, clip)
+    return found * (2 if params.adapter_dtype == "fp16" else 4)
+
+
+def table(params: Params, tflops: float, overhead_ms: float, text_length: int) -> pd.DataFrame:
+    """A row per protocol and method, and one of the frozen features that all share: trainings, steps, hours of
+    training and of test passes, GB of adapters."""
+    if params.suite != "real" or params.backbone.name == "tiny":
+        raise ParamsError("suite: cost is for the real benchmarks; try it after `python -m pipeline preset paper`")
+    catalog = load_catalog()
+    clip = build(read_architecture(params.backbone.name, main_root()))
+    per_second = tflops * 1e12
+
+    def hours(tests: list[Benchmark], flops: Flops) -> float:
+        """Of one test pass over each of `tests`."""
+        tested = sum(b.counts.test * flops.image + PROMPTS_PER_CLASS * b.classes * flops.text for b in tests)
+        return tested / per_second / 3600
+
+    rows: dict[tuple[str, str], dict[str, float]] = {}
+    tests = dict.fromkeys([*params.datasets, *params.transfer.variants])
+    frozen = count_flops(clip, clip.encode_image, lambda tokens: encode_text_plain(clip, tokens), text_length)
+    for method in params.methods:
+        about, part = methods.part(method, "settings"), methods.part(method, "method")
+        for protocol in dict.fromkeys(p.trained_as for p in PROTOCOLS.values()):
+            own = [t for t in trainings(params) if (t.method, t.protocol) == (method, protocol)]
+            own = [t for t in own if t.dataset in catalog]
+            if not own:
+                continue
+            settings = settings_of(params, method, protocol)
+            model = part.build(clip, 2, settings, seed=0)
+            flops = frozen
+            if about.READS == "pixels":
+                flops = count_flops(clip, model.encode_image, model.encode_text, text_length)
+            part.detach(model)
+            steps, seconds = 0, 0.0
+            for training in own:
+                classes = catalog[training.dataset].classes
+                if protocol == "base_to_novel":
+                    classes = len(base_labels(classes))
+                work = about.work(settings, classes * training.shots, classes)
+                operations = work.images * flops.image_train + work.prompts * flops.text_train
+                steps += work.steps
+                seconds += work.steps * (operations / per_second + overhead_ms / 1e3)
+            tested = [
+                catalog[e.dataset] for e in evaluations(params) if e.training in own and e.dataset in catalog
+            ]
+            titles = " and ".join(name for name, p in PROTOCOLS.items() if p.trained_as == protocol)
+            rows[titles, about.TITLE] = {
+                "Trainings": len(own),
+                "Steps": steps,
+                "Training, h": seconds / 3600,
+                "Test passes, h": hours(tested, flops) if about.READS == "pixels" else 0.0,
+                "Adapters, GB": len(own) * adapter_bytes(params, own[0]) / 1e9,
+            }
+    rows[FROZEN, "all"] = {
+        "Trainings": 0,
+        "Steps": 0,
+        "Training, h": 0.0,
+        "Test passes, h": hours([catalog[name] for name in tests], frozen),
+        "Adapters, GB": 0.0,
+    }
+    frame = pd.DataFrame.from_dict(rows, orient="index")
+    frame.loc[("total", ""), :] = frame.sum()
+    frame.index = pd.MultiIndex.from_tuples(list(frame.index), names=["Protocol", "Method"])
+    return frame.astype({"Trainings": int, "Steps": int})
+
+
+def disk(params: Params) -> dict[str, float]:
+    """GB of what is fetched (unpacked it is about the same again) and of the packed test images."""
+    catalog = load_catalog()
+    names = dict.fromkeys([*params.datasets, *params.transfer.variants])
+    size = read_architecture(params.backbone.name, main_root())["vision_cfg"].get("image_size", 224)
+    return {
+        "archives": sum(file.size for n in names for file in catalog[n].sources[0]) / 1e9,
+        "packed test images": sum(catalog[n].counts.test for n in names) * 3 * size**2 / 1e9,
+    }
+
+
+def markdown(params: Params, tflops: float, overhead_ms: float, text_length: int) -> str:
+    """The estimate as Markdown, with its assumptions."""
+    frame = table(params, tflops, overhead_ms, text_length)
+    sizes = disk(params)
+    return (
+        f"An estimate, not a measurement: {tflops:g} TFLOP/s, {overhead_ms:g} ms overhead a step, "
+        f"{text_length} tokens a prompt.\n\n"
+        + frame.reset_index().astype(object).to_markdown(floatfmt=".1f", index=False)
+        + f"\n\nDisk besides the adapters: archives {sizes['archives']:.0f} GB and about as much again unpacked, "
+        f"packed test images {sizes['packed test images']:.0f} GB."
+    )

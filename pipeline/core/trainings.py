@@ -1,0 +1,126 @@
+"""The one list of the trainings and evaluations that params.yaml asks for. All other code takes it from here."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from heba import methods
+from heba.data.protocols import PROTOCOLS
+from pipeline.core.params import Params
+from pipeline.core.paths import OUT, new_file
+
+Sample = tuple[str, int, int]  # protocol, shots, seed
+
+
+@dataclass(frozen=True, order=True)
+class Training:
+    """A training of `method` on `dataset`, for a protocol that trains (`Protocol.trained_as`)."""
+
+    protocol: str
+    dataset: str
+    method: str
+    shots: int
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        """What it leaves."""
+        return train_folder(self.dataset) / self.method / f"{self.protocol}-{self.shots}-{self.seed}"
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> "Training":
+        """The training that left `folder`."""
+        protocol, shots, seed = folder.name.rsplit("-", 2)
+        return cls(protocol, folder.parent.parent.name, folder.parent.name, int(shots), int(seed))
+
+
+@dataclass(frozen=True, order=True)
+class Evaluation:
+    """A training, evaluated by `protocol` on the test images of `dataset`."""
+
+    protocol: str
+    dataset: str
+    training: Training
+
+    @property
+    def path(self) -> Path:
+        """Its record."""
+        training = self.training
+        folder = stage_folder(self.protocol)
+        if PROTOCOLS[self.protocol].transfer:
+            folder /= str(training.seed)
+        return folder / self.dataset / training.method / f"{self.protocol}-{training.shots}-{training.seed}.json"
+
+
+def train_folder(dataset: str) -> Path:
+    """All trainings on a data set."""
+    return OUT / "train" / dataset
+
+
+def stage_folder(protocol: str) -> Path:
+    """What the evaluation stages of a protocol write, for all data sets and seeds."""
+    transfer = {"cross_dataset": "evaluate-cross", "domain_generalization": "evaluate-domain"}
+    return OUT / transfer.get(protocol, "evaluate")
+
+
+def samples(params: Params, dataset: str) -> list[Sample]:
+    """The few-shot samples of a data set that are trained on, whatever the method."""
+    found = []
+    if dataset in [*params.datasets, *params.own]:
+        found += [("base_to_novel", params.shots, seed) for seed in params.seeds]
+    if dataset == params.transfer.source:
+        found += [("cross_dataset", params.shots, seed) for seed in params.transfer.seeds]
+    if dataset in params.few_shot.datasets:
+        few = params.few_shot
+        found += [("few_shot", shots, seed) for shots in few.shots for seed in few.seeds]
+    return found
+
+
+def trainings(params: Params) -> list[Training]:
+    """Every training. A method that cannot classify new classes is not trained for cross_dataset."""
+    return [
+        Training(protocol, dataset, method, shots, seed)
+        for dataset in dict.fromkeys([*params.datasets, *params.own])
+        for method in params.methods
+        for protocol, shots, seed in samples(params, dataset)
+        if trains(method, protocol)
+    ]
+
+
+def can(method: str, protocol: str, group: str) -> bool:
+    """Whether a method can be tested on a group of a protocol, which may be of classes that are new to it."""
+    new = PROTOCOLS[protocol].transfer or group == "novel"
+    return not new or methods.part(method, "settings").NEW_CLASSES
+
+
+def trains(method: str, protocol: str) -> bool:
+    """Whether a method is trained for a protocol: not when it can be tested on none of its groups."""
+    return any(can(method, protocol, group) for group in PROTOCOLS[protocol].groups)
+
+
+def tested_on(params: Params, protocol: str, trained_on: str) -> list[str]:
+    """The data sets on whose test images a training on `trained_on` is evaluated by `protocol`."""
+    transfer = {"cross_dataset": params.transfer.targets, "domain_generalization": params.transfer.variants}
+    return transfer.get(protocol, [trained_on])
+
+
+def evaluations(params: Params) -> list[Evaluation]:
+    """Every evaluation."""
+    return [
+        Evaluation(protocol, dataset, training)
+        for training in trainings(params)
+        for protocol, about in PROTOCOLS.items()
+        if about.trained_as == training.protocol
+        for dataset in tested_on(params, protocol, training.dataset)
+    ]
+
+
+def mark_protocols(params: Params) -> None:
+    """Write .protocols, the names of those that are on, into the folder of every evaluation stage.
+
+    The report depends on all these folders, and DVC refuses a dependency that does not exist.
+    """
+    on = {evaluation.protocol for evaluation in evaluations(params)}
+    for folder in dict.fromkeys(map(stage_folder, PROTOCOLS)):
+        names = [name for name in PROTOCOLS if name in on and stage_folder(name) == folder]
+        with new_file(folder / ".protocols") as path:
+            path.write_text("".join(f"{name}\n" for name in names))

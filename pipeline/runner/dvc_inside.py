@@ -1,0 +1,246 @@
+"""What we must know of DVC's inside: its files, its messages, its graph and its cache.
+
+DVC promises none of this. tests/pipeline/test_dvc_inside.py holds each of it against the DVC that is installed.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import yaml
+
+from pipeline.core.paths import new_file, remove_left, temporary_name
+
+LOCK, RWLOCK = "dvc.lock", "rwlock"
+TMP = Path(".dvc", "tmp")  # where the rwlock lies, and what git need not see
+LOCK_REMEDY = "`git checkout dvc.lock` brings the last one back"
+WAIT = "--wait-for-lock"
+SINGLE = ("repro", "--single-item")  # a stage, or several one after the other, without what they depend on
+SAID = re.compile(r"(?:Running stage|Stage) '([^']+)'(:| is cached| didn't change)")
+FATE = {":": None, " is cached": "from the cache", " didn't change": "unchanged"}
+FAILED = re.compile(r"failed to reproduce '([^']+)'")
+BUSY = ("acquire lock", "is busy")  # the repository, or a file that a stage reads or writes
+
+
+# What DVC says.
+
+
+def told(line: str) -> tuple[str, str | None] | None:
+    """The stage that a line of `dvc repro` is about, and how it has ended; None for one that begins now."""
+    said = SAID.match(line)
+    return (said[1], FATE[said[2]]) if said else None
+
+
+def failed_stages(output: str) -> list[str]:
+    """The stages that `dvc repro` names as failed."""
+    return FAILED.findall(output)
+
+
+def is_busy(message: str) -> bool:
+    """Whether DVC gave up because another DVC process works there."""
+    return any(words in message for words in BUSY)
+
+
+def remedy(message: str, root: Path) -> str:
+    """The remedy for what DVC says of its files in the repository at `root`."""
+    if is_busy(message):
+        return "wait for the end of the other DVC process"
+    if LOCK in message:
+        return LOCK_REMEDY
+    return _rwlock_remedy(root) if "RWLock-file" in message else "see `dvc status`"
+
+
+# Its repository: the graph and the cache.
+
+
+@contextmanager
+def repository(root: Path) -> Iterator[Any]:
+    """DVC's Repo at `root`; ValueError, with what to do, when DVC cannot read it."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(root)) as repo:
+            yield repo
+    except DvcException as error:
+        raise ValueError(f"DVC: {error}; {remedy(str(error), root)}") from None
+
+
+class Plan(NamedTuple):
+    """`needs`: the stages to run, each with those of them that it depends on itself; `order`: all stages, in the
+    order of `dvc repro`; `gpu`: the stages that read the param `device`."""
+
+    needs: dict[str, set[str]]
+    order: list[str]
+    gpu: set[str]
+
+
+def make_plan(root: Path) -> Plan:
+    """What changed and all that depends on it."""
+    import networkx as nx
+    from dvc.dependency import ParamsDependency
+    from dvc.repo.reproduce import plan_repro
+
+    with repository(root) as repo:
+        order = [stage.addressing for stage in plan_repro(repo.index.graph)]
+        gpu = {
+            stage.addressing
+            for stage in repo.index.stages
+            for dep in stage.deps
+            if isinstance(dep, ParamsDependency) and "device" in dep.params
+        }
+        graph = nx.relabel_nodes(repo.index.graph, lambda stage: stage.addressing)  # edges to dependencies
+        changed = set(repo.status()) & set(graph)
+        stages = changed.union(*(nx.ancestors(graph, stage) for stage in changed))
+        return Plan({stage: set(graph.successors(stage)) & stages for stage in stages}, order, gpu)
+
+
+def cache_folder(repo: Any) -> Path:
+    """DVC's cache, to which the outs are links."""
+    return Path(repo.cache.local.path)
+
+
+def cached_objects(cache: Path) -> dict[Path, str]:
+    """The files of the cache, with the md5 that each should have."""
+    return {path: path.parent.name + path.name.split(".")[0] for path in sorted(cache.glob("??/*"))}
+
+
+def locked_files(root: Path, cache: Path) -> dict[Path, str]:
+    """The files of the outs, with their md5 as dvc.lock has it; a folder's are in a listing in the cache."""
+    found = {}
+    for out in (out for stage in locked_stages(root).values() for out in stage.get("outs", [])):
+        path, md5 = root / out["path"], out["md5"]
+        if not md5.endswith(".dir"):
+            found[path] = md5
+            continue
+        listing = cache / md5[:2] / md5[2:]
+        if listing.exists():
+            found |= {path / file["relpath"]: file["md5"] for file in json.loads(listing.read_bytes())}
+    return found
+
+
+def trusts(repo: Any, path: Path, md5: str) -> bool:
+    """Whether DVC takes `path` for what has the hash `md5`, for it has not changed since DVC looked."""
+    from dvc.fs import localfs
+
+    _, known = repo.state.get(str(path), localfs)
+    return known is not None and known.value == md5
+
+
+# dvc.lock.
+
+
+def locked_stages(root: Path) -> dict[str, dict[str, Any]]:
+    """The stages in dvc.lock; ValueError when it is damaged."""
+    path = root / LOCK
+    if not path.is_file():
+        return {}
+    try:
+        stages = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
+        if not isinstance(stages, dict):
+            raise TypeError("stages is not a mapping")
+    except (ValueError, TypeError, KeyError, yaml.YAMLError):
+        raise ValueError(f"{path} is damaged; {LOCK_REMEDY}") from None
+    return stages
+
+
+def move_to_end(root: Path, stages: list[str]) -> None:
+    """Let dvc.lock end with these of its stages, in this order."""
+    from dvc.utils.serialize import dumps_yaml, parse_yaml_for_update
+
+    path = root / LOCK
+    data = parse_yaml_for_update(path.read_text(encoding="utf-8"), str(path))
+    for stage in stages:
+        data["stages"].move_to_end(stage)
+    with new_file(path) as file:
+        file.write_text(dumps_yaml(data), encoding="utf-8")
+
+
+# The rwlock, where the processes of DVC say what they read and write while a stage runs.
+
+
+def rwlock(root: Path) -> Path:
+    return root / TMP / RWLOCK
+
+
+def _rwlock_remedy(root: Path) -> str:
+    return f"when no dvc process runs any more, remove {rwlock(root)}"
+
+
+def running_stages(root: Path) -> list[str]:
+    """The commands of DVC that run stages now, on this machine; ValueError when their record is damaged."""
+    path = rwlock(root)
+    if not path.is_file():
+        return []
+    try:
+        lock = json.loads(path.read_text(encoding="utf-8"))
+        holders = [*lock.get("write", {}).values(), *(by for all_ in lock.get("read", {}).values() for by in all_)]
+        return sorted({by["cmd"] for by in holders if psutil.pid_exists(by["pid"])})
+    except (ValueError, AttributeError, TypeError, KeyError):
+        raise ValueError(f"{path} is damaged; {_rwlock_remedy(root)}") from None
+
+
+def release(root: Path, stages: list[str]) -> None:
+    """Remove from DVC's rwlock the entries of a killed process that ran these stages.
+
+    DVC does so itself where the process ran on the same machine: it looks whether the process lives. On another
+    machine it would look at an unrelated process of the same number.
+    """
+    from dvc.config import Config
+    from dvc.lock import make_lock
+    from dvc.rwlock import RWLOCK_LOCK
+
+    path = rwlock(root)
+    ending = " ".join([*SINGLE, *stages])
+    if not path.is_file() or ending not in path.read_text(encoding="utf-8"):
+        return
+    hardlink = Config(str(root / ".dvc"))["core"].get("hardlink_lock", False)
+    with make_lock(str(path.with_name(RWLOCK_LOCK)), tmp_dir=str(path.parent), hardlink_lock=hardlink, wait=True):
+        lock = json.loads(path.read_text(encoding="utf-8"))
+        lock["write"] = {p: by for p, by in lock.get("write", {}).items() if not by["cmd"].endswith(ending)}
+        read = {
+            p: [by for by in all_ if not by["cmd"].endswith(ending)] for p, all_ in lock.get("read", {}).items()
+        }
+        lock["read"] = {p: left for p, left in read.items() if left}
+        with new_file(path) as file:
+            file.write_text(json.dumps(lock), encoding="utf-8")
+
+
+# How it writes both. It truncates them and writes them anew: a process that is killed in between, with its node or
+# at ctrl-C, would leave half a file, and no DVC process would run any more.
+
+
+def replace_files_whole() -> None:
+    """From now on, DVC in this process gives dvc.lock and the rwlock their new content when it is complete."""
+    from dvc.fs import LocalFileSystem
+
+    plain_open = LocalFileSystem.open
+
+    @contextmanager
+    def replaced(fs: Any, path: Path, mode: str, options: dict[str, Any]) -> Iterator[Any]:
+        ignored = path.parent / TMP
+        temporary = temporary_name((ignored if ignored.is_dir() else path.parent) / path.name)
+        try:
+            with plain_open(fs, str(temporary), mode, **options) as file:
+                yield file
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def safe_open(self: Any, path: str, mode: str = "r", **options: Any) -> AbstractContextManager[Any]:
+        if "w" in mode and os.path.basename(path) in (LOCK, RWLOCK):
+            return replaced(self, Path(path), mode, options)
+        return plain_open(self, path, mode, **options)
+
+    LocalFileSystem.open = safe_open  # type: ignore[method-assign]
+
+
+def remove_halves(root: Path) -> None:
+    """Remove what killed processes have left of dvc.lock and the rwlock."""
+    for path in (root / LOCK, root / TMP / LOCK, rwlock(root)):
+        remove_left(path)

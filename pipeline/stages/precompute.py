@@ -1,0 +1,141 @@
+"""Stage `precompute`: what the frozen CLIP makes of a data set, once for all seeds, shots and ablations.
+
+out/precompute/<dataset>/
+    prompts.json       class names, prompts, classes without descriptions, prompts that had to be cut
+    text.safetensors   tokens, index, features of all prompts
+    images.npy         [n, 3, size, size] uint8: test images, decoded, resized and cropped
+    test.safetensors   labels and the zero-shot image features of the test images
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from heba.clip.features import Classes, encode_images, encode_prompts
+from heba.clip.preprocess import Preprocess, preprocess_of
+from heba.clip.towers import cut_texts, encode_text_plain
+from heba.data.datasets import TABLE
+from heba.data.images import open_packed, pack_images
+from heba.data.prompts import build_prompts, read_descriptions, tokenize
+from heba.data.splits import Item, class_names, read_split
+from pipeline.core.params import Params, stage_of
+from pipeline.core.paths import OUT, new_folder, reading
+from pipeline.stages.backbone import device, load_backbone, use_bf16
+from pipeline.stages.download import template_of, verified_folder
+
+
+@dataclass(frozen=True)
+class TestImages:
+    """The test images of a data set.
+
+    Attributes:
+        packed: [n, 3, size, size] uint8, on disk.
+        features: [n, E], normalised, of the frozen image tower. labels: [n].
+        preprocess: how the model wants them.
+    """
+
+    packed: np.ndarray
+    features: Tensor
+    labels: Tensor
+    preprocess: Preprocess
+
+
+def precompute_folder(dataset: str) -> Path:
+    """Own data lies apart: what depends on all benchmarks does not depend on it."""
+    return OUT / ("precompute" if dataset in TABLE else "precompute-own") / dataset
+
+
+def read_names(dataset: str) -> list[str]:
+    """The names of all classes."""
+    path = precompute_folder(dataset) / "prompts.json"
+    with reading(path, stage_of("precompute", dataset)):
+        names = json.loads(path.read_text(encoding="utf-8"))["class_names"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("class_names must be a list of names")
+    return names
+
+
+def read_classes(dataset: str) -> Classes:
+    """All classes, with what frozen CLIP makes of their prompts."""
+    names = read_names(dataset)
+    path = precompute_folder(dataset) / "text.safetensors"
+    with reading(path, stage_of("precompute", dataset)):
+        tensors = load_file(path)
+        classes = Classes(names, tensors["tokens"], tensors["index"], tensors["features"])
+        n = len(classes.index)
+        if len(classes.tokens) != n or len(classes.features) != n:
+            raise ValueError("tokens, index and features have different lengths")
+    return classes
+
+
+def read_test(dataset: str, preprocess: Preprocess) -> TestImages:
+    """The test images as `preprocess` wants them."""
+    packed, path = precompute_folder(dataset) / "images.npy", precompute_folder(dataset) / "test.safetensors"
+    with reading(path, stage_of("precompute", dataset)):
+        test = load_file(path)
+        n = len(test["labels"])
+        if len(test["features"]) != n:
+            raise ValueError("labels and features have different lengths")
+    with reading(packed, stage_of("precompute", dataset)):
+        images, size = open_packed(packed), preprocess.size
+        if images.shape != (n, 3, size, size) or images.dtype != np.uint8:
+            raise ValueError(f"{images.dtype} {images.shape}, for {n} images of {size} x {size} pixels")
+    return TestImages(images, test["features"], test["labels"], preprocess)
+
+
+def run(params: Params, dataset: str) -> None:
+    """Write out/precompute/<dataset> (see the module's docstring)."""
+    data = verified_folder(params, dataset, images=True)
+    split = read_split(data / "split.json")
+    names = class_names(split)
+    prompts = build_prompts(names, read_descriptions(data / "descriptions.json"), template_of(params, dataset))
+    if prompts.fallback:
+        print(f"{dataset}: no description, template used: {', '.join(prompts.fallback)}", file=sys.stderr)
+    clip, tokenizer = load_backbone(params)
+    tokens, cut = tokenize(prompts.texts, tokenizer)
+    for text in cut:
+        print(f"{dataset}: longer than {tokens.shape[1]} tokens, cut: {text!r}", file=sys.stderr)
+    with new_folder(precompute_folder(dataset)) as out:
+        info = {"class_names": names, "prompts": prompts.texts, "fallback": prompts.fallback, "cut": cut}
+        text = json.dumps(info, ensure_ascii=False, indent=1)
+        (out / "prompts.json").write_text(text + "\n", encoding="utf-8")
+        _texts(params, clip, tokens, torch.tensor(prompts.class_index), out)
+        _images(params, split["test"], data / "images", clip, out)
+
+
+def _texts(params: Params, clip: Any, tokens: Tensor, index: Tensor, out: Path) -> None:
+    """Write text.safetensors; `tokens` [n_prompts, context], `index` [n_prompts] is the class of each."""
+    tokens = cut_texts(clip, tokens)
+    where = device(params)
+
+    def encode(batch: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(where.type, torch.bfloat16, enabled=use_bf16(params)):
+            return encode_text_plain(clip, batch)
+
+    with tqdm(total=len(tokens), desc="prompts", delay=2, unit="prompt") as bar:
+        features = encode_prompts(clip, tokens, encode, where, progress=bar.update)
+    save_file({"tokens": tokens.contiguous(), "index": index, "features": features}, out / "text.safetensors")
+
+
+def _images(params: Params, test: list[Item], folder: Path, clip: Any, out: Path) -> None:
+    preprocess = preprocess_of(clip)
+    packed = out / "images.npy"
+    with tqdm(total=len(test), desc="pack test images", delay=2, unit="image") as bar:
+        pack_images([folder / file for file, _, _ in test], preprocess, packed, bar.update)
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=use_bf16(params)):
+            return clip.encode_image(images)
+
+    with tqdm(total=len(test), desc="zero-shot image features", delay=2, unit="image") as bar:
+        features = encode_images(open_packed(packed), preprocess, encode, device(params), progress=bar.update)
+    labels = torch.tensor([label for _, label, _ in test])
+    save_file({"labels": labels, "features": features}, out / "test.safetensors")
