@@ -8,9 +8,11 @@ from safetensors.torch import load_file, save_file
 from heba import artifact
 from heba.artifact import ADAPTER_FILE
 from heba.clip.features import class_features, encode_prompts
+from heba.methods.heba import method
 from heba.methods.heba.adapters import BottleneckAdapter
 from heba.methods.heba.draws import step_classes
 from heba.methods.heba.model import AdaptedCLIP
+from heba.methods.heba.settings import Settings
 from tests.heba import artifacts
 
 VISION = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
@@ -191,3 +193,21 @@ def test_half_precision_on_disk(tmp_path):
     with pytest.raises(ValueError, match="fp32"):
         artifacts.save(model, tmp_path / "overflow", torch.float16)
     assert not list((tmp_path / "overflow").iterdir())
+
+
+def test_the_seed_of_build_is_that_of_the_initialisation():
+    """Whatever drew random numbers before, and without a trace in torch's own generator."""
+
+    def initial(seed, before):
+        torch.manual_seed(before)
+        built = method.build(make_clip(open_clip.CLIP), 2, Settings(start=1, end=2), seed)
+        return built.adapters.state_dict()["text_adapter.1.att_conv.down.weight"]
+
+    assert torch.equal(initial(1, before=5), initial(1, before=6))
+    assert not torch.equal(initial(1, before=5), initial(2, before=5))
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    clip = make_clip(open_clip.CLIP)
+    torch.manual_seed(7)
+    method.build(clip, 2, Settings(start=1, end=2), 1)
+    assert torch.equal(torch.rand(3), expected)

@@ -8,6 +8,7 @@ import yaml
 
 from heba import methods
 from pipeline.core import code
+from pipeline.stages.precompute import precompute_folder
 from tests.test_rooms import MODULES, ROOT
 from tests.test_rooms import imports as imported
 
@@ -122,3 +123,14 @@ def test_a_training_depends_on_no_other_method(stage):
         assert not [path for path in other if covered(path, code_of(stage, method))]
         assert [dep for dep in STAGES[stage]["params"] if "item" in dep] == ["${item.method}"]
         assert not set(methods.names()) & set(STAGES[stage]["params"])
+
+
+def test_own_data_makes_no_evaluation_of_the_source_stale():
+    """Those depend on all that is precomputed of the benchmarks, and own data lies elsewhere."""
+    assert precompute_folder("dtd").is_relative_to("out/precompute")
+    assert not precompute_folder("flowers").is_relative_to("out/precompute")
+    outs = {dep for stage in ("evaluate-cross", "evaluate-domain") for dep in STAGES[stage]["deps"]}
+    (own,) = STAGES["precompute-own"]["outs"]
+    assert "out/precompute" in outs
+    assert own == "out/precompute-own/${item.dataset}"
+    assert not any(own.startswith(f"{dep}/") for dep in outs)

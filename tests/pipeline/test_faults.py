@@ -147,8 +147,8 @@ def test_a_kill_while_an_archive_is_unpacked_leaves_no_half_data_set(tmp_path):
 
     def killed():
         """Whether the kill came in time."""
-        shutil.rmtree(folder)
-        manifest.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
+        manifest.unlink(missing_ok=True)  # the last kill may have come before it was written
         process = breakable.start(repo, *download)
         wait_for(lambda: any(folder.parent.glob(".eurosat.*.tmp/raw")) or process.poll() is not None)
         process.kill()
@@ -156,7 +156,7 @@ def test_a_kill_while_an_archive_is_unpacked_leaves_no_half_data_set(tmp_path):
         wait_for(lambda: not working_in(repo))
         return not manifest.exists() and not folder.exists()
 
-    assert any(killed() for _ in range(5))
+    assert any(killed() for _ in range(50))
     assert breakable.left_over(repo)
     done = call(repo, *download)
     assert done.returncode == 0, done.stderr
