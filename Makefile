@@ -10,7 +10,7 @@ repro: $(READY)
 	@echo "Runs:   make ui"
 
 test: $(READY)
-	. $(VENV)/bin/activate && pytest -n auto --dist loadfile --no-loadscope-reorder --durations 10
+	. $(VENV)/bin/activate && pytest -n auto --dist loadfile --durations 10
 
 lint: $(READY)
 	. $(VENV)/bin/activate && ruff check . && ruff format --check . && mypy
