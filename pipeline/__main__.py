@@ -1,6 +1,6 @@
 import sys
 
-from pipeline.runner import warm
+from pipeline.runner import lifetime, warm
 
 
 def main() -> None:
@@ -14,8 +14,10 @@ def main() -> None:
         sys.exit(f"error: the package {error.name} is missing; pip install -c constraints.txt -e '.[pipeline]'")
 
 
-if sys.argv[1:2] == [warm.SERVE]:
-    warm.serve(sys.argv[2], main)
+if sys.argv[1:2] == [lifetime.SERVE]:
+    address, *numbers = sys.argv[2:]
+    listener, number, start = map(int, numbers)
+    warm.serve(address, listener, lifetime.Process(number, start), main)
     sys.exit()
 code = warm.run_in_server()
 if code is not None:

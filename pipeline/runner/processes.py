@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.runner.dvc_inside import SINGLE, WAIT, release
+from pipeline.runner.warm import OFF, SERVER
 
 DVC = [sys.executable, "-m", "pipeline.runner.safe_dvc"]
 # The shell ends at once; what it leaves in the background has process 1 for its parent.
@@ -78,7 +79,8 @@ class Child:
             self.process = subprocess.Popen(
                 [*DVC, WAIT, *SINGLE, *stages],
                 cwd=root,
-                env=environment() | env | {"PYTHONUNBUFFERED": "1"},
+                # Not a server of stages for this DVC alone, which soon ends.
+                env={SERVER: OFF} | environment() | env | {"PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,11 +81,8 @@ def _check_gpus(params: Params, gpus: list[str]) -> None:
 def start_local(root: Path, plan: Plan) -> Iterator[Start]:
     """Jobs as processes on this machine. Stages that read the param `device` import torch: where one is to run,
     all are forks of a process that has it."""
-    with ExitStack() as stack:
-        environment: dict[str, str] = {}
-        if not plan.gpu.isdisjoint(plan.needs):
-            environment = stack.enter_context(stage_server(root))
-        yield lambda stages, gpu, slot, log: Child(root, stages, log, slot.env | environment)
+    environment = {} if plan.gpu.isdisjoint(plan.needs) else stage_server(root)
+    yield lambda stages, gpu, slot, log: Child(root, stages, log, slot.env | environment)
 
 
 def waves(plan: Plan) -> list[list[str]]:

@@ -1,26 +1,31 @@
-"""Stages without their start-up: `python -m pipeline repro` keeps one process that has imported torch, open_clip
-and MLflow, and the stages' commands run in forks of it.
+"""Stages without their start-up: a process has imported torch, open_clip and MLflow, and the stages' commands run in
+forks of it.
 
-On the embedded suite, imports are more than half of a stage's time. A stage that finds no server starts by itself.
+On the embedded suite, imports are more than half of a stage's time. `python -m pipeline repro` has such a server, and
+under plain `dvc` a stage starts one (lifetime.py). What computes waits for a server that is still importing. What is
+quicker without it, such as a download, then runs by itself, as all does where there is no server.
 """
 
+import gc
 import importlib
 import json
 import os
 import select
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-SERVER = "HEBA_STAGE_SERVER"  # in the environment: the server's socket
-SERVE = "serve-stages"  # the first argument of the server's process
+from pipeline.runner import lifetime
+
+SERVER = "HEBA_STAGE_SERVER"  # in the environment: the server's socket, or OFF
+OFF = "off"
+COMPUTES = ("backbone", "precompute", "train", "evaluate", "evaluate-transfer")  # the commands that import torch
+STARTS = ("check-params", *COMPUTES)  # after check-params, others come
 CODE = 1  # bytes of an exit code on the socket
 LENGTH = 8  # bytes of a length or process id
 LIBRARIES = (
@@ -37,48 +42,46 @@ LIBRARIES = (
 )
 
 
-@contextmanager
-def stage_server(root: Path) -> Iterator[dict[str, str]]:
-    """Start a server for the stages of the repository at `root`; gives what their environment must have for it.
+def stage_server(root: Path) -> dict[str, str]:
+    """Start a server for the stages of the repository at `root`, which ends with this process; returns what their
+    environment must have for it.
 
     Linux only: elsewhere, libraries break in a fork of their process.
     """
     if sys.platform != "linux":
-        yield {}
-        return
-    with tempfile.TemporaryDirectory(prefix="heba-") as folder:
-        address = str(Path(folder) / "stages")
-        command = [sys.executable, "-m", "pipeline", SERVE, address]
-        # A session of its own: ctrl-C reaches a stage through its command, once.
-        process = subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, start_new_session=True)
-        try:
-            yield {SERVER: address}
-        finally:
-            process.terminate()  # it may still be importing
-            process.wait()
+        return {}
+    address = lifetime.server_of(lifetime.this_process(), str(root), start=True)
+    return {SERVER: address} if address else {}
 
 
 def run_in_server() -> int | None:
     """Run this process's command in a fork of the server; its exit code, or None when there is no server."""
+    command = sys.argv[1] if sys.argv[1:] else ""
     address = os.environ.get(SERVER)
-    if not address:
+    if address is None and sys.platform == "linux" and "DVC_STAGE" in os.environ:
+        process = lifetime.dvc_process()
+        address = process and lifetime.server_of(process, os.getcwd(), start=command in STARTS)
+    connection = _connect(address, wait=command in COMPUTES) if address else None
+    if not connection:
         return None
-    connection = socket.socket(socket.AF_UNIX)
+    request = json.dumps([sys.argv, os.getcwd(), os.environ | {SERVER: address}]).encode()
     try:
-        connection.connect(address)
-    except OSError:  # not ready yet, or gone
+        socket.send_fds(connection, [len(request).to_bytes(LENGTH, "big")], [0, 1, 2])
+        connection.sendall(request)
+        stage = int.from_bytes(_receive(connection, LENGTH), "big")
+    except KeyboardInterrupt:  # while the server imports
+        return 130
+    except ConnectionError:
         return None
-    request = json.dumps([sys.argv, os.getcwd(), dict(os.environ)]).encode()
-    socket.send_fds(connection, [len(request).to_bytes(LENGTH, "big")], [0, 1, 2])
-    connection.sendall(request)
-    stage = int.from_bytes(_receive(connection, LENGTH), "big")
+    if not stage:  # the server has gone; nothing has begun
+        return None
 
     def forward(number: int, frame: FrameType | None) -> None:
-        os.kill(stage, number)
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(stage, number)
 
-    if stage:
-        signal.signal(signal.SIGINT, forward)
-        signal.signal(signal.SIGTERM, forward)
+    signal.signal(signal.SIGINT, forward)
+    signal.signal(signal.SIGTERM, forward)
     code = _receive(connection, CODE)
     if not code:
         print("error: the stage's process was killed", file=sys.stderr)
@@ -86,40 +89,67 @@ def run_in_server() -> int | None:
     return code[0]
 
 
+def _connect(address: str, wait: bool) -> socket.socket | None:
+    """A connection to the server; with `wait`, also to one that imports, which will answer."""
+    # Its name may change in between.
+    for name in (address, address + lifetime.STARTING, address) if wait else (address,):
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(name)
+            return connection
+        except OSError:  # none, or one that has gone
+            connection.close()
+    return None
+
+
 def _receive(connection: socket.socket, n: int) -> bytes:
     """`n` bytes, or none when the other side has gone."""
     received = b""
     while len(received) < n:
-        part = connection.recv(n - len(received))
+        try:
+            part = connection.recv(n - len(received))
+        except ConnectionResetError:
+            return b""
         if not part:
             return b""
         received += part
     return received
 
 
-def serve(address: str, main: Callable[[], None]) -> None:
-    """Run `main` with the arguments of each command that comes to `address`, in a fork, until standard input ends,
-    which is when the process that started this one has ended."""
+def serve(address: str, listener: int, process: lifetime.Process, main: Callable[[], None]) -> None:
+    """Run `main` with the arguments of each command that comes to the socket `listener`, in a fork, until
+    `process` has ended."""
+    end = lifetime.end_of(process)
+    lifetime.remove_left()
+    try:
+        _serve(address, socket.socket(fileno=listener), end, main)
+    finally:
+        lifetime.remove_left()
+
+
+def _serve(address: str, listener: socket.socket, end: int, main: Callable[[], None]) -> None:
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # it would start a thread, which no fork has
     for library in LIBRARIES:
         importlib.import_module(library)
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(address)
-    listener.listen()
+        if select.select([end], [], [], 0)[0]:
+            return
+    gc.collect()
+    gc.freeze()  # what the forks' collections need not look at, and so not copy
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # leaves no zombies
+    os.rename(address + lifetime.STARTING, address)
     while True:
-        ready, _, _ = select.select([listener, sys.stdin], [], [])
-        if sys.stdin in ready:
+        if end in select.select([listener.fileno(), end], [], [])[0]:
             return
         connection, _ = listener.accept()
-        if os.fork() == 0:
-            listener.close()
-            code = 1
-            try:
-                code = _run_stage(connection, main)
-                connection.sendall(code.to_bytes(CODE, "big"))
-            finally:
-                os._exit(code)
+        with suppress(OSError):  # no memory for another process: the stage runs by itself
+            if os.fork() == 0:
+                listener.close()
+                code = 1
+                try:
+                    code = _run_stage(connection, main)
+                    connection.sendall(code.to_bytes(CODE, "big"))
+                finally:
+                    os._exit(code)
         connection.close()
 
 
@@ -131,6 +161,7 @@ def _run_stage(connection: socket.socket, main: Callable[[], None]) -> int:
     for target, file in enumerate(files):
         os.dup2(file, target)
         os.close(file)
+    sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

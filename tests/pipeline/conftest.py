@@ -18,12 +18,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(scope="session", autouse=True)
 def warm_stages():
-    with stage_server(ROOT) as environment:
-        if environment:
-            wait_for(Path(environment[SERVER]).exists)
-        os.environ.update(environment)
-        yield
-        os.environ.pop(SERVER, None)
+    environment = stage_server(ROOT)
+    if environment:
+        wait_for(Path(environment[SERVER]).exists)
+    os.environ.update(environment)
+    yield
+    os.environ.pop(SERVER, None)
 
 
 @pytest.fixture(scope="session")

@@ -18,9 +18,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the server of s
 
 @pytest.fixture(scope="module")
 def server():
-    with stage_server(ROOT) as environment:
-        wait_for(Path(environment[SERVER]).exists)
-        yield os.environ | environment
+    environment = stage_server(ROOT)
+    wait_for(Path(environment[SERVER]).exists)
+    return os.environ | environment
 
 
 def command(*args, folder=ROOT, env=None):
