@@ -3,11 +3,13 @@
 import logging
 import os
 import sys
+import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
+import psutil
 import typer
 
 from heba.data.protocols import PROTOCOLS
@@ -34,6 +36,11 @@ def _params(dataset: str | None = None, argument: str = "--dataset") -> Params:
     return params
 
 
+def _say(stage: str, text: str) -> None:
+    """What a stage says at its end: one line, with the seconds since the process, or its fork, began."""
+    print(f"{stage}: {text}, {time.time() - psutil.Process().create_time():.1f} s")
+
+
 def _names(listed: str) -> list[str]:
     """Names between commas, each once."""
     return list(dict.fromkeys(name.strip() for name in listed.split(",") if name.strip()))
@@ -46,6 +53,7 @@ def check_params() -> None:
 
     _params()
     paths.mark_params()
+    _say("params", "all of params.yaml is possible")
 
 
 @app.command()
@@ -53,7 +61,7 @@ def download(dataset: Dataset) -> None:
     """Provide a data set's images under data.root and write its manifest."""
     from pipeline.stages import download
 
-    download.run(_params(dataset), dataset)
+    _say(f"download {dataset}", download.run(_params(dataset), dataset))
 
 
 @app.command(hidden=True)
@@ -83,7 +91,7 @@ def split(dataset: Dataset) -> None:
     """Draw CoOp's few-shot samples of a data set, for every number of shots and seed of params.yaml."""
     from pipeline.stages import split
 
-    split.run(_params(dataset), dataset)
+    _say(f"split {dataset}", split.run(_params(dataset), dataset))
 
 
 @app.command()
@@ -92,7 +100,7 @@ def backbone() -> None:
     params = _params()
     from pipeline.stages import backbone
 
-    backbone.run(params)
+    _say("backbone", backbone.run(params))
 
 
 @app.command()
@@ -101,7 +109,7 @@ def precompute(dataset: Dataset) -> None:
     params = _params(dataset)
     from pipeline.stages import precompute
 
-    precompute.run(params, dataset)
+    _say(f"precompute {dataset}", precompute.run(params, dataset))
 
 
 @app.command()
@@ -123,7 +131,7 @@ def train(
         raise ParamsError(f"--method {method}: not in params.yaml, which has {', '.join(params.methods)}")
     from pipeline.stages import train
 
-    train.run(params, dataset, method, protocol, shots, seed)
+    _say(f"train {dataset} {method}", train.run(params, dataset, method, protocol, shots, seed))
 
 
 @app.command()
@@ -132,7 +140,7 @@ def evaluate(dataset: Dataset) -> None:
     params = _params(dataset)
     from pipeline.stages import evaluate
 
-    evaluate.run(params, dataset)
+    _say(f"evaluate {dataset}", evaluate.run(params, dataset))
 
 
 @app.command()
@@ -146,7 +154,7 @@ def evaluate_transfer(
         raise ParamsError(f"--protocol {protocol}: not one of {', '.join(known)}")
     from pipeline.stages import evaluate
 
-    evaluate.run_transfer(params, protocol, seed)
+    _say(f"evaluate {protocol} {seed}", evaluate.run_transfer(params, protocol, seed))
 
 
 @app.command()
@@ -155,6 +163,7 @@ def protocols() -> None:
     from pipeline.core import trainings
 
     trainings.mark_protocols(_params())
+    _say("protocols", "folders of all results")
 
 
 @app.command()
@@ -171,6 +180,7 @@ def report() -> None:
         real, below = params.suite == "real", selection.settings(params)
         render.render_report(records, params.methods, folder, real, ablations, below)
     print(render.summary_text(records, params.methods))
+    _say("report", f"{len(records)} evaluations in reports/")
 
 
 @app.command()

@@ -1,9 +1,9 @@
-"""Stages without their start-up: a process has imported torch, open_clip and MLflow, and the stages' commands run in
-forks of it.
+"""Stages without their start-up: a process has imported torch, open_clip and MLflow, and the stages' commands
+run in forks of it.
 
-On the embedded suite, imports are more than half of a stage's time. `python -m pipeline repro` has such a server, and
-under plain `dvc` a stage starts one (lifetime.py). What computes waits for a server that is still importing. What is
-quicker without it, such as a download, then runs by itself, as all does where there is no server.
+On the embedded suite, imports are more than half of a stage's time. `python -m pipeline repro` has such a server,
+and under plain `dvc` a stage starts one (lifetime.py). What computes waits for a server that is still importing.
+What is quicker without it, such as a download, then runs by itself, as all does where there is no server.
 """
 
 import gc

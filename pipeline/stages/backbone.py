@@ -22,8 +22,9 @@ from pipeline.core.paths import OUT, main_root, new_file, reading
 RECORD = OUT / "backbone.json"
 
 
-def run(params: Params) -> None:
-    """Fetch the weights where open_clip knows them by a tag, check that they fit, and write out/backbone.json."""
+def run(params: Params) -> str:
+    """Fetch the weights where open_clip knows them by a tag, check that they fit, and write out/backbone.json;
+    returns a line about it."""
     name, pretrained = params.backbone.name, params.backbone.pretrained
     try:
         backbone.load(name, pretrained, main_root())
@@ -34,6 +35,7 @@ def run(params: Params) -> None:
     record = params.backbone.model_dump() | hashes
     with new_file(RECORD) as path:
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return f"{name} {pretrained}, {file.stat().st_size / 1e6:.1f} MB"
 
 
 def read_record() -> dict[str, Any]:

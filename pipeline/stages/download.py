@@ -77,8 +77,8 @@ def describe_folder(folder: Path, own: bool) -> dict[str, Any]:
     }
 
 
-def run(params: Params, dataset: str) -> None:
-    """Provide the images of `dataset` and write out/download/<dataset>.json."""
+def run(params: Params, dataset: str) -> str:
+    """Provide the images of `dataset` and write out/download/<dataset>.json; returns a line about it."""
     own = dataset in params.own
     if own:
         refuse_problems(params, dataset)
@@ -96,6 +96,7 @@ def run(params: Params, dataset: str) -> None:
         manifest = {"dataset": dataset, "suite": suite} | about | describe_folder(folder, own)
     with new_file(manifest_path(dataset)) as path:
         path.write_text(json.dumps(manifest, indent=1) + "\n")
+    return f"{manifest['images']} images, {manifest['bytes'] / 1e6:.1f} MB"
 
 
 def _locked(folder: Path) -> AbstractContextManager[object]:

@@ -27,24 +27,24 @@ from pipeline.core.paths import keep_only, new_file, writable
 from pipeline.core.trainings import Evaluation, Training, stage_folder, tested_on, train_folder
 from pipeline.stages.backbone import computing, device, load_backbone, use_bf16
 from pipeline.stages.precompute import TestImages, precompute_folder, read_classes, read_test
-from pipeline.stages.train import progress
+from pipeline.stages.train import counted, progress
 from pipeline.tracking import log
 
 
-def run(params: Params, dataset: str) -> None:
-    """Evaluate all trainings on `dataset` that are tested on it too."""
+def run(params: Params, dataset: str) -> str:
+    """Evaluate all trainings on `dataset` that are tested on it too; returns a line about it."""
     found = [t for t in trained_on(params, dataset) if not PROTOCOLS[t.protocol].transfer]
-    evaluate_all(
+    return evaluate_all(
         params, [Evaluation(t.protocol, dataset, t) for t in found], stage_folder("base_to_novel") / dataset
     )
 
 
-def run_transfer(params: Params, protocol: str, seed: int) -> None:
-    """Evaluate the source's trainings of `seed` on the test images of all targets or variants."""
+def run_transfer(params: Params, protocol: str, seed: int) -> str:
+    """Evaluate the source's trainings of `seed` on the test images of all targets or variants; returns a line."""
     source, trained_as = params.transfer.source, PROTOCOLS[protocol].trained_as
     found = [t for t in trained_on(params, source) if (t.protocol, t.seed) == (trained_as, seed)]
     jobs = [Evaluation(protocol, d, t) for d in tested_on(params, protocol, source) for t in found]
-    evaluate_all(params, jobs, stage_folder(protocol) / str(seed))
+    return evaluate_all(params, jobs, stage_folder(protocol) / str(seed))
 
 
 def trained_on(params: Params, dataset: str) -> list[Training]:
@@ -54,13 +54,13 @@ def trained_on(params: Params, dataset: str) -> list[Training]:
     return [training for training in found if training.method in params.methods]
 
 
-def evaluate_all(params: Params, jobs: list[Evaluation], folder: Path) -> None:
-    """Bring the records under `folder` up to date with `jobs`, and log them."""
+def evaluate_all(params: Params, jobs: list[Evaluation], folder: Path) -> str:
+    """Bring the records under `folder` up to date with `jobs`, and log them; returns a line about those made."""
     with writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         keep_only(folder, [job.path for job in jobs])
     clip = None
-    made = []
+    made: dict[str, Record] = {}
     try:
         for job in jobs:
             config = artifact.read_config(job.training.folder)
@@ -71,12 +71,24 @@ def evaluate_all(params: Params, jobs: list[Evaluation], folder: Path) -> None:
             record = evaluate(params, clip, job, config, digest)
             with new_file(job.path) as path:
                 write_record(record, path)
-            made.append(record)
-            shown = ", ".join(f"{group} {value:.1f} %" for group, value in record.accuracies().items())
-            print(f"{job.path}: {shown}")
+            made[job.path.relative_to(folder).with_suffix("").as_posix()] = record
     finally:  # the next run keeps these records, and would not log them
         if made:
-            log.log_evaluations(made)
+            log.log_evaluations(list(made.values()))
+    return counted(list(made), len(jobs), "evaluations") + means(list(made.values()))
+
+
+def means(records: list[Record]) -> str:
+    """By protocol and method, the mean over `records` of the accuracy that sums one up: h, or of all classes."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for record in records:
+        name, value = list(record.accuracies().items())[-1]
+        found.setdefault(f"{record.protocol} {name}", {}).setdefault(record.method, []).append(value)
+    shown = {
+        what: " ".join(f"{method} {sum(values) / len(values):.1f}" for method, values in methods.items())
+        for what, methods in found.items()
+    }
+    return "".join(f", {what} {values}" for what, values in shown.items())
 
 
 def kept(path: Path, digest: str) -> bool:

@@ -91,8 +91,8 @@ def read_test(dataset: str, preprocess: Preprocess) -> TestImages:
     return TestImages(images, test["features"], test["labels"], preprocess)
 
 
-def run(params: Params, dataset: str) -> None:
-    """Write out/precompute/<dataset> (see the module's docstring)."""
+def run(params: Params, dataset: str) -> str:
+    """Write out/precompute/<dataset> (see the module's docstring); returns a line about it."""
     data = verified_folder(params, dataset, images=True)
     split = read_split(data / "split.json")
     names = class_names(split)
@@ -109,6 +109,7 @@ def run(params: Params, dataset: str) -> None:
         (out / "prompts.json").write_text(text + "\n", encoding="utf-8")
         _texts(params, clip, tokens, torch.tensor(prompts.class_index), out)
         _images(params, split["test"], data / "images", clip, out)
+    return f"{len(prompts.texts)} prompts of {len(names)} classes, {len(split['test'])} test images"
 
 
 def _texts(params: Params, clip: Any, tokens: Tensor, index: Tensor, out: Path) -> None:

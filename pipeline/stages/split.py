@@ -37,11 +37,14 @@ def read_trainings(dataset: str) -> list[Sample]:
         return [(str(protocol), int(shots), int(seed)) for protocol, shots, seed in json.loads(path.read_text())]
 
 
-def run(params: Params, dataset: str) -> None:
-    """Write CoOp's sample of the data set's split for each number of shots and seed, and the list of trainings."""
+def run(params: Params, dataset: str) -> str:
+    """Write CoOp's sample of the data set's split for each number of shots and seed, and the list of trainings;
+    returns a line about it."""
     split = read_split(verified_folder(params, dataset) / "split.json")
     wanted = samples(params, dataset)
     with new_folder(split_folder(dataset)) as out:
-        for shots, seed in sorted({(shots, seed) for _, shots, seed in wanted}):
+        drawn = sorted({(shots, seed) for _, shots, seed in wanted})
+        for shots, seed in drawn:
             write_split(sample_few_shot(split, shots, seed), out / sample_path(dataset, shots, seed).name)
         (out / TRAININGS).write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+    return f"{len(drawn)} samples for {len(wanted)} trainings of each method"

@@ -7,7 +7,6 @@ import hashlib
 import json
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,8 +37,9 @@ def run(
     protocol: str | None = None,
     shots: int | None = None,
     seed: int | None = None,
-) -> None:
-    """Train what the stage `split` lists for `dataset`, or of it what has this `protocol`, `shots` and `seed`."""
+) -> str:
+    """Train what the stage `split` lists for `dataset`, or of it what has this `protocol`, `shots` and `seed`;
+    returns a line about it."""
     listed = [
         Training(protocol, dataset, method, shots, seed)
         for protocol, shots, seed in read_trainings(dataset)
@@ -58,15 +58,24 @@ def run(
     with writable(own):
         own.mkdir(parents=True, exist_ok=True)
         keep_only(own, [t.folder for t in listed])
-    clip, tracker = None, log.StageLog()
+    clip, tracker, losses = None, log.StageLog(), dict[Training, float | None]()
     try:
         for training in wanted:
             config = config_of(params, training)
             if not keep(config, training.folder):
                 clip = clip or load(params)
-                train(params, clip, training, config, tracker)
+                losses[training] = train(params, clip, training, config, tracker)
     finally:
         tracker.finish()
+    last = [loss for loss in losses.values() if loss is not None]
+    mean = f", loss {sum(last) / len(last):.3f}" if last else ""
+    return counted([t.folder.name for t in losses], len(wanted), "trainings") + mean
+
+
+def counted(made: list[str], n: int, what: str) -> str:
+    """What was made of `n`: names where others were there already."""
+    names = f" ({', '.join(made)})" if 0 < len(made) < n else ""
+    return f"{len(made)} of {n} {what}{names}"
 
 
 def load(params: Params) -> Any:
@@ -150,9 +159,10 @@ def progress(total: int, what: str) -> Iterator[Callable[[int], object]]:
         yield bar.update
 
 
-def train(params: Params, clip: Any, training: Training, config: artifact.Config, tracker: log.StageLog) -> None:
-    """Train, and write the training's folder."""
-    start = time.monotonic()
+def train(
+    params: Params, clip: Any, training: Training, config: artifact.Config, tracker: log.StageLog
+) -> float | None:
+    """Train, and write the training's folder; returns the last loss, where there is one."""
     dataset = training.dataset
     method, settings = methods.part(training.method, "method"), config.method_settings()
     split = read_sample(dataset, training.shots, training.seed)
@@ -194,8 +204,7 @@ def train(params: Params, clip: Any, training: Training, config: artifact.Config
             method.detach(model)
     checkpoint.unlink(missing_ok=True)
     tracker.outs(training.folder)
-    loss = f"loss {history[-1]['loss']:.3f}, " if history else ""
-    print(f"{training.folder}: {loss}{time.monotonic() - start:.1f} s")
+    return history[-1]["loss"] if history else None
 
 
 def labelled(split: Split, part: str, images: Path) -> LabelledImages:
