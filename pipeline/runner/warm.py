@@ -135,7 +135,7 @@ def _serve(address: str, listener: socket.socket, end: int, main: Callable[[], N
             return
     gc.collect()
     gc.freeze()  # what the forks' collections need not look at, and so not copy
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # leaves no zombies
+    signal.signal(signal.SIGCHLD, _wait_for_ended)
     os.rename(address + lifetime.STARTING, address)
     while True:
         if end in select.select([listener.fileno(), end], [], [])[0]:
@@ -151,6 +151,13 @@ def _serve(address: str, listener: socket.socket, end: int, main: Callable[[], N
                 finally:
                     os._exit(code)
         connection.close()
+
+
+def _wait_for_ended(number: int, frame: FrameType | None) -> None:
+    """Leave no zombies."""
+    with suppress(ChildProcessError):  # there are no more
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def _run_stage(connection: socket.socket, main: Callable[[], None]) -> int:
