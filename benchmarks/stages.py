@@ -1,7 +1,7 @@
 """What a stage's command costs by itself, and in a fork of a process that has imported all (runner/warm.py).
 
 CPU seconds, which hold where others load the machine, with those of what the command starts to log to MLflow;
-DVC's are not in it. Run it where `dvc repro` has run; it works in a copy of the outs, with an MLflow store of its own.
+DVC's are not in it. Run it where `dvc repro` has run; it works in a copy of the outs, with its own MLflow store.
 """
 
 import os

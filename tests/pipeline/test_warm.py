@@ -218,7 +218,7 @@ def test_each_repository_and_each_experiment_has_a_server_of_its_own(tmp_path):
     assert two["server"]
     assert one["parent"] != two["parent"]
     assert [one["root"], two["root"]] == [str(repo) for repo in repos]
-    done = repro(repos[0], "exp", "run", "--temp", "second", NOTES=str(tmp_path))
+    done = repro(project(tmp_path / "three"), "exp", "run", "--temp", "second", NOTES=str(tmp_path))
     output, _ = done.communicate(timeout=120)
     apart = told(tmp_path, "second")
     assert apart["server"]
