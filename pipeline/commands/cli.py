@@ -105,6 +105,15 @@ def precompute(dataset: Dataset) -> None:
 
 
 @app.command()
+def views(dataset: Dataset) -> None:
+    """Encode the few-shot images of a data set, and random crops of them, for the methods on frozen features."""
+    params = _params(dataset)
+    from pipeline.stages import views
+
+    views.run(params, dataset)
+
+
+@app.command()
 def train(
     dataset: Dataset,
     method: Annotated[str, typer.Option(help="A method of params.yaml, such as heba.")],

@@ -47,6 +47,11 @@ class Transfer(_Strict):
     seeds: Seeds
 
 
+class Views(_Strict):
+    passes: Annotated[int, Field(ge=0, le=1000)]
+    crop: Annotated[float, Field(gt=0, le=1)]
+
+
 class FewShot(_Strict):
     datasets: list[str]
     seeds: Seeds
@@ -84,6 +89,7 @@ class Params(_Strict):
     cuda_graphs: bool
     deterministic: bool
     adapter_dtype: Literal["fp16", "fp32"]
+    views: Views
     methods: Annotated[list[str], Field(min_length=1)]
     transfer: Transfer
     few_shot: FewShot

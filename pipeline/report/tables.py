@@ -16,7 +16,7 @@ from heba import methods
 from heba.data.datasets import TABLE, order, title
 from heba.evaluation.metrics import harmonic_mean
 from heba.evaluation.record import Record
-from pipeline.core.trainings import can, trains
+from pipeline.core.trainings import can, tests
 
 LONG = ("protocol", "dataset", "method", "seed", "shots", "group", "accuracy", "n")
 GROUPS = ("base", "novel", "h")
@@ -193,7 +193,7 @@ def incomplete(data: pd.DataFrame, protocol: str, names: list[str]) -> dict[str,
     counts = part.groupby(["dataset", "shots", "method"])["seed"].nunique()
     found: dict[str, list[str]] = {}
     for dataset in sorted(set(part["dataset"]), key=order):
-        for name in (n for n in names if trains(n, protocol)):
+        for name in (n for n in names if tests(n, protocol)):
             if any(counts.get((dataset, k, name), 0) < counts.max() for k in set(part["shots"])):
                 found.setdefault(dataset, []).append(name)
     return found

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from heba import artifact, methods
-from heba.data.images import LabelledImages
+from heba.data.images import LabelledImages, Views
 from heba.data.splits import Split, base_labels, class_names, select_classes
 from heba.fit.run import Run
 from pipeline.core import code
@@ -28,6 +28,7 @@ from pipeline.stages.backbone import be_deterministic, computing, device, load_b
 from pipeline.stages.download import manifest_path, verified_folder
 from pipeline.stages.precompute import precompute_folder, read_classes
 from pipeline.stages.split import read_sample, read_trainings, sample_path
+from pipeline.stages.views import needs_views, read_views, views_path
 from pipeline.tracking import log
 
 
@@ -111,7 +112,9 @@ def config_of(params: Params, training: Training) -> artifact.Config:
     }
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())
     sample = sample_path(dataset, training.shots, training.seed)
-    for file in (manifest_path(dataset), sample, precompute_folder(dataset) / "text.safetensors"):
+    files = [manifest_path(dataset), sample, precompute_folder(dataset) / "text.safetensors"]
+    files += [views_path(dataset, training.shots, training.seed)] * needs_views(method)
+    for file in files:
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return config.model_copy(update={"inputs_sha256": digest.hexdigest()[:32]})
 
@@ -127,6 +130,7 @@ def keep(config: artifact.Config, folder: Path) -> bool:
         artifact.read_history(folder)
     except ValueError:
         return False
+    config = config.model_copy(update={"chosen": found.chosen})
     if found != config:
         with new_folder(folder) as out:
             shutil.copytree(folder, out, dirs_exist_ok=True)
@@ -154,12 +158,14 @@ def train(params: Params, clip: Any, training: Training, config: artifact.Config
     """Train, and write the training's folder."""
     start = time.monotonic()
     dataset = training.dataset
-    method, settings = methods.part(training.method, "method"), config.method_settings()
+    about, method = methods.part(training.method, "settings"), methods.part(training.method, "method")
+    settings = config.method_settings()
     split = read_sample(dataset, training.shots, training.seed)
     labels = labels_of(training.protocol, len(class_names(split)))
     images = verified_folder(params, dataset) / "images"
-    chosen = select_classes(split, labels)
-    classes = read_classes(dataset).select(labels)
+    classes = read_classes(dataset, settings.prompts).select(labels)
+    views = read_views(dataset, training.shots, training.seed) if needs_views(training.method) else {}
+    parts = [labelled(split, part, images, labels, views.get(part)) for part in ("train", "val")]
     checkpoint = checkpoint_path(config)
     temporary_name(checkpoint)  # removes what a killed training has left of one
     if checkpoint.exists():
@@ -177,10 +183,10 @@ def train(params: Params, clip: Any, training: Training, config: artifact.Config
     try:
         with writable(checkpoint):
             model = method.build(clip, len(labels), settings, seed)
-            train_images, val = (labelled(chosen, part, images) for part in ("train", "val"))
-            method.fit(model, train_images, val, classes, settings, run)
+            chosen = method.fit(model, *parts, classes, settings, run)
+        config = config.model_copy(update={"chosen": chosen})
         with new_folder(training.folder) as out:
-            dtype = torch.float16 if params.adapter_dtype == "fp16" else torch.float32
+            dtype = torch.float16 if params.adapter_dtype == "fp16" and about.READS == "pixels" else torch.float32
             trained = method.trained(model)
             artifact.write_tensors(trained.state_dict(), out, dtype)
             # From what is on disk, so that a loaded model names images as it was evaluated.
@@ -198,5 +204,9 @@ def train(params: Params, clip: Any, training: Training, config: artifact.Config
     print(f"{training.folder}: {loss}{time.monotonic() - start:.1f} s")
 
 
-def labelled(split: Split, part: str, images: Path) -> LabelledImages:
-    return LabelledImages([images / file for file, _, _ in split[part]], [label for _, label, _ in split[part]])
+def labelled(split: Split, part: str, images: Path, labels: range, views: Views | None) -> LabelledImages:
+    """The images of a part of a sample that are of the classes `labels`, with their `views`."""
+    chosen = select_classes(split, labels)[part]
+    rows = torch.tensor([row for row, item in enumerate(split[part]) if item[1] in labels], dtype=torch.long)
+    files, targets = [images / file for file, _, _ in chosen], [label for _, label, _ in chosen]
+    return LabelledImages(files, targets, views.select(rows) if views else None)
