@@ -88,7 +88,7 @@ def config_of(params: Params, training: Training) -> artifact.Config:
     dataset, method = training.dataset, training.method
     split = read_sample(dataset, training.shots, training.seed)
     names = class_names(split)
-    settings = settings_of(params, method, training.protocol).model_dump()
+    settings = settings_of(params, method, training.protocol, dataset).model_dump()
     config = artifact.Config(
         method=method,
         settings=settings,
@@ -177,12 +177,12 @@ def train(params: Params, clip: Any, training: Training, config: artifact.Config
         history.append(record)
         tracker.epoch(record)
 
-    seed, bf16 = training.seed, config.bf16
-    run = Run(seed, bf16, params.cuda_graphs, checkpoint, on_epoch, progress)
+    bf16 = config.bf16
+    run = Run(training.seed, training.shots, bf16, params.cuda_graphs, checkpoint, on_epoch, progress)
     model = None
     try:
         with writable(checkpoint):
-            model = method.build(clip, len(labels), settings, seed)
+            model = method.build(clip, len(labels), settings, training.seed)
             chosen = method.fit(model, *parts, classes, settings, run)
         config = config.model_copy(update={"chosen": chosen})
         with new_folder(training.folder) as out:
