@@ -1,6 +1,7 @@
 """The oracle of methods on frozen features, in the form in which a method gets its data.
 
-Uses every case in $HEBA_SHARED/oracle/methods (default ../shared), or where that is not there the copy in data/methods.
+Uses every case in $HEBA_SHARED/oracle/methods (default ../shared), or, where that is
+not there, the copy in data/methods.
 """
 
 import json

@@ -75,10 +75,14 @@ def test_all_problems_are_listed_at_once(tmp_path):
         ("heba.depth", 3, "heba.depth: unknown key"),
         ("heba.start", 5, "heba.start: 5 is above end 4"),
         ("zero_shot.scale", 1.0, "zero_shot.scale: unknown key"),
-        ("heba", None, "heba: must map settings to values, and heba.overrides protocols or data sets to such"),
+        ("heba", None, "heba: must map settings to values, and heba.overrides protocols or data sets to"),
         ("heba", [1], "heba: must map settings to values"),
-        ("heba.overrides", 1, "heba: must map settings to values, and heba.overrides protocols or data sets to such"),
-        ("heba.overrides.few_shot", 1, "heba: must map settings to values, and heba.overrides protocols or data sets to such"),
+        ("heba.overrides", 1, "heba: must map settings to values, and heba.overrides protocols or data sets to"),
+        (
+            "heba.overrides.few_shot",
+            1,
+            "heba: must map settings to values, and heba.overrides protocols or data sets to",
+        ),
         (
             "heba.overrides.domain_generalization",
             {"scale": 1.0},
