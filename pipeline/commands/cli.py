@@ -261,7 +261,7 @@ def ablate(
     if table:
         lines, unevaluated, absent = ablate.collect(params, rows, names, f"python -m pipeline ablate{given}")
         ablate.write(lines, ablation.FILE)
-        print(ablation.display_ablation(ablation.ablation_table(lines)).to_string(index=False))
+        print(ablation.display_ablation(ablation.ablation_table(lines)).cells.to_string(index=False))
         if unevaluated:
             print(ablate.unevaluated_text(unevaluated))
         if absent:
