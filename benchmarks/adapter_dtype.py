@@ -26,8 +26,9 @@ def full_and_rounded(clip: Any, params: Params, training: Training) -> list[tupl
     """What a training predicts, as it is on disk and rounded to fp16: the reports of
     heba.evaluation.report.classification_report for base classes, and for novel ones where the method can."""
     method = methods.part(training.method, "method")
-    classes, test = read_classes(training.dataset), read_test(training.dataset, preprocess_of(clip))
     model, config = artifact.load(clip, training.folder)
+    classes = read_classes(training.dataset, config.method_settings().prompts)
+    test = read_test(training.dataset, preprocess_of(clip))
 
     def reports() -> list[dict]:
         found = []
@@ -37,7 +38,9 @@ def full_and_rounded(clip: Any, params: Params, training: Training) -> list[tupl
             part = classes.select(labels)
             with computing(params):
                 classifier = method.classifier(model, part, config.method_settings(), trained)
-                predicted, targets = predict(model, training.method, classifier, test, labels, device(params))
+                predicted, targets = predict(
+                    model, training.method, classifier, test, labels, torch.arange(len(labels)), device(params)
+                )
             found.append(classification_report(predicted, targets, part.names))
         return found
 

@@ -52,6 +52,7 @@ class Config(_Strict):
         protocol, dataset, suite: what it was trained for and on.
         seed, shots, inputs_sha256: None for a converted checkpoint. The hash is of all its inputs.
         bf16, threads, cuda_graphs, deterministic: how it ran.
+        chosen: the values that the method chose on validation images, such as a weight of its cache.
     """
 
     method: str
@@ -68,6 +69,7 @@ class Config(_Strict):
     cuda_graphs: bool = False
     deterministic: bool = False
     inputs_sha256: str | None = None
+    chosen: dict[str, float] = {}
 
     def method_settings(self) -> Any:
         """`settings` as the method's own Settings; ValueError names what is wrong with them."""
@@ -147,7 +149,14 @@ def read_classifier(folder: Path, n_classes: int) -> dict[str, "Tensor"]:
 
 
 def load_tensors(module: "nn.Module", tensors: Mapping[str, "Tensor"], source: str) -> None:
-    """Copy `tensors` into `module`; ValueError names `source` and all that is missing, unexpected or misshapen."""
+    """Copy `tensors` into `module`; ValueError names `source` and all that is missing, unexpected or misshapen.
+
+    A buffer of length 0, such as a cache of training images, takes the length that it has there.
+    """
+    for name, buffer in list(module.named_buffers()):
+        if name in tensors and buffer.ndim and len(buffer) == 0 and buffer.shape[1:] == tensors[name].shape[1:]:
+            owner = module.get_submodule(name.rpartition(".")[0])
+            setattr(owner, name.rpartition(".")[2], buffer.new_empty(tensors[name].shape))
     own = module.state_dict()
     found = [f"missing {name}" for name in own if name not in tensors]
     found += [f"unexpected {name}" for name in tensors if name not in own]

@@ -9,7 +9,6 @@ from threading import Lock
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
@@ -17,11 +16,12 @@ from torch import Tensor
 from heba import artifact, methods
 from heba.artifact import CONFIG_FILE
 from heba.clip import architecture, backbone
-from heba.clip.features import BATCH_SIZE, Classes, encode_prompts
+from heba.clip.features import BATCH_SIZE, Classes, encode_prompts, image_features
 from heba.clip.preprocess import UNREADABLE, Preprocess, decode, normalise, resize_and_crop, to_rgb
 from heba.clip.towers import encode_text_plain
+from heba.data import datasets
 from heba.data.images import Images, for_each_image
-from heba.data.prompts import TEMPLATE, Prompts, build_prompts, tokenize
+from heba.data.prompts import TEMPLATE, Prompts, all_prompts, build_prompts, prompts_of, tokenize
 
 Tokenizer = Callable[[list[str]], Tensor]
 ImageLike = str | os.PathLike | Image.Image
@@ -157,8 +157,8 @@ def load(
             that names files outside `root`; fewer than two classes, or what goes with `classes` alone; a method
             that cannot classify new classes.
     """
-    new = None if classes is None else _prompts(classes, descriptions, template)
-    if new is None and (descriptions is not None or settings or template != TEMPLATE):
+    names = None if classes is None else _names(classes)
+    if names is None and (descriptions is not None or settings or template != TEMPLATE):
         raise ValueError(
             "descriptions, template and settings go with classes; those of the training have their own"
         )
@@ -169,12 +169,13 @@ def load(
     record = config.backbone.model_dump()
     clip, tokenizer, preprocess = _load_backbone(folder, record, Path(root), name, pretrained)
     model, _ = artifact.load(clip.to(where), folder)
-    names = config.class_names
-    if new is None:
+    if names is None:
+        names = config.class_names
         classifier = artifact.read_classifier(folder, len(names))
     else:
-        names, prompts = new
         used = _with_settings(config, settings or {})
+        ensemble = datasets.ensemble(template, config.suite == "embedded")
+        prompts = prompts_of(used.prompts, all_prompts(names, dict(descriptions or {}), template, ensemble))
         with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
             classifier = _new_classifier(config.method, model, _classes(clip, tokenizer, names, prompts), used)
     return Classifier(names, _logits(config.method, model, clip, classifier, bf16), preprocess, where, config)
@@ -222,7 +223,7 @@ def _logits(
             if reads == "pixels":
                 images = Images.of_pixels(pixels)
             else:
-                images = Images.of_features(F.normalize(clip.encode_image(pixels).float(), dim=-1))
+                images = Images.of_features(*image_features(clip, pixels))
             return part.logits(model, classifier, images)
 
     return logits
@@ -275,8 +276,8 @@ def zero_shot(
 ) -> Classifier:
     """CLIP alone, with the backbone `name` and `pretrained` of `heba.clip.backbone.load`, over `classes`; the
     other arguments are those of `load`."""
-    names, prompts = _prompts(classes, descriptions, template)
-    where = _device(device)
+    names, where = _names(classes), _device(device)
+    prompts = build_prompts(names, dict(descriptions or {}), template)
     clip, tokenizer, preprocess = backbone.load(name, pretrained, Path(root))
     clip.to(where)
     settings = methods.part(PLAIN, "settings").Settings()
@@ -285,16 +286,14 @@ def zero_shot(
     return Classifier(names, _logits(PLAIN, model, clip, classifier, False), preprocess, where, None)
 
 
-def _prompts(
-    classes: Sequence[str], descriptions: Mapping[str, list[str]] | None, template: str
-) -> tuple[list[str], Prompts]:
-    """The names of new classes, and their prompts."""
+def _names(classes: Sequence[str]) -> list[str]:
+    """The names of new classes."""
     if isinstance(classes, str):
         raise ValueError(f"classes: a list of names is needed, not the text {classes!r}")
     names = list(classes)
     if not all(isinstance(name, str) and name.strip() for name in names) or len(set(names)) < max(2, len(names)):
         raise ValueError(f"classes: two or more different names are needed, got {', '.join(map(repr, names))}")
-    return names, build_prompts(names, dict(descriptions or {}), template)
+    return names
 
 
 def _device(name: str | None) -> torch.device:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from heba.clip.preprocess import Preprocess, normalise
-from heba.clip.towers import cut_texts, text_lengths
+from heba.clip.towers import cut_texts, image_hidden, text_lengths
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ def encode_images(
     batch_size: int | None = None,
     progress: Callable[[int], object] = lambda n: None,
 ) -> Tensor:
-    """Normalised features [n, E] (fp32, on the CPU) of packed uint8 `images` [n, 3, size, size].
+    """What `encode` gives for preprocessed images, [n, width] (fp32, on the CPU), of packed uint8 `images`
+    [n, 3, size, size].
 
     An array from `heba.data.images.open_packed` is read without a copy.
     """
@@ -57,9 +58,19 @@ def encode_images(
     batch_size = batch_size or BATCH_SIZE.get(device.type, 256)
     for start in range(0, len(images), batch_size):
         batch = torch.from_numpy(images[start : start + batch_size]).to(device)
-        features.append(F.normalize(encode(normalise(batch, preprocess)).float(), dim=-1))
+        features.append(encode(normalise(batch, preprocess)).float())
         progress(len(batch))
     return torch.cat(features).cpu() if features else torch.zeros(0, 1)
+
+
+def image_features(clip: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Features [n, E] of preprocessed images by the frozen tower, and the same before the projection [n, width];
+    [n, 0] where the tower has no projection of its own."""
+    hidden = image_hidden(clip, pixels)
+    if hidden is None:
+        features = clip.encode_image(pixels)
+        return features, features[:, :0]
+    return hidden @ clip.visual.proj, hidden
 
 
 @torch.no_grad()
@@ -104,6 +115,16 @@ def class_features(features: Tensor, class_index: Tensor, n_classes: int) -> Ten
         missing = (count[:, 0] == 0).nonzero().flatten().tolist()
         raise ValueError(f"classes {missing} have no prompt")
     return F.normalize(total / count, dim=-1)
+
+
+def raw_class_features(features: Tensor, class_index: Tensor, n_classes: int) -> Tensor:
+    """[n_classes, E], per class the mean of its prompt features as the text tower gives them, not normalised.
+
+    Args: as `class_features` has them.
+    """
+    total = torch.zeros(n_classes, features.shape[1], device=features.device)
+    total.index_add_(0, class_index, features.float())
+    return total / torch.bincount(class_index, minlength=n_classes).unsqueeze(1)
 
 
 def cosine_logits(factor: Tensor, features: Tensor, weights: Tensor) -> Tensor:

@@ -248,6 +248,16 @@ def run_image_blocks(clip: Any, images: Tensor) -> Tensor:
     return x if visual.proj is None else x @ visual.proj
 
 
+def image_hidden(clip: Any, images: Tensor) -> Tensor | None:
+    """What the plain image tower gives to its projection, [n, width]; None where it has no such projection."""
+    from open_clip.transformer import VisionTransformer
+
+    visual = clip.visual
+    if type(visual) is not VisionTransformer or visual.proj is None:
+        return None
+    return visual._pool(visual.transformer(visual._embeds(images)))[0]
+
+
 def run_block(block: Any, x: Tensor, packing: Packing | None = None, mask: Tensor | None = None) -> Tensor:
     """One block, of images for `x` [n, length, width], of texts for packed [T, width], under a causal `mask` or,
     without one, with attention both ways."""

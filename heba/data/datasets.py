@@ -40,6 +40,18 @@ TABLE = {
     "imagenet_a": DataSet("ImageNet-A", variant=True),
     "imagenet_r": DataSet("ImageNet-R", variant=True),
 }
+# CoOp's selection of CLIP's 80 templates for ImageNet, to which the data set's own is added; and what stands for
+# it where the embedded suite's CLIP, which knows few words, reads the prompts.
+ENSEMBLE = (
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+)
+DRAWN_ENSEMBLE = ("a photo of a {}.", "a picture of a {}.", "a {}.")
 BENCHMARKS = tuple(name for name, about in TABLE.items() if not about.variant)
 VARIANTS = tuple(name for name, about in TABLE.items() if about.variant)
 
@@ -52,6 +64,11 @@ def title(name: str) -> str:
 def order(name: str) -> tuple[int, str]:
     """Sort key of data sets: the papers' order, then own data by name."""
     return list(TABLE).index(name) if name in TABLE else len(TABLE), name
+
+
+def ensemble(own: str, embedded: bool) -> list[str]:
+    """The templates of an ensemble: those of all data sets, and a data set's `own`."""
+    return list(dict.fromkeys([*(DRAWN_ENSEMBLE if embedded else ENSEMBLE), own]))
 
 
 def template(name: str, embedded: bool) -> str:

@@ -1,5 +1,6 @@
 """Images: decoding, the test transform packed as uint8, and the training augmentation."""
 
+import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,28 +25,67 @@ class Images:
     """Images as a method reads them (`READS` of its settings); what it does not read is empty.
 
     Attributes:
-        features: [n, E], normalised, of the frozen image tower.
+        features: [n, E], of the frozen image tower, not normalised.
+        hidden: [n, width], the same before the projection; [n, 0] where the tower has none.
         pixels: [n, 3, size, size], preprocessed (`heba.clip.preprocess.normalise`).
     """
 
     features: Tensor
+    hidden: Tensor
     pixels: Tensor
 
     @classmethod
-    def of_features(cls, features: Tensor) -> "Images":
-        return cls(features, torch.empty(0))
+    def of_features(cls, features: Tensor, hidden: Tensor) -> "Images":
+        return cls(features, hidden, torch.empty(0))
 
     @classmethod
     def of_pixels(cls, pixels: Tensor) -> "Images":
-        return cls(torch.empty(0), pixels)
+        return cls(torch.empty(0), torch.empty(0), pixels)
+
+
+@dataclass(frozen=True)
+class Views:
+    """What the frozen image tower makes of n few-shot images, not normalised.
+
+    Attributes:
+        plain, flipped: [n, E], of the test transform and of its mirror image.
+        augmented: [passes, n, E], of random crops, mirrored half of the time.
+        plain_hidden, flipped_hidden, augmented_hidden: the same before the projection, [..., width]; width 0 where
+            the tower has none.
+    """
+
+    plain: Tensor
+    flipped: Tensor
+    augmented: Tensor
+    plain_hidden: Tensor
+    flipped_hidden: Tensor
+    augmented_hidden: Tensor
+
+    def select(self, rows: Tensor) -> "Views":
+        """Those of the images `rows` [m]."""
+        return Views(
+            self.plain[rows],
+            self.flipped[rows],
+            self.augmented[:, rows],
+            self.plain_hidden[rows],
+            self.flipped_hidden[rows],
+            self.augmented_hidden[:, rows],
+        )
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """The few-shot images of a training: their files, and labels from 0 on."""
+    """The few-shot images of a training.
+
+    Attributes:
+        files: their paths. labels: from 0 on.
+        views: their frozen features, for a method that reads features; of validation images, `augmented` has no
+            passes.
+    """
 
     files: list[Path]
     labels: list[int]
+    views: Views | None = None
 
 
 def decode_all(files: Sequence[Path], done: Callable[[int], object]) -> list[Tensor]:
@@ -110,12 +150,14 @@ def open_packed(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="c")
 
 
-def sample_crop(height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
-    """RandomResizedCrop's box (top, left, height, width): area 0.08 to 1 of the image, aspect 3/4 to 4/3,
+def sample_crop(
+    height: int, width: int, generator: torch.Generator, smallest: float = 0.08
+) -> tuple[int, int, int, int]:
+    """RandomResizedCrop's box (top, left, height, width): area `smallest` to 1 of the image, aspect 3/4 to 4/3,
     as torchvision draws it (ten tries, then the central crop)."""
     for _ in range(10):
         u = torch.rand(4, generator=generator).tolist()
-        area = height * width * (0.08 + 0.92 * u[0])
+        area = height * width * (smallest + (1 - smallest) * u[0])
         ratio = math.exp(math.log(3 / 4) + u[1] * (math.log(4 / 3) - math.log(3 / 4)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
@@ -127,6 +169,25 @@ def sample_crop(height: int, width: int, generator: torch.Generator) -> tuple[in
     else:
         h, w = height, width
     return (height - h) // 2, (width - w) // 2, h, w
+
+
+def make_views(folder: Path, file: str, preprocess: Preprocess, seed: int, passes: int, smallest: float) -> Tensor:
+    """The test transform of an image, its mirror image, and `passes` random crops of at least the area `smallest`,
+    mirrored half of the time: [2 + passes, 3, size, size], preprocessed.
+
+    An image has the same crops in every sample of a seed.
+    """
+    image = decode(folder / file)
+    plain = torch.from_numpy(resize_and_crop(image, preprocess).copy())
+    fixed = normalise(torch.stack([plain, plain.flip(-1)]), preprocess)
+    if not passes:
+        return fixed
+    number = int.from_bytes(hashlib.sha256(f"{seed} {file}".encode()).digest()[:8], "big") >> 1
+    generator = torch.Generator().manual_seed(number)
+    pixels = torch.from_numpy(np.array(image).transpose(2, 0, 1))
+    boxes = [sample_crop(image.height, image.width, generator, smallest) for _ in range(passes)]
+    flips = (torch.rand(passes, generator=generator) < 0.5).tolist()
+    return torch.cat([fixed, crop_batch([pixels] * passes, boxes, flips, preprocess)])
 
 
 def crop_batch(

@@ -5,7 +5,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # torch takes seconds to import, and only `tokenize` meets its tensors
     from torch import Tensor
@@ -13,6 +13,17 @@ if TYPE_CHECKING:  # torch takes seconds to import, and only `tokenize` meets it
 TEMPLATE = "a photo of a {}."
 TEMPLATE_PATTERN = r"^[^{}]*\{\}[^{}]*$"  # one {} for the class name, and no other brace
 DESCRIPTION_TEMPLATE = "a photo of a {}, {}"
+
+# The prompts of a class: the data set's template; an ensemble of templates; the descriptions; or the ensemble and
+# the descriptions, every text with the same weight (CuPL).
+Kind = Literal["template", "ensemble", "descriptions", "both"]
+PARTS = ("template", "ensemble", "descriptions")
+KINDS: dict[Kind, tuple[str, ...]] = {
+    "template": ("template",),
+    "ensemble": ("ensemble",),
+    "descriptions": ("descriptions",),
+    "both": ("ensemble", "descriptions"),
+}
 
 
 @dataclass(frozen=True)
@@ -62,8 +73,7 @@ def build_prompts(class_names: list[str], descriptions: dict[str, list[str]], te
     Raises ValueError for another template, and when not one class has a description although descriptions were
     given: the file then belongs to another data set (the official code goes on without a word).
     """
-    if not re.search(TEMPLATE_PATTERN, template):
-        raise ValueError(f"a template needs one {{}} for the class name, and no other brace, got {template!r}")
+    _check_template(template)
     by_name = {normalise_class_name(name): texts for name, texts in descriptions.items()}
     texts: list[str] = []
     class_index: list[int] = []
@@ -82,6 +92,39 @@ def build_prompts(class_names: list[str], descriptions: dict[str, list[str]], te
             f"{', '.join(sorted(by_name)[:3])} ..., the classes are {', '.join(class_names[:3])} ..."
         )
     return Prompts(texts, class_index, fallback)
+
+
+def _check_template(template: str) -> None:
+    if not re.search(TEMPLATE_PATTERN, template):
+        raise ValueError(f"a template needs one {{}} for the class name, and no other brace, got {template!r}")
+
+
+def template_prompts(class_names: list[str], templates: list[str]) -> Prompts:
+    """Every template with every class name, class by class; a template fits TEMPLATE_PATTERN."""
+    for template in templates:
+        _check_template(template)
+    texts = [t.format(spoken_class_name(name)) for name in class_names for t in templates]
+    return Prompts(texts, [i for i in range(len(class_names)) for _ in templates], [])
+
+
+def all_prompts(
+    class_names: list[str], descriptions: dict[str, list[str]], template: str, ensemble: list[str]
+) -> dict[str, Prompts]:
+    """The prompts of each of PARTS."""
+    return {
+        "template": template_prompts(class_names, [template]),
+        "ensemble": template_prompts(class_names, ensemble),
+        "descriptions": build_prompts(class_names, descriptions, template),
+    }
+
+
+def prompts_of(kind: Kind, parts: dict[str, Prompts]) -> Prompts:
+    """The prompts of a kind, class by class, of the `parts` of `all_prompts`."""
+    chosen = [parts[name] for name in KINDS[kind]]
+    pairs = [pair for part in chosen for pair in zip(part.class_index, part.texts, strict=True)]
+    pairs.sort(key=lambda pair: pair[0])
+    fallback = [name for part in chosen for name in part.fallback]
+    return Prompts([text for _, text in pairs], [i for i, _ in pairs], fallback)
 
 
 def tokenize(texts: list[str], tokenizer: Any) -> "tuple[Tensor, list[str]]":

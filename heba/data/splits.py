@@ -64,7 +64,8 @@ def sample_few_shot(split: Split, shots: int, seed: int) -> Split:
 
     Exactly CoOp's order of draws: `random.seed(seed)`, classes in order of first appearance,
     `random.sample` per class; a class with fewer images gives all of them and costs no draw; val goes
-    on with the same random state.
+    on with the same random state. A split without val, as ImageNet's, gives training images that were not
+    drawn.
     """
     if shots < 1:
         raise ValueError(f"shots must be at least 1, got {shots}")
@@ -80,7 +81,11 @@ def sample_few_shot(split: Split, shots: int, seed: int) -> Split:
         return chosen
 
     train = sample(split["train"], shots)
-    return {"train": train, "val": sample(split["val"], min(shots, 4)), "test": split["test"]}
+    left = split["val"]
+    if not left:
+        drawn = {file for file, _, _ in train}
+        left = [item for item in split["train"] if item[0] not in drawn]
+    return {"train": train, "val": sample(left, min(shots, 4)), "test": split["test"]}
 
 
 def base_labels(n_classes: int) -> range:

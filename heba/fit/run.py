@@ -18,7 +18,7 @@ class Run:
     """How and where a training runs.
 
     Attributes:
-        seed: of all draws of the training.
+        seed: of all draws of the training. shots: training images per class, as the split was drawn.
         bf16: autocast to bfloat16.
         cuda_graphs: each step as one CUDA graph, on a GPU, where a method can.
         checkpoint: written after every epoch and resumed from when it exists; the caller removes it.
@@ -27,6 +27,7 @@ class Run:
     """
 
     seed: int
+    shots: int = 16
     bf16: bool = False
     cuda_graphs: bool = False
     checkpoint: Path | None = None

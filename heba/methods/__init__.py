@@ -1,9 +1,10 @@
 """The methods that are compared, a folder each, found by its name.
 
 settings.py   what the pipeline must know without running the method; imports no torch
-    class Settings(BaseModel)     its block in params.yaml
+    class Settings(BaseModel)     its block in params.yaml; `prompts` among them says what names a class
     TITLE                         its name in tables
-    READS                         "features": frozen image features; "pixels": images through the towers
+    READS                         "features": frozen image features, in training too (`LabelledImages.views`);
+                                  "pixels": images through the towers
     NEW_CLASSES                   whether it classifies classes that it was not trained on
     DRAWS                         whether its results depend on the seed
     EVALUATION                    settings that change no training, only what is made of it
@@ -12,7 +13,7 @@ settings.py   what the pipeline must know without running the method; imports no
 method.py     the method; its docstring has the equations
     build(clip, n_classes, settings, seed) -> nn.Module       the model, on the device of `clip`
     trained(model) -> nn.Module                               what of it is trained and saved; never CLIP itself
-    fit(model, train, val, classes, settings, run)            train it in place
+    fit(model, train, val, classes, settings, run) -> dict    train it in place; gives what it chose on `val`
     classifier(model, classes, settings, trained) -> tensors  what is kept of some class names
     logits(model, classifier, images) -> Tensor [n, classes]  images to logits
     detach(model)                                             leave CLIP as it was

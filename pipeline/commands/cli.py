@@ -113,6 +113,15 @@ def precompute(dataset: Dataset) -> None:
 
 
 @app.command()
+def views(dataset: Dataset) -> None:
+    """Encode the few-shot images of a data set, and random crops of them, for the methods on frozen features."""
+    params = _params(dataset)
+    from pipeline.stages import views
+
+    views.run(params, dataset)
+
+
+@app.command()
 def train(
     dataset: Dataset,
     method: Annotated[str, typer.Option(help="A method of params.yaml, such as heba.")],
@@ -262,7 +271,7 @@ def ablate(
     if table:
         lines, unevaluated, absent = ablate.collect(params, rows, names, f"python -m pipeline ablate{given}")
         ablate.write(lines, ablation.FILE)
-        print(ablation.display_ablation(ablation.ablation_table(lines)).to_string(index=False))
+        print(ablation.display_ablation(ablation.ablation_table(lines)).cells.to_string(index=False))
         if unevaluated:
             print(ablate.unevaluated_text(unevaluated))
         if absent:

@@ -43,7 +43,8 @@ def run(
     method = converted_method()
     protocol = "few_shot" if all_classes else "base_to_novel"
     tensors, settings = methods.part(method, "convert").from_official(source, scale)
-    classes = read_classes(dataset)
+    prompts = methods.part(method, "settings").Settings.model_validate(settings).prompts
+    classes = read_classes(dataset, prompts)
     classes = classes.select(labels_of(protocol, len(classes.names)))
     config = artifact.Config(
         method=method,

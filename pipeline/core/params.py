@@ -47,6 +47,11 @@ class Transfer(_Strict):
     seeds: Seeds
 
 
+class Views(_Strict):
+    passes: Annotated[int, Field(ge=0, le=1000)]
+    crop: Annotated[float, Field(gt=0, le=1)]
+
+
 class FewShot(_Strict):
     datasets: list[str]
     seeds: Seeds
@@ -84,20 +89,26 @@ class Params(_Strict):
     cuda_graphs: bool
     deterministic: bool
     adapter_dtype: Literal["fp16", "fp32"]
+    views: Views
     methods: Annotated[list[str], Field(min_length=1)]
     transfer: Transfer
     few_shot: FewShot
     blocks: dict[str, Any]  # by method, what params.yaml has under its name
 
 
-def settings_of(params: Params, method: str, protocol: str) -> Any:
-    """The Settings of a method for the trainings of a protocol: its block, with what `overrides` has for it."""
-    return methods.part(method, "settings").Settings.model_validate(_merged(params.blocks[method], protocol))
+def settings_of(params: Params, method: str, protocol: str, dataset: str = "") -> Any:
+    """The Settings of a method for the trainings of a protocol on a data set: its block, with what `overrides` has
+    for the data set, and then for the protocol."""
+    merged = _merged(params.blocks[method], dataset, protocol)
+    return methods.part(method, "settings").Settings.model_validate(merged)
 
 
-def _merged(block: dict[str, Any], protocol: str) -> dict[str, Any]:
-    own = {key: value for key, value in block.items() if key != "overrides"}
-    return own | block.get("overrides", {}).get(protocol, {})
+def _merged(block: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """A method's block, with what its `overrides` have for each of `keys`."""
+    merged = {key: value for key, value in block.items() if key != "overrides"}
+    for key in keys:
+        merged |= block.get("overrides", {}).get(key, {})
+    return merged
 
 
 def stage_of(stage: str, dataset: str) -> str:
@@ -257,19 +268,23 @@ def _impossible_methods(raw: dict[str, Any], depth: int | None, width: int | Non
         block = raw.get(name, {})
         overrides = block.get("overrides", {}) if isinstance(block, dict) else None
         if not isinstance(overrides, dict) or not all(isinstance(o, dict) for o in overrides.values()):
-            problems.append(f"{name}: must map settings to values, and {name}.overrides protocols to such")
+            problems.append(
+                f"{name}: must map settings to values, and {name}.overrides protocols or data sets to such"
+            )
             continue
-        known = {protocol.trained_as for protocol in PROTOCOLS.values()}
+        protocols = sorted({protocol.trained_as for protocol in PROTOCOLS.values()})
+        own_data = raw["own"] if isinstance(raw.get("own"), dict) else {}
+        known = [*protocols, *BENCHMARKS, *map(str, own_data)]
         problems += [
-            f"{name}.overrides: {p!r} is not one of {', '.join(sorted(known))}"
-            for p in overrides
-            if p not in known
+            f"{name}.overrides: {key!r} is neither a protocol, {', '.join(protocols)}, nor a data set"
+            for key in overrides
+            if key not in known
         ]
-        own = _settings_problems(name, _merged(block, ""), depth, width)
+        own = _settings_problems(name, _merged(block), depth, width)
         problems += [f"{name}.{setting}" for setting in own]
-        for protocol in known & set(overrides):
-            found = _settings_problems(name, _merged(block, protocol), depth, width)
-            problems += [f"{name}.overrides.{protocol}.{setting}" for setting in found if setting not in own]
+        for key in [key for key in known if key in overrides]:
+            found = _settings_problems(name, _merged(block, key), depth, width)
+            problems += [f"{name}.overrides.{key}.{setting}" for setting in found if setting not in own]
     return problems
 
 

@@ -76,7 +76,7 @@ def samples(params: Params, dataset: str) -> list[Sample]:
 
 
 def trainings(params: Params) -> list[Training]:
-    """Every training. A method that cannot classify new classes is not trained for cross_dataset."""
+    """Every training."""
     return [
         Training(protocol, dataset, method, shots, seed)
         for dataset in dict.fromkeys([*params.datasets, *params.own])
@@ -88,12 +88,17 @@ def trainings(params: Params) -> list[Training]:
 
 def can(method: str, protocol: str, group: str) -> bool:
     """Whether a method can be tested on a group of a protocol, which may be of classes that are new to it."""
-    new = PROTOCOLS[protocol].transfer or group == "novel"
+    new = PROTOCOLS[protocol].new_classes or group == "novel"
     return not new or methods.part(method, "settings").NEW_CLASSES
 
 
 def trains(method: str, protocol: str) -> bool:
-    """Whether a method is trained for a protocol: not when it can be tested on none of its groups."""
+    """Whether a method is trained for a protocol: not when no protocol that tests the model can test it."""
+    return any(tests(method, name) for name, about in PROTOCOLS.items() if about.trained_as == protocol)
+
+
+def tests(method: str, protocol: str) -> bool:
+    """Whether a method can be tested by a protocol, be it on one of its groups."""
     return any(can(method, protocol, group) for group in PROTOCOLS[protocol].groups)
 
 
@@ -109,7 +114,7 @@ def evaluations(params: Params) -> list[Evaluation]:
         Evaluation(protocol, dataset, training)
         for training in trainings(params)
         for protocol, about in PROTOCOLS.items()
-        if about.trained_as == training.protocol
+        if about.trained_as == training.protocol and tests(training.method, protocol)
         for dataset in tested_on(params, protocol, training.dataset)
     ]
 

@@ -6,7 +6,7 @@ import pandas as pd
 
 from heba.data.datasets import order, title
 from heba.evaluation.metrics import harmonic_mean
-from pipeline.report.tables import number
+from pipeline.report.tables import Block, number
 
 FILE = Path("ablation.csv")
 BASELINE = "Baseline"
@@ -51,10 +51,10 @@ def _means(lines: pd.DataFrame, suffix: str = "") -> dict[str, float]:
     return {"base": base, "novel": novel, "h": h}
 
 
-def display_ablation(table: pd.DataFrame) -> pd.DataFrame:
-    """The table as text."""
+def display_ablation(table: pd.DataFrame) -> Block:
+    """The table as it is shown."""
     names = {"base": "Base", "novel": "Novel", "h": "H"}
-    return pd.DataFrame(
+    cells = pd.DataFrame(
         {"Setting": setting}
         | {name: number(row[key]) for key, name in names.items()}
         | {
@@ -64,6 +64,7 @@ def display_ablation(table: pd.DataFrame) -> pd.DataFrame:
         | {"Data sets": f"{row['datasets']:.0f}", "Trainings": f"{row['trainings']:.0f}"}
         for setting, row in table.iterrows()
     )
+    return Block("", cells, pd.DataFrame(0, index=cells.index, columns=cells.columns))
 
 
 def notes(lines: pd.DataFrame) -> list[str]:

@@ -1,22 +1,20 @@
 """reports/: Markdown, CSV, LaTeX, one HTML page that needs no network, and metrics.json for DVC."""
 
-import base64
 import html
-import io
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from jinja2 import Template
-from matplotlib.figure import Figure
 
 from heba.data.datasets import title
 from heba.data.protocols import PROTOCOLS
 from heba.evaluation.record import Record
-from pipeline.report import ablation, tables
+from pipeline.report import ablation, formats, tables
+from pipeline.report.figures import figures
+from pipeline.report.tables import Block
 
 EMBEDDED = (
     "These numbers come from the embedded suite: a tiny CLIP and small generated images. "
@@ -28,34 +26,15 @@ H_NOTE = (
     "is the harmonic mean of the averaged base and novel, as in the papers. ± is the sample standard deviation "
     "over seeds."
 )
+MARKS = "The best of a column is bold, the second underlined."
 # Fixed, so that dvc.yaml can list them; a table without results says so in its files.
-FILES = ["README.md", "index.html", "metrics.json"] + [
+FILES = ["README.md", "index.html", "metrics.json", "overview.csv", "overview.tex"] + [
     f"{name}.{e}" for name in (*PROTOCOLS, "ablation") for e in ("md", "csv", "tex")
 ]
 
 
-def numeric(records: list[Record], protocol: str, names: list[str]) -> pd.DataFrame:
-    """The numeric table of a protocol over the methods `names`; empty when there are no records."""
-    data = tables.long_table(records)
-    if not (data["protocol"] == protocol).any():
-        return pd.DataFrame()
-    if protocol == "base_to_novel":
-        return tables.base_to_novel_table(data, names)
-    if protocol == "few_shot":
-        return tables.few_shot_table(data, names)
-    return tables.transfer_table(data, protocol, names)
-
-
-def displayed(table: pd.DataFrame, protocol: str, names: list[str], embedded: bool) -> pd.DataFrame:
-    if protocol == "base_to_novel":
-        return tables.display_base_to_novel(table, names, embedded)
-    if protocol == "few_shot":
-        return tables.display_few_shot(table, names, embedded)
-    return tables.display_transfer(table, protocol, names, embedded)
-
-
 def notes(records: list[Record], table: pd.DataFrame, protocol: str, names: list[str]) -> list[str]:
-    """Sentences under a table of the methods `names`, which was made of `records`."""
+    """Sentences under the tables of the methods `names`, whose tidy table was made of `records`."""
     embedded = any(r.suite == "embedded" for r in records)
     found = (
         [H_NOTE]
@@ -63,14 +42,13 @@ def notes(records: list[Record], table: pd.DataFrame, protocol: str, names: list
         else ["Accuracy in percent; ± is the sample standard deviation over seeds."]
     )
     unable = [n for n in names if not all(tables.able(n, protocol, g) for g in PROTOCOLS[protocol].groups)]
-    found += [
-        f"{tables.GAP}: {tables.method_title(name)} cannot classify classes that it was not trained on."
-        for name in unable
-    ]
+    if unable:
+        listed = ", ".join(map(tables.method_title, unable))
+        found.append(f"{tables.GAP}: cannot classify classes that it was not trained on ({listed}).")
     fewer = tables.incomplete(tables.long_table(records), protocol, names)
     if fewer:
-        listed = (f"{title(d)} ({', '.join(map(tables.method_title, lacking))})" for d, lacking in fewer.items())
-        found.append(f"Fewer seeds than the others: {', '.join(listed)}.")
+        lacking = (f"{title(d)} ({', '.join(map(tables.method_title, few))})" for d, few in fewer.items())
+        found.append(f"Fewer seeds than the others: {', '.join(lacking)}.")
     averaged, own = tables.benchmarks(table), tables.own_data(table)
     absent = [title(d) for d in PROTOCOLS[protocol].complete if d not in averaged]
     if absent and averaged:
@@ -78,75 +56,6 @@ def notes(records: list[Record], table: pd.DataFrame, protocol: str, names: list
     if own:
         found.append("Own data, in no average: " + ", ".join(own) + ".")
     return found + ([EMBEDDED] if embedded else []) + ([STAR] if embedded and averaged else [])
-
-
-def bars(table: pd.DataFrame, columns: list[tuple[str, str]], embedded: bool, label: str) -> str:
-    """A bar chart over the rows of `table` as a base64 PNG."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / len(columns)
-    for i, (column, name) in enumerate(columns):
-        axes.bar([x + i * width for x in range(len(table))], table[column], width, label=name)
-    titles = [tables.row_title(str(d), table, embedded) for d in table.index]
-    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(table))], titles, rotation=35, ha="right")
-    axes.set_ylabel(label)
-    axes.axhline(0, color="black", linewidth=0.6)
-    if len(columns) > 1:
-        axes.legend(ncols=2, fontsize="small")
-    return png(figure)
-
-
-def curves(table: pd.DataFrame, names: list[str], embedded: bool) -> str:
-    """Accuracy over the number of shots, a small plot per row of `table`: a curve per method that learns, a dotted
-    line per method that takes no shots. The first of these is what the curves start from, at 0 shots."""
-    flat = [name for name in names if not tables.draws(name)]
-    learning = [name for name in names if tables.draws(name)]
-    columns = min(4, len(table))
-    rows = -(-len(table) // columns)
-    figure = Figure(figsize=(9, 2.4 * rows), layout="constrained")
-    plots = figure.subplots(rows, columns, squeeze=False).flat
-    for (dataset, row), axes in zip(table.iterrows(), plots, strict=False):
-        ticks = {0} if flat else set()
-        for name in learning:
-            points = [(0, row[flat[0]], 0.0)] if flat else []
-            points += [(k, row[f"{name}_{k}"], row[f"{name}_{k}_std"]) for k in tables.shots_of(table, name)]
-            shots, values, spread = zip(*points, strict=True)
-            errors = [0 if pd.isna(s) else s for s in spread]
-            axes.errorbar(shots, values, yerr=errors, marker="o", markersize=3, label=tables.method_title(name))
-            ticks |= set(shots)
-        for name in flat:
-            axes.axhline(row[name], color="grey", linestyle=":", linewidth=1)
-        axes.set_title(tables.row_title(str(dataset), table, embedded), fontsize="small")
-        axes.set_xticks(sorted(ticks))
-        if len(learning) > 1:
-            axes.legend(fontsize="x-small")
-    for axes in list(plots):
-        axes.set_axis_off()
-    figure.supxlabel(f"shots (0: {tables.method_title(flat[0])})" if flat else "shots", fontsize="small")
-    figure.supylabel("accuracy, %", fontsize="small")
-    return png(figure)
-
-
-def png(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    # The library's version would change the bytes of the report.
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def figures(table: pd.DataFrame, protocol: str, names: list[str], embedded: bool) -> list[str]:
-    titles = {name: tables.method_title(name) for name in names}
-    if protocol == "base_to_novel":
-        columns = [(f"{name}_{g}", f"{titles[name]} {g}") for g in ("base", "novel") for name in names]
-        found = [bars(table, columns, embedded, "accuracy, %")]
-        if len(names) > 1:
-            gains = [(f"difference_{g}", g) for g in ("base", "novel")]
-            gain = f"{titles[names[-1]]} minus {titles[names[0]]}, points"
-            found.append(bars(table, gains, embedded, gain))
-        return found
-    if protocol == "few_shot":
-        return [curves(table, names, embedded)]
-    return [bars(table, list(titles.items()), embedded, "accuracy, %")]
 
 
 PAGE = Template(
@@ -157,20 +66,21 @@ body { font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem aut
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
-tr:last-child td { font-weight: 600 }
-.no-average tr:last-child td { font-weight: 400 }
+.wide { overflow-x: auto }
 .warning { background: #fff3cd; padding: .6rem 1rem; border-left: 4px solid #d9a400 }
 .note { color: #555; font-size: 13px }
+summary { cursor: pointer }
 img { max-width: 100% }
 </style>
 <h1>HeBA: results</h1>
 {% if embedded %}<p class="warning">{{ embedded }}</p>{% endif %}
 {% for s in sections %}
 <h2>{{ s.title }}</h2>
-{% if s.averaged %}{{ s.table }}{% else %}<div class="no-average">{{ s.table }}</div>{% endif %}
+{% for t in s.open %}<div class="wide">{{ t.html }}</div>{% endfor %}
+{% for t in s.folded %}<details><summary>{{ t.title }}</summary><div class="wide">{{ t.html }}</div></details>
+{% endfor %}
 {% for n in s.notes %}<p class="note">{{ n }}</p>{% endfor %}
 {% for f in s.figures %}<p><img alt="{{ s.title }}" src="data:image/png;base64,{{ f }}"></p>{% endfor %}
-{% if s.published %}<h3>Published</h3><div class="no-average">{{ s.published }}</div>{% endif %}
 {% endfor %}
 </html>
 """,
@@ -178,37 +88,34 @@ img { max-width: 100% }
 )
 
 
-def no_table(out: Path, name: str) -> None:
-    """Write the files of a table without results."""
-    for extension in ("md", "csv", "tex"):
-        (out / f"{name}.{extension}").write_text(f"no results of {name}\n")
-
-
-def markdown(shown: pd.DataFrame, below: list[str]) -> list[str]:
-    """Lines of Markdown: a table and its notes."""
-    # Markdown reads "* " at the start of a line as a bullet.
-    table = shown.to_markdown(index=False, disable_numparse=True)
-    return [table, "", *(f"{n}\n".replace("* ", "\\* ", 1) for n in below)]
+def no_table(out: Path, name: str, columns: tuple[str, ...]) -> None:
+    """Write the files of a table without results, which can be read and pasted as those of others."""
+    (out / f"{name}.md").write_text(f"no results of {name}\n")
+    (out / f"{name}.tex").write_text(f"% no results of {name}\n")
+    (out / f"{name}.csv").write_text(",".join(columns) + "\n")
 
 
 def write_table(
-    out: Path, name: str, title: str, table: pd.DataFrame, shown: pd.DataFrame, text: list[str], below: list[str]
+    out: Path, name: str, title: str, table: pd.DataFrame, blocks: list[Block], below: list[str]
 ) -> None:
-    """Write the numeric `table` as CSV, its Markdown `text`, and `shown` with the notes `below` as LaTeX."""
-    (out / f"{name}.md").write_text(f"# {title}\n\n" + "\n".join(text), encoding="utf-8")
-    table.round(4).to_csv(out / f"{name}.csv")
-    latex = shown.rename(columns=lambda c: c.replace("Δ", r"$\Delta$")).replace("±", r"$\\pm$", regex=True)
-    latex = latex.replace(tables.GAP, "--")
-    latex = latex.replace("_", r"\\_", regex=True)  # in names of own data
-    style = latex.style.hide(axis="index")
+    """Write the numeric `table` as CSV, and what is shown of it, with the notes `below`, as Markdown and LaTeX."""
+    text = [f"# {title}", ""]
+    for block in blocks:
+        text += [f"## {formats.MARKDOWN[0](block.title)}", ""] if block.title else []
+        text += [formats.markdown(block), ""]
+    text += [f"{note}\n".replace("* ", "\\* ", 1) for note in below]  # "* " at the start would be a bullet
+    (out / f"{name}.md").write_text("\n".join(text), encoding="utf-8")
+    table.round(4).to_csv(out / f"{name}.csv", index=False)
     # Not comments: the notes must go where the table goes.
-    typeset = "".join(f"\n\\par\\footnotesize {n}\n" for n in below)
-    typeset = re.sub(r"([_%&#])", r"\\\1", typeset.replace("±", r"$\pm$").replace("Δ", r"$\Delta$"))
-    typeset = typeset.replace(tables.GAP, "--")
-    (out / f"{name}.tex").write_text(
-        style.to_latex(hrules=True, column_format="l" + "r" * (len(shown.columns) - 1)) + typeset,
-        encoding="utf-8",
-    )
+    typeset = "".join(f"\n\\par\\footnotesize {formats.latex_text(note)}\n" for note in below)
+    (out / f"{name}.tex").write_text("\n".join(map(formats.latex, blocks)) + typeset, encoding="utf-8")
+
+
+def tidied(records: list[Record], names: list[str]) -> dict[str, pd.DataFrame]:
+    """By protocol, its tidy table; without those that have no results."""
+    data = tables.long_table(records)
+    found = {protocol: tables.tidy_table(data, protocol, names) for protocol in PROTOCOLS}
+    return {protocol: table for protocol, table in found.items() if len(table)}
 
 
 def render_report(
@@ -229,75 +136,101 @@ def render_report(
     """
     suites = {r.suite for r in records} | set([] if ablations is None else ablations["suite"])
     embedded = "embedded" in suites
+    found = tidied(records, names)
+    numbers, whole = tables.overview(found, names)
     sections: list[dict[str, Any]] = []
-    summary = ["# Results", ""] + ([f"**{EMBEDDED}**", ""] if embedded else [])
+    text = ["# Results", ""] + ([f"**{EMBEDDED}**", ""] if embedded else [])
+    if whole.cells.empty:
+        (out / "overview.tex").write_text("% no results\n")
+    else:
+        below = [f"Averages over the benchmarks, in percent. {MARKS}"]
+        text += [formats.markdown(whole), "", *below, ""]
+        (out / "overview.tex").write_text(formats.latex(whole), encoding="utf-8")
+        sections.append({"title": "Overview", "open": [_shown(whole)], "notes": below})
+    numbers.round(4).to_csv(out / "overview.csv")
     for protocol, about in PROTOCOLS.items():
-        table = numeric(records, protocol, names)
-        if table.empty:
-            no_table(out, protocol)
+        if protocol not in found:
+            no_table(out, protocol, tables.TIDY)
             continue
-        shown = displayed(table, protocol, names, embedded)
-        below = notes(records, table, protocol, names)
-        if settings and protocol in settings:
-            below.insert(0, settings[protocol])
-        compared = published and tables.benchmarks(table)
-        other = pd.DataFrame(tables.published_rows(protocol, ["Base", "Novel", "H"])) if compared else None
-        other = None if other is None or other.empty else other
-        text = markdown(shown, below)
-        if other is not None:
-            text += [
-                "Published figures:",
-                "",
-                other.fillna("").to_markdown(index=False, disable_numparse=True),
-                "",
-            ]
-        write_table(out, protocol, about.title, table, shown, text, below)
-        summary += [f"## {about.title}", "", *text]
-        sections.append(
-            {
-                "title": about.title,
-                "table": shown.to_html(index=False, border=0),
-                "averaged": "average" in table.index,
-                "notes": [html.escape(line, quote=False) for line in below],
-                "figures": figures(table, protocol, names, embedded),
-                "published": None if other is None else other.fillna("").to_html(index=False, border=0),
-            }
-        )
+        table = found[protocol]
+        compared = published and bool(tables.benchmarks(table))
+        blocks = tables.blocks(table, protocol, names, embedded, compared)
+        below = [settings[protocol]] if settings and protocol in settings else []
+        below += [*notes(records, table, protocol, names), MARKS]
+        below += tables.published_sources(protocol) if compared else []
+        write_table(out, protocol, about.title, table, blocks, below)
+        text += _section(about.title, protocol, blocks[0], len(blocks), below)
+        drawn = figures(table, protocol, names, embedded)
+        sections.append(_page_section(about.title, blocks, below) | {"figures": drawn})
     if ablations is None or ablations.empty:
-        no_table(out, "ablation")
+        no_table(out, "ablation", ablation.COLUMNS)
     else:
         table = ablation.ablation_table(ablations)
         shown = ablation.display_ablation(table)
         below = ablation.notes(ablations) + ([EMBEDDED] if embedded else [])
-        text = markdown(shown, below)
-        write_table(out, "ablation", "Ablations", table, shown, text, below)
-        summary += ["## Ablations", "", *text]
-        page_table = f'<div class="no-average">{shown.to_html(index=False, border=0)}</div>'
-        sections.append({"title": "Ablations", "table": page_table, "notes": below})
-    (out / "README.md").write_text("\n".join(summary), encoding="utf-8")
+        write_table(out, "ablation", "Ablations", table.reset_index(), [shown], below)
+        text += _section("Ablations", "ablation", shown, 1, below)
+        sections.append(_page_section("Ablations", [shown], below))
+    (out / "README.md").write_text("\n".join(text), encoding="utf-8")
     page = PAGE.render(sections=sections, embedded=EMBEDDED if embedded else "")
     (out / "index.html").write_text(page + "\n", encoding="utf-8")
-    (out / "metrics.json").write_text(json.dumps(metrics(records, names), indent=1) + "\n")
+    (out / "metrics.json").write_text(json.dumps(metrics(found), indent=1) + "\n")
 
 
-def metrics(records: list[Record], names: list[str]) -> dict[str, Any]:
-    """The averages, and every data set, for `dvc metrics show`."""
-    found: dict[str, Any] = {}
-    for protocol in PROTOCOLS:
-        table = numeric(records, protocol, names).round(2)
-        if table.empty:
-            continue
-        rows = {d: row.drop("seeds").dropna().to_dict() for d, row in table.iterrows()}
-        average = {"average": rows.pop("average")} if "average" in rows else {}
-        found[protocol] = average | {"datasets": rows}
-    return found
+def _section(title: str, name: str, first: Block, n: int, below: list[str]) -> list[str]:
+    """Lines of README.md: the first table, and where the others are."""
+    more = f"The tables of all data sets: [{name}.md]({name}.md)." if n > 1 else f"Alone: [{name}.md]({name}.md)."
+    head = [f"**{first.title}**", ""] if first.title else []
+    return [
+        f"## {title}",
+        "",
+        *head,
+        formats.markdown(first),
+        "",
+        *(f"{b}\n".replace("* ", "\\* ", 1) for b in below),
+        more,
+        "",
+    ]
+
+
+def _shown(block: Block) -> dict[str, str]:
+    return {"title": html.escape(block.title, quote=False), "html": formats.table_html(block)}
+
+
+def _page_section(title: str, blocks: list[Block], below: list[str]) -> dict[str, Any]:
+    """What the page has of some tables: the first one open, the others folded."""
+    shown = [_shown(block) for block in blocks]
+    return {
+        "title": title if len(blocks) == 1 else f"{title}: {shown[0]['title']}",
+        "open": shown[:1],
+        "folded": shown[1:],
+        "notes": [html.escape(line, quote=False) for line in below],
+    }
+
+
+def metrics(found: dict[str, pd.DataFrame]) -> dict[str, Any]:
+    """By protocol, for the average and for own data, the accuracies of each method: for `dvc metrics show`."""
+    shown: dict[str, Any] = {}
+    for protocol, table in found.items():
+        for dataset in [tables.AVERAGE, *tables.own_data(table)]:
+            there = table[table["dataset"] == dataset].dropna(subset="accuracy")
+            for _, method, shots, group, accuracy, *_ in there.itertuples(index=False):
+                of = shown.setdefault(protocol, {}).setdefault(dataset, {}).setdefault(method, {})
+                of[str(shots) if protocol == "few_shot" else group] = round(accuracy, 2)
+    return shown
 
 
 def summary_text(records: list[Record], names: list[str]) -> str:
-    """The base-to-novel table for the terminal."""
-    table = numeric(records, "base_to_novel", names)
-    if table.empty:
-        return "no base_to_novel results"
+    """The averages, and the tables of own data, for the terminal."""
+    found = tidied(records, names)
+    if not found:
+        return "no results"
     embedded = any(r.suite == "embedded" for r in records)
-    shown = displayed(table, "base_to_novel", names, embedded)
-    return shown.to_string(index=False) + (f"\n{EMBEDDED}" if embedded else "")
+    _, whole = tables.overview(found, names)
+    shown = [] if whole.cells.empty else [whole]
+    for protocol, table in found.items():
+        own = table[table["dataset"].isin(tables.own_data(table))]
+        if len(own):
+            shown += tables.blocks(own, protocol, names, embedded, False)
+    text = [f"{block.title}\n{block.cells.to_string(index=False)}".strip() for block in shown]
+    return "\n\n".join(text + ([EMBEDDED] if embedded else []))

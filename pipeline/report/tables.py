@@ -1,4 +1,4 @@
-"""The comparison tables as numeric pandas frames, in percent. Each is a pivot of one long table.
+"""The comparison tables as numeric pandas frames, in percent, and how they are shown: a row per method.
 
 The harmonic mean H of a data set is the one of its base and novel accuracy averaged over seeds; H of an
 average is the one of the averaged base and novel, as in the papers. std is the sample standard deviation
@@ -7,31 +7,38 @@ set is NaN, and so is its std where a data set lacks a seed.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import yaml
 
 from heba import methods
 from heba.data.datasets import TABLE, order, title
+from heba.data.protocols import PROTOCOLS
 from heba.evaluation.metrics import harmonic_mean
 from heba.evaluation.record import Record
-from pipeline.core.trainings import can, trains
+from pipeline.core.trainings import can, tests
 
 LONG = ("protocol", "dataset", "method", "seed", "shots", "group", "accuracy", "n")
-GROUPS = ("base", "novel", "h")
+TIDY = ("dataset", "method", "shots", "group", "accuracy", "std", "seeds")
+AVERAGE = "average"
+HEADS = {"base": "Base", "novel": "Novel", "h": "H"}
 GAP = "–"  # of a method that cannot do a protocol; what is merely not there yet is empty
 PUBLISHED = Path(__file__).with_name("published.yaml")
 
 
-def benchmarks(table: pd.DataFrame) -> list[str]:
-    """The rows of a table over which its average is: not those of own data."""
-    return [str(dataset) for dataset in table.index if dataset in TABLE]
+class Block(NamedTuple):
+    """A table as it is shown.
 
+    Attributes:
+        title: of it; empty where it is the only one.
+        cells: text, a row per method (or setting), whose name is in the first column.
+        ranks: of the same shape; 1 for the best of a column, 2 for the second, else 0.
+    """
 
-def own_data(table: pd.DataFrame) -> list[str]:
-    """The rows of own data in a table."""
-    return [str(dataset) for dataset in table.index if dataset not in TABLE and dataset != "average"]
+    title: str
+    cells: pd.DataFrame
+    ranks: pd.DataFrame
 
 
 def long_table(records: list[Record]) -> pd.DataFrame:
@@ -58,132 +65,74 @@ def able(method: str, protocol: str, group: str = "all") -> bool:
     return all(can(method, protocol, g) for g in (("base", "novel") if group == "h" else (group,)))
 
 
-def harmonic_means(base: "pd.Series[float]", novel: "pd.Series[float]") -> list[float]:
-    return [harmonic_mean(b, n) for b, n in zip(base, novel, strict=True)]
+def groups_of(protocol: str) -> list[str]:
+    """The groups of a protocol's tables: of its test classes, and H where there are base and novel."""
+    groups = list(PROTOCOLS[protocol].groups)
+    return [*groups, "h"] if "novel" in groups else groups
 
 
-def with_h(frame: pd.DataFrame, names: list[str]) -> pd.DataFrame:
-    """`frame`, whose columns are (method, group), with H of each method that has base and novel."""
-    for name in names:
-        if (name, "base") in frame and (name, "novel") in frame:
-            frame[name, "h"] = harmonic_means(frame[name, "base"], frame[name, "novel"])
-    return frame
+def tidy_table(data: pd.DataFrame, protocol: str, names: list[str]) -> pd.DataFrame:
+    """A row per data set, method, number of shots and group, with accuracy, std and seeds: the columns TIDY.
+
+    The data sets are in the papers' order, own data after them, and last `average`, over the benchmarks there.
+
+    Args:
+        data: of `long_table`. names: of the methods, in the order of the tables.
+    """
+    part = data[data["protocol"] == protocol]
+    datasets = sorted(set(part["dataset"]), key=order)
+    averaged = [dataset for dataset in datasets if dataset in TABLE]
+    rows: list[tuple[Any, ...]] = []
+    for method in names:
+        own = part[part["method"] == method]
+        for shots, trained in own.groupby("shots"):
+            # [data set and seed] x [group]
+            frame = trained.pivot_table(index=["dataset", "seed"], columns="group", values="accuracy")
+            seeds = sorted(set(part.loc[part["shots"] == shots, "seed"]))
+            rows += _rows(frame, method, int(str(shots)), averaged, seeds, groups_of(protocol))
+    found = pd.DataFrame(rows, columns=list(TIDY))
+    place = {dataset: i for i, dataset in enumerate([*datasets, AVERAGE])}
+    return found.sort_values("dataset", key=lambda column: column.map(place), kind="stable", ignore_index=True)
 
 
-def by_seed(part: pd.DataFrame, columns: str | list[str]) -> pd.DataFrame:
-    """Accuracy by data set and seed (the index), and by `columns`."""
-    return part.pivot_table(index=["dataset", "seed"], columns=columns, values="accuracy")
-
-
-def means(frame: pd.DataFrame) -> pd.DataFrame:
-    """A frame of `by_seed`, averaged over seeds, in the papers' order."""
-    found = frame.groupby("dataset").mean()
-    return found.loc[sorted(found.index, key=order)]
-
-
-def stds(frame: pd.DataFrame) -> pd.DataFrame:
-    return frame.groupby("dataset").std(ddof=1)
-
-
-def averages_by_seed(frame: pd.DataFrame, averaged: list[str]) -> pd.DataFrame:
-    """The average over the data sets `averaged` of each seed; NaN unless every data set has every seed."""
-    part = frame.loc[frame.index.get_level_values("dataset").isin(averaged)]
-    found = part.groupby("seed").mean()
-    complete = part.groupby("seed").count().eq(len(averaged)).all()
-    found.loc[:, ~complete] = float("nan")
-    return found
-
-
-def base_to_novel_table(data: pd.DataFrame, names: list[str]) -> pd.DataFrame:
-    """Rows: data sets and, of the benchmarks, `average`. Columns: <method>_{base,novel,h} of the methods `names`,
-    <method>_{base,novel,h}_std (NaN with one seed), difference_{base,novel,h} of the last method to the first
-    where there are several, and seeds, the fewest of a method."""
-    frame = by_seed(data[data["protocol"] == "base_to_novel"], ["method", "group"])
-    table, spread = means(frame), stds(with_h(frame.copy(), names))
-    averaged = benchmarks(table)
+def _rows(
+    frame: pd.DataFrame, method: str, shots: int, averaged: list[str], seeds: list[int], groups: list[str]
+) -> list[tuple[Any, ...]]:
+    """The rows of `tidy_table` of a method and number of shots."""
+    means, spread = frame.groupby("dataset").mean(), with_h(frame).groupby("dataset").std(ddof=1)
+    counts = frame.groupby("dataset").count().min(axis=1)
     if averaged:
-        table.loc["average"] = table.loc[averaged].mean(skipna=False)
-        spread.loc["average"] = with_h(averages_by_seed(frame, averaged), names).std(ddof=1)
-    table = with_h(table, names)
-    seeds = fewest(frame)
-    found = pd.DataFrame(index=table.index)
-    for name in names:
-        for group in GROUPS:
-            found[f"{name}_{group}"] = column(table, name, group)
-    for name in filter(draws, names):
-        for group in GROUPS:
-            found[f"{name}_{group}_std"] = column(spread, name, group)
-    for group in GROUPS if len(names) > 1 else ():
-        found[f"difference_{group}"] = found[f"{names[-1]}_{group}"] - found[f"{names[0]}_{group}"]
-    found["seeds"] = seeds.reindex(found.index)
-    if averaged:
-        found.loc["average", "seeds"] = seeds[averaged].mean()
-    if (found["seeds"] % 1 == 0).all():
-        found["seeds"] = found["seeds"].astype(int)
-    return found.rename_axis("dataset")
+        means.loc[AVERAGE] = means.reindex(averaged).mean(skipna=False)
+        wanted = pd.MultiIndex.from_product([averaged, seeds], names=["dataset", "seed"])
+        by_seed = frame.reindex(wanted).groupby("seed").mean(skipna=False)
+        spread.loc[AVERAGE] = with_h(by_seed).std(ddof=1, skipna=False)
+        counts[AVERAGE] = counts.reindex(averaged).fillna(0).min()
+    means = with_h(means)
+    if not draws(method):
+        spread = spread * float("nan")
+    return [
+        (name, method, shots, group, means[group][name], spread[group][name], int(counts[name]))
+        for name in map(str, means.index)
+        for group in groups
+        if group in means
+    ]
 
 
-def fewest(frame: pd.DataFrame) -> "pd.Series[float]":
-    """By data set, the seeds of the column of `by_seed` that has the fewest there."""
-    return frame.groupby("dataset").count().min(axis=1).astype(float)
+def with_h(frame: pd.DataFrame) -> pd.DataFrame:
+    """`frame`, whose columns are groups, with H where it has base and novel."""
+    if not {"base", "novel"} <= set(frame):
+        return frame
+    return frame.assign(h=[harmonic_mean(b, n) for b, n in zip(frame["base"], frame["novel"], strict=True)])
 
 
-def column(frame: pd.DataFrame, *key: Any) -> "pd.Series[float]":
-    """A column of `frame`, NaN where it has none, as for a method that cannot do a protocol."""
-    name = key if len(key) > 1 else key[0]
-    return frame[name] if name in frame else pd.Series(float("nan"), index=frame.index)
+def benchmarks(table: pd.DataFrame) -> list[str]:
+    """The data sets of a tidy table over which its average is: not own data."""
+    return [dataset for dataset in dict.fromkeys(table["dataset"]) if dataset in TABLE]
 
 
-def transfer_table(data: pd.DataFrame, protocol: str, names: list[str]) -> pd.DataFrame:
-    """Rows: target data sets and `average`. Columns: <method>, <method>_std, difference of the last method of
-    `names` to the first where there are several, seeds, the fewest of a method."""
-    frame = by_seed(data[data["protocol"] == protocol], "method")
-    table, spread = means(frame), stds(frame)
-    averaged = [str(dataset) for dataset in table.index]
-    table.loc["average"] = table.mean(skipna=False)
-    spread.loc["average"] = averages_by_seed(frame, averaged).std(ddof=1)
-    found = pd.DataFrame(index=table.index)
-    for name in names:
-        found[name] = column(table, name)
-        if draws(name):
-            found[f"{name}_std"] = column(spread, name)
-    if len(names) > 1:
-        found["difference"] = found[names[-1]] - found[names[0]]
-    seeds = fewest(frame)
-    found["seeds"] = seeds.reindex(found.index)
-    found.loc["average", "seeds"] = seeds.mean()
-    return found.rename_axis("dataset")
-
-
-def few_shot_table(data: pd.DataFrame, names: list[str]) -> pd.DataFrame:
-    """Rows: data sets and, of the benchmarks, `average`. Columns: <method>_<k> and <method>_<k>_std for every
-    number of shots k, or <method> alone where there are no draws; seeds, the fewest of a method and k."""
-    part = data[data["protocol"] == "few_shot"]
-    frame = by_seed(part, ["method", "shots"])
-    table, spread = means(frame), stds(frame)
-    averaged = benchmarks(table)
-    if averaged:
-        table.loc["average"] = table.loc[averaged].mean(skipna=False)
-        spread.loc["average"] = averages_by_seed(frame, averaged).std(ddof=1)
-    shots = sorted(set(part["shots"]))
-    found = pd.DataFrame(index=table.index)
-    for name in names:
-        if not draws(name):
-            found[name] = pd.concat([column(table, name, k) for k in shots], axis=1).mean(axis=1)
-            continue
-        for k in shots:
-            found[f"{name}_{k}"], found[f"{name}_{k}_std"] = column(table, name, k), column(spread, name, k)
-    seeds = fewest(frame)
-    found["seeds"] = seeds.reindex(found.index)
-    if averaged:
-        found.loc["average", "seeds"] = seeds[averaged].mean()
-    return found.rename_axis("dataset")
-
-
-def shots_of(table: pd.DataFrame, name: str) -> list[int]:
-    """The numbers of shots of a method in a few_shot table."""
-    found = [c.removeprefix(f"{name}_") for c in table.columns if c.startswith(f"{name}_")]
-    return [int(k) for k in found if k.isdecimal()]
+def own_data(table: pd.DataFrame) -> list[str]:
+    """The own data of a tidy table."""
+    return [d for d in dict.fromkeys(table["dataset"]) if d not in TABLE and d != AVERAGE]
 
 
 def incomplete(data: pd.DataFrame, protocol: str, names: list[str]) -> dict[str, list[str]]:
@@ -193,15 +142,18 @@ def incomplete(data: pd.DataFrame, protocol: str, names: list[str]) -> dict[str,
     counts = part.groupby(["dataset", "shots", "method"])["seed"].nunique()
     found: dict[str, list[str]] = {}
     for dataset in sorted(set(part["dataset"]), key=order):
-        for name in (n for n in names if trains(n, protocol)):
+        for name in (n for n in names if tests(n, protocol)):
             if any(counts.get((dataset, k, name), 0) < counts.max() for k in set(part["shots"])):
                 found.setdefault(dataset, []).append(name)
     return found
 
 
-def row_title(dataset: str, table: pd.DataFrame, embedded: bool) -> str:
-    """Display name of a row; an average says over how many data sets."""
-    if dataset == "average":
+# How they are shown.
+
+
+def dataset_title(dataset: str, table: pd.DataFrame, embedded: bool) -> str:
+    """Display name of a data set; an average says over how many."""
+    if dataset == AVERAGE:
         return f"Average of {len(benchmarks(table))}" + (" benchmarks" if own_data(table) else "")
     return title(dataset) + ("*" if embedded and dataset in TABLE else "")
 
@@ -214,73 +166,120 @@ def number(mean: float, std: float | None = None, sign: bool = False) -> str:
     return text if std is None or pd.isna(std) else f"{text} ± {std:.2f}"
 
 
-def published_rows(protocol: str, columns: list[str]) -> list[dict[str, Any]]:
-    """Published figures of `protocol`, one row per method and data set, with their source."""
-    entries = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
+Column = tuple[str, str, int, str]  # head, data set, shots and group
+
+
+def block(
+    title: str, table: pd.DataFrame, protocol: str, names: list[str], columns: list[Column], published: list[Any]
+) -> Block:
+    """The methods `names` over some `columns` of a tidy table, and then rows of `published` figures."""
+    values = {
+        (dataset, method, shots, group): (accuracy, std)
+        for dataset, method, shots, group, accuracy, std, _ in table.itertuples(index=False)
+    }
+    rows, numbers = [], []
+    for name in names:
+        found = [values.get((d, name, k, g), (float("nan"), float("nan"))) for _, d, k, g in columns]
+        shown = [
+            number(*pair) if able(name, protocol, c[3]) else GAP for pair, c in zip(found, columns, strict=True)
+        ]
+        rows.append([method_title(name), *shown])
+        numbers.append([float("nan"), *(round(mean, 2) for mean, _ in found)])
+    ranks = [*zip(*(_ranks(list(column)) for column in zip(*numbers, strict=True)), strict=True)]
+    for method, figures in published:
+        cells = [number(figures[d, g]) if (d, g) in figures else "" for _, d, _, g in columns]
+        if any(cells):
+            rows.append([f"{method} (published)", *cells])
+            ranks.append((0,) * (len(columns) + 1))
+    heads = ["Method", *(head for head, *_ in columns)]
+    return Block(title, pd.DataFrame(rows, columns=heads), pd.DataFrame(ranks, columns=heads))
+
+
+def _ranks(values: list[float]) -> list[int]:
+    """1 for the highest of at least two values, and 2 for the next lower ones, as they are printed."""
+    there = sorted({value for value in values if not pd.isna(value)}, reverse=True)
+    if len([value for value in values if not pd.isna(value)]) < 2:
+        return [0] * len(values)
+    return [there.index(value) + 1 if value in there[:2] else 0 for value in values]
+
+
+def blocks(table: pd.DataFrame, protocol: str, names: list[str], embedded: bool, published: bool) -> list[Block]:
+    """The tables of a protocol, as the papers print them: where a data set has several columns, a table per data
+    set, the average first; else a table with a column per data set."""
+    figures = published_figures(protocol) if published else []
+    datasets, shots = list(dict.fromkeys(table["dataset"])), sorted(set(table["shots"]))
+    titles = {dataset: dataset_title(dataset, table, embedded) for dataset in datasets}
+    if PROTOCOLS[protocol].transfer:
+        columns = [(titles[d], d, shots[0], "all") for d in datasets]
+        return [block("", table, protocol, names, columns, figures)]
+    datasets = sorted(datasets, key=lambda dataset: dataset != AVERAGE)
+    if protocol == "few_shot":
+        heads = [(f"{k} shot{'s' if k > 1 else ''}", k, "all") for k in shots]
+    else:
+        heads = [(HEADS[group], shots[0], group) for group in groups_of(protocol)]
     return [
-        {
-            "Data set": "Average" if e["dataset"] == "average" else title(e["dataset"]),
-            "Method": f"{e['method']} (published)",
-        }
-        | {
-            c: number(e["values"][k]) if k in e["values"] else ""
-            for c, k in zip(columns, ("base", "novel", "hm"), strict=False)
-        }
-        | {"Source": e["source"]}
-        if protocol == "base_to_novel"
-        else {
-            "Data set": "Average" if e["dataset"] == "average" else title(e["dataset"]),
-            "Method": f"{e['method']} (published)",
-            "Accuracy": number(e["values"]["accuracy"]),
-            "Source": e["source"],
-        }
-        for e in entries
-        if e["protocol"] == protocol
+        block(titles[d], table, protocol, names, [(head, d, k, g) for head, k, g in heads], figures)
+        for d in datasets
     ]
 
 
-def cell(protocol: str, names: list[str], row: "pd.Series[float]", key: str, group: str = "all") -> str:
-    """What a table shows of `key` in a row, of the methods `names`: of one, or the difference of two."""
-    if not all(able(name, protocol, group) for name in names):
-        return GAP
-    return number(row[key], row.get(f"{key}_std"), sign=key.startswith("difference"))
+OVERVIEW = {"cross_dataset": "Cross-data-set", "domain_generalization": "Domain"}
 
 
-def display_base_to_novel(table: pd.DataFrame, names: list[str], embedded: bool) -> pd.DataFrame:
-    """The table as text."""
-    heads = {"base": "Base", "novel": "Novel", "h": "H"}
-    rows = []
-    for dataset, row in table.iterrows():
-        cells = {"Data set": row_title(str(dataset), table, embedded)}
-        for name in names:
-            for g, head in heads.items():
-                cells[f"{method_title(name)} {head}"] = cell("base_to_novel", [name], row, f"{name}_{g}", g)
-        for g, head in heads.items() if len(names) > 1 else ():
-            cells[f"Δ {head}"] = cell("base_to_novel", [names[0], names[-1]], row, f"difference_{g}", g)
-        rows.append(cells)
-    return pd.DataFrame(rows)
+def overview(tidied: dict[str, pd.DataFrame], names: list[str]) -> tuple[pd.DataFrame, Block]:
+    """The averages of all protocols: rows methods; as numbers, and as they are shown.
+
+    Args:
+        tidied: by protocol, its `tidy_table`; without those that have no results.
+    """
+    parts, shown = [], []
+    for protocol, table in tidied.items():
+        averages = table[table["dataset"] == AVERAGE]
+        if averages.empty:
+            continue
+        columns = []
+        for shots in sorted(set(averages["shots"])):
+            for group in groups_of(protocol):
+                few = f"{shots} shot{'s' if shots > 1 else ''}"
+                head = OVERVIEW.get(protocol) or (few if protocol == "few_shot" else HEADS[group])
+                columns.append((head, AVERAGE, shots, group))
+        found = averages.pivot_table(index="method", columns=["shots", "group"], values="accuracy", dropna=False)
+        found = found.reindex(index=names, columns=[(k, g) for _, _, k, g in columns])
+        found.columns = pd.Index([_key(protocol, k, g) for _, _, k, g in columns])
+        parts.append(found)
+        shown.append(block("", averages, protocol, names, columns, []))
+    if not shown:
+        return pd.DataFrame(), Block("", pd.DataFrame(), pd.DataFrame())
+    cells = pd.concat([shown[0].cells, *(b.cells.iloc[:, 1:] for b in shown[1:])], axis=1)
+    ranks = pd.concat([shown[0].ranks, *(b.ranks.iloc[:, 1:] for b in shown[1:])], axis=1)
+    return pd.concat(parts, axis=1).rename_axis("method"), Block("", cells, ranks)
 
 
-def display_transfer(table: pd.DataFrame, protocol: str, names: list[str], embedded: bool) -> pd.DataFrame:
-    """The table as text."""
-    return pd.DataFrame(
-        {"Data set": row_title(str(dataset), table, embedded)}
-        | {method_title(name): cell(protocol, [name], row, name) for name in names}
-        | ({"Δ": cell(protocol, [names[0], names[-1]], row, "difference")} if len(names) > 1 else {})
-        for dataset, row in table.iterrows()
-    )
+def _key(protocol: str, shots: int, group: str) -> str:
+    """The name of a column of the overview in CSV."""
+    if protocol == "few_shot":
+        return f"few_shot_{shots}"
+    return protocol if group == "all" else f"{protocol}_{group}"
 
 
-def display_few_shot(table: pd.DataFrame, names: list[str], embedded: bool) -> pd.DataFrame:
-    """The table as text."""
-    return pd.DataFrame(
-        {"Data set": row_title(str(dataset), table, embedded)}
-        | {
-            f"{method_title(name)}, {k} shots" if k else method_title(name): cell(
-                "few_shot", [name], row, f"{name}_{k}" if k else name
-            )
-            for name in names
-            for k in shots_of(table, name) or [0]
-        }
-        for dataset, row in table.iterrows()
-    )
+def published_figures(protocol: str) -> list[tuple[str, dict[tuple[str, str], float]]]:
+    """By method, published figures of `protocol` by data set and group."""
+    found: dict[str, dict[tuple[str, str], float]] = {}
+    for entry in _published(protocol):
+        for key, value in entry["values"].items():
+            group = {"hm": "h", "accuracy": "all"}.get(key, key)
+            found.setdefault(entry["method"], {})[entry["dataset"], group] = value
+    return list(found.items())
+
+
+def published_sources(protocol: str) -> list[str]:
+    """Where the published figures of `protocol` were read, a line for each source."""
+    found: dict[str, list[str]] = {}
+    for entry in _published(protocol):
+        found.setdefault(entry["source"], []).append(entry["method"])
+    return [f"Published ({', '.join(dict.fromkeys(names))}): {source}." for source, names in found.items()]
+
+
+def _published(protocol: str) -> list[dict[str, Any]]:
+    entries = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
+    return [entry for entry in entries if entry["protocol"] == protocol]

@@ -24,7 +24,7 @@ from heba.evaluation.report import classification_report
 from pipeline.core import code
 from pipeline.core.params import Params
 from pipeline.core.paths import keep_only, new_file, writable
-from pipeline.core.trainings import Evaluation, Training, stage_folder, tested_on, train_folder
+from pipeline.core.trainings import Evaluation, Training, stage_folder, tested_on, tests, train_folder
 from pipeline.stages.backbone import computing, device, load_backbone, use_bf16
 from pipeline.stages.precompute import TestImages, precompute_folder, read_classes, read_test
 from pipeline.stages.train import counted, progress
@@ -42,7 +42,11 @@ def run(params: Params, dataset: str) -> str:
 def run_transfer(params: Params, protocol: str, seed: int) -> str:
     """Evaluate the source's trainings of `seed` on the test images of all targets or variants; returns a line."""
     source, trained_as = params.transfer.source, PROTOCOLS[protocol].trained_as
-    found = [t for t in trained_on(params, source) if (t.protocol, t.seed) == (trained_as, seed)]
+    found = [
+        t
+        for t in trained_on(params, source)
+        if (t.protocol, t.seed) == (trained_as, seed) and tests(t.method, protocol)
+    ]
     jobs = [Evaluation(protocol, d, t) for d in tested_on(params, protocol, source) for t in found]
     return evaluate_all(params, jobs, stage_folder(protocol) / str(seed))
 
@@ -113,18 +117,31 @@ def inputs_sha256(params: Params, job: Evaluation) -> str:
 
 
 def groups_of(protocol: str, n_classes: int) -> dict[str, tuple[range, bool]]:
-    """By group: the labels of its classes, and whether these are those of the training."""
+    """By group: the labels of its classes, and whether the training was on these."""
     if protocol == "base_to_novel":
         n_base = len(base_labels(n_classes))
         return {"base": (range(n_base), True), "novel": (range(n_base, n_classes), False)}
-    return {"all": (range(n_classes), not PROTOCOLS[protocol].transfer)}
+    return {"all": (range(n_classes), not PROTOCOLS[protocol].new_classes)}
+
+
+def columns_of(dataset: str, names: list[str], trained: list[str]) -> Tensor:
+    """[n], where each of the class `names` stands among those of the training; ImageNet-A and -R have a part.
+
+    ValueError when one is not there.
+    """
+    place = {name: column for column, name in enumerate(trained)}
+    missing = [name for name in names if name not in place]
+    if missing:
+        raise ValueError(f"{dataset}: the model was not trained on its classes {', '.join(missing[:5])}")
+    return torch.tensor([place[name] for name in names])
 
 
 def evaluate(params: Params, clip: Any, job: Evaluation, config: artifact.Config, digest: str) -> Record:
     """The record of one training on one data set's test images."""
     training = job.training
     about, method = methods.part(config.method, "settings"), methods.part(config.method, "method")
-    classes, test = read_classes(job.dataset), read_test(job.dataset, preprocess_of(clip))
+    settings, test = config.method_settings(), read_test(job.dataset, preprocess_of(clip))
+    classes = read_classes(job.dataset, settings.prompts)
     model, _ = artifact.load(clip, training.folder)
     groups = {}
     try:
@@ -134,10 +151,13 @@ def evaluate(params: Params, clip: Any, job: Evaluation, config: artifact.Config
             part = classes.select(labels)
             with computing(params):
                 if trained:
-                    classifier = artifact.read_classifier(training.folder, len(labels))
+                    classifier = artifact.read_classifier(training.folder, len(config.class_names))
+                    columns = columns_of(job.dataset, part.names, config.class_names)
                 else:
-                    classifier = method.classifier(model, part, config.method_settings(), False, progress)
-                predicted, targets = predict(model, config.method, classifier, test, labels, device(params))
+                    classifier = method.classifier(model, part, settings, False, progress)
+                    columns = torch.arange(len(labels))
+                where = device(params)
+                predicted, targets = predict(model, config.method, classifier, test, labels, columns, where)
             groups[group] = Group(**classification_report(predicted, targets, part.names))
     finally:
         method.detach(model)
@@ -159,13 +179,19 @@ def evaluate(params: Params, clip: Any, job: Evaluation, config: artifact.Config
 
 
 def predict(
-    model: Any, name: str, classifier: dict[str, Tensor], test: TestImages, labels: range, where: torch.device
+    model: Any,
+    name: str,
+    classifier: dict[str, Tensor],
+    test: TestImages,
+    labels: range,
+    columns: Tensor,
+    where: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """The predicted and the true labels [n], from 0, of the test images of the classes `labels`, by the method
-    `name`."""
+    `name`; `columns` are those of its logits that are about these classes."""
     method, reads = methods.part(name, "method"), methods.part(name, "settings").READS
     rows = torch.isin(test.labels, torch.tensor(labels)).nonzero().flatten()
-    classifier = {key: tensor.to(where) for key, tensor in classifier.items()}
+    classifier, columns = {key: tensor.to(where) for key, tensor in classifier.items()}, columns.to(where)
     found = []
     with progress(len(rows), "test images") as done:
         for batch in rows.split(BATCH_SIZE.get(where.type, 256)):
@@ -173,7 +199,7 @@ def predict(
                 pixels = torch.from_numpy(test.packed[batch.numpy()]).to(where)
                 images = Images.of_pixels(normalise(pixels, test.preprocess))
             else:
-                images = Images.of_features(test.features[batch].to(where))
-            found.append(method.logits(model, classifier, images).argmax(dim=-1).cpu())
+                images = Images.of_features(test.features[batch].to(where), test.hidden[batch].to(where))
+            found.append(method.logits(model, classifier, images)[:, columns].argmax(dim=-1).cpu())
             done(len(batch))
     return torch.cat(found), test.labels[rows] - labels.start

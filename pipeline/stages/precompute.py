@@ -2,9 +2,9 @@
 
 out/precompute/<dataset>/
     prompts.json       class names, prompts, classes without descriptions, prompts that had to be cut
-    text.safetensors   tokens, index, features of all prompts
+    text.safetensors   tokens, index, part and features of all prompts; part counts `PARTS`
     images.npy         [n, 3, size, size] uint8: test images, decoded, resized and cropped
-    test.safetensors   labels and the zero-shot image features of the test images
+    test.safetensors   labels of the test images, their features and what these are before the projection
 """
 
 import json
@@ -19,16 +19,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from heba.clip.features import Classes, encode_images, encode_prompts
+from heba.clip.features import Classes, encode_images, encode_prompts, image_features
 from heba.clip.preprocess import Preprocess, preprocess_of
 from heba.clip.towers import cut_texts, encode_text_plain
+from heba.data import datasets
 from heba.data.datasets import TABLE
 from heba.data.images import open_packed, pack_images
-from heba.data.prompts import build_prompts, read_descriptions, tokenize
+from heba.data.prompts import KINDS, PARTS, Kind, all_prompts, read_descriptions, tokenize
 from heba.data.splits import Item, class_names, read_split
 from pipeline.core.params import Params, stage_of
 from pipeline.core.paths import OUT, new_folder, reading
-from pipeline.stages.backbone import device, load_backbone, use_bf16
+from pipeline.stages.backbone import computing, device, load_backbone, use_bf16
 from pipeline.stages.download import template_of, verified_folder
 
 
@@ -38,12 +39,14 @@ class TestImages:
 
     Attributes:
         packed: [n, 3, size, size] uint8, on disk.
-        features: [n, E], normalised, of the frozen image tower. labels: [n].
+        features: [n, E], of the frozen image tower, not normalised. labels: [n].
+        hidden: [n, width], the same before the projection; [n, 0] where the tower has none.
         preprocess: how the model wants them.
     """
 
     packed: np.ndarray
     features: Tensor
+    hidden: Tensor
     labels: Tensor
     preprocess: Preprocess
 
@@ -63,17 +66,18 @@ def read_names(dataset: str) -> list[str]:
     return names
 
 
-def read_classes(dataset: str) -> Classes:
-    """All classes, with what frozen CLIP makes of their prompts."""
+def read_classes(dataset: str, prompts: Kind) -> Classes:
+    """All classes, with what frozen CLIP makes of their prompts of one kind."""
     names = read_names(dataset)
     path = precompute_folder(dataset) / "text.safetensors"
     with reading(path, stage_of("precompute", dataset)):
         tensors = load_file(path)
-        classes = Classes(names, tensors["tokens"], tensors["index"], tensors["features"])
-        n = len(classes.index)
-        if len(classes.tokens) != n or len(classes.features) != n:
-            raise ValueError("tokens, index and features have different lengths")
-    return classes
+        if len({len(tensors[key]) for key in ("tokens", "index", "part", "features")}) > 1:
+            raise ValueError("tokens, index, part and features have different lengths")
+        parts = torch.tensor([PARTS.index(part) for part in KINDS[prompts]])
+        rows = torch.isin(tensors["part"], parts).nonzero().flatten()
+        rows = rows[tensors["index"][rows].argsort(stable=True)]
+    return Classes(names, tensors["tokens"][rows], tensors["index"][rows], tensors["features"][rows])
 
 
 def read_test(dataset: str, preprocess: Preprocess) -> TestImages:
@@ -82,13 +86,13 @@ def read_test(dataset: str, preprocess: Preprocess) -> TestImages:
     with reading(path, stage_of("precompute", dataset)):
         test = load_file(path)
         n = len(test["labels"])
-        if len(test["features"]) != n:
-            raise ValueError("labels and features have different lengths")
+        if len(test["features"]) != n or len(test["hidden"]) != n:
+            raise ValueError("labels, features and hidden have different lengths")
     with reading(packed, stage_of("precompute", dataset)):
         images, size = open_packed(packed), preprocess.size
         if images.shape != (n, 3, size, size) or images.dtype != np.uint8:
             raise ValueError(f"{images.dtype} {images.shape}, for {n} images of {size} x {size} pixels")
-    return TestImages(images, test["features"], test["labels"], preprocess)
+    return TestImages(images, test["features"], test["hidden"], test["labels"], preprocess)
 
 
 def run(params: Params, dataset: str) -> str:
@@ -96,24 +100,30 @@ def run(params: Params, dataset: str) -> str:
     data = verified_folder(params, dataset, images=True)
     split = read_split(data / "split.json")
     names = class_names(split)
-    prompts = build_prompts(names, read_descriptions(data / "descriptions.json"), template_of(params, dataset))
-    if prompts.fallback:
-        print(f"{dataset}: no description, template used: {', '.join(prompts.fallback)}", file=sys.stderr)
+    template = template_of(params, dataset)
+    ensemble = datasets.ensemble(template, params.suite == "embedded")
+    prompts = all_prompts(names, read_descriptions(data / "descriptions.json"), template, ensemble)
+    fallback = prompts["descriptions"].fallback
+    if fallback:
+        print(f"{dataset}: no description, template used: {', '.join(fallback)}", file=sys.stderr)
     clip, tokenizer = load_backbone(params)
-    tokens, cut = tokenize(prompts.texts, tokenizer)
+    tokens, cut = tokenize([text for part in PARTS for text in prompts[part].texts], tokenizer)
     for text in cut:
         print(f"{dataset}: longer than {tokens.shape[1]} tokens, cut: {text!r}", file=sys.stderr)
     with new_folder(precompute_folder(dataset)) as out:
-        info = {"class_names": names, "prompts": prompts.texts, "fallback": prompts.fallback, "cut": cut}
+        texts = {part: prompts[part].texts for part in PARTS}
+        info = {"class_names": names, "prompts": texts, "fallback": fallback, "cut": cut}
         text = json.dumps(info, ensure_ascii=False, indent=1)
         (out / "prompts.json").write_text(text + "\n", encoding="utf-8")
-        _texts(params, clip, tokens, torch.tensor(prompts.class_index), out)
+        index = torch.tensor([i for part in PARTS for i in prompts[part].class_index])
+        part = torch.tensor([i for i, part in enumerate(PARTS) for _ in prompts[part].texts])
+        _texts(params, clip, tokens, {"index": index, "part": part}, out)
         _images(params, split["test"], data / "images", clip, out)
     return f"{len(prompts.texts)} prompts of {len(names)} classes, {len(split['test'])} test images"
 
 
-def _texts(params: Params, clip: Any, tokens: Tensor, index: Tensor, out: Path) -> None:
-    """Write text.safetensors; `tokens` [n_prompts, context], `index` [n_prompts] is the class of each."""
+def _texts(params: Params, clip: Any, tokens: Tensor, about: dict[str, Tensor], out: Path) -> None:
+    """Write text.safetensors: `tokens` [n_prompts, context], their features, and what there is `about` each."""
     tokens = cut_texts(clip, tokens)
     where = device(params)
 
@@ -123,7 +133,7 @@ def _texts(params: Params, clip: Any, tokens: Tensor, index: Tensor, out: Path) 
 
     with tqdm(total=len(tokens), desc="prompts", delay=2, unit="prompt") as bar:
         features = encode_prompts(clip, tokens, encode, where, progress=bar.update)
-    save_file({"tokens": tokens.contiguous(), "index": index, "features": features}, out / "text.safetensors")
+    save_file(about | {"tokens": tokens.contiguous(), "features": features}, out / "text.safetensors")
 
 
 def _images(params: Params, test: list[Item], folder: Path, clip: Any, out: Path) -> None:
@@ -132,11 +142,12 @@ def _images(params: Params, test: list[Item], folder: Path, clip: Any, out: Path
     with tqdm(total=len(test), desc="pack test images", delay=2, unit="image") as bar:
         pack_images([folder / file for file, _, _ in test], preprocess, packed, bar.update)
 
-    def encode(images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=use_bf16(params)):
-            return clip.encode_image(images)
+    def encode(images: Tensor) -> Tensor:
+        return torch.cat(image_features(clip, images), dim=-1)
 
-    with tqdm(total=len(test), desc="zero-shot image features", delay=2, unit="image") as bar:
-        features = encode_images(open_packed(packed), preprocess, encode, device(params), progress=bar.update)
+    with tqdm(total=len(test), desc="frozen image features", delay=2, unit="image") as bar, computing(params):
+        found = encode_images(open_packed(packed), preprocess, encode, device(params), progress=bar.update)
+    features, hidden = found.tensor_split([clip.visual.output_dim], dim=-1)
+    features, hidden = features.contiguous(), hidden.contiguous()
     labels = torch.tensor([label for _, label, _ in test])
-    save_file({"labels": labels, "features": features}, out / "test.safetensors")
+    save_file({"labels": labels, "features": features, "hidden": hidden}, out / "test.safetensors")

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from heba import artifact, methods
-from heba.data.images import LabelledImages
+from heba.data.images import LabelledImages, Views
 from heba.data.splits import Split, base_labels, class_names, select_classes
 from heba.fit.run import Run
 from pipeline.core import code
@@ -27,6 +27,7 @@ from pipeline.stages.backbone import be_deterministic, computing, device, load_b
 from pipeline.stages.download import manifest_path, verified_folder
 from pipeline.stages.precompute import precompute_folder, read_classes
 from pipeline.stages.split import read_sample, read_trainings, sample_path
+from pipeline.stages.views import needs_views, read_views, views_path
 from pipeline.tracking import log
 
 
@@ -96,7 +97,7 @@ def config_of(params: Params, training: Training) -> artifact.Config:
     dataset, method = training.dataset, training.method
     split = read_sample(dataset, training.shots, training.seed)
     names = class_names(split)
-    settings = settings_of(params, method, training.protocol).model_dump()
+    settings = settings_of(params, method, training.protocol, dataset).model_dump()
     config = artifact.Config(
         method=method,
         settings=settings,
@@ -120,7 +121,9 @@ def config_of(params: Params, training: Training) -> artifact.Config:
     }
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())
     sample = sample_path(dataset, training.shots, training.seed)
-    for file in (manifest_path(dataset), sample, precompute_folder(dataset) / "text.safetensors"):
+    files = [manifest_path(dataset), sample, precompute_folder(dataset) / "text.safetensors"]
+    files += [views_path(dataset, training.shots, training.seed)] * needs_views(method)
+    for file in files:
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return config.model_copy(update={"inputs_sha256": digest.hexdigest()[:32]})
 
@@ -136,6 +139,7 @@ def keep(config: artifact.Config, folder: Path) -> bool:
         artifact.read_history(folder)
     except ValueError:
         return False
+    config = config.model_copy(update={"chosen": found.chosen})
     if found != config:
         with new_folder(folder) as out:
             shutil.copytree(folder, out, dirs_exist_ok=True)
@@ -164,12 +168,14 @@ def train(
 ) -> float | None:
     """Train, and write the training's folder; returns the last loss, where there is one."""
     dataset = training.dataset
-    method, settings = methods.part(training.method, "method"), config.method_settings()
+    about, method = methods.part(training.method, "settings"), methods.part(training.method, "method")
+    settings = config.method_settings()
     split = read_sample(dataset, training.shots, training.seed)
     labels = labels_of(training.protocol, len(class_names(split)))
     images = verified_folder(params, dataset) / "images"
-    chosen = select_classes(split, labels)
-    classes = read_classes(dataset).select(labels)
+    classes = read_classes(dataset, settings.prompts).select(labels)
+    views = read_views(dataset, training.shots, training.seed) if needs_views(training.method) else {}
+    parts = [labelled(split, part, images, labels, views.get(part)) for part in ("train", "val")]
     checkpoint = checkpoint_path(config)
     temporary_name(checkpoint)  # removes what a killed training has left of one
     if checkpoint.exists():
@@ -181,16 +187,16 @@ def train(
         history.append(record)
         tracker.epoch(record)
 
-    seed, bf16 = training.seed, config.bf16
-    run = Run(seed, bf16, params.cuda_graphs, checkpoint, on_epoch, progress)
+    bf16 = config.bf16
+    run = Run(training.seed, training.shots, bf16, params.cuda_graphs, checkpoint, on_epoch, progress)
     model = None
     try:
         with writable(checkpoint):
-            model = method.build(clip, len(labels), settings, seed)
-            train_images, val = (labelled(chosen, part, images) for part in ("train", "val"))
-            method.fit(model, train_images, val, classes, settings, run)
+            model = method.build(clip, len(labels), settings, training.seed)
+            chosen = method.fit(model, *parts, classes, settings, run)
+        config = config.model_copy(update={"chosen": chosen})
         with new_folder(training.folder) as out:
-            dtype = torch.float16 if params.adapter_dtype == "fp16" else torch.float32
+            dtype = torch.float16 if params.adapter_dtype == "fp16" and about.READS == "pixels" else torch.float32
             trained = method.trained(model)
             artifact.write_tensors(trained.state_dict(), out, dtype)
             # From what is on disk, so that a loaded model names images as it was evaluated.
@@ -207,5 +213,9 @@ def train(
     return history[-1]["loss"] if history else None
 
 
-def labelled(split: Split, part: str, images: Path) -> LabelledImages:
-    return LabelledImages([images / file for file, _, _ in split[part]], [label for _, label, _ in split[part]])
+def labelled(split: Split, part: str, images: Path, labels: range, views: Views | None) -> LabelledImages:
+    """The images of a part of a sample that are of the classes `labels`, with their `views`."""
+    chosen = select_classes(split, labels)[part]
+    rows = torch.tensor([row for row, item in enumerate(split[part]) if item[1] in labels], dtype=torch.long)
+    files, targets = [images / file for file, _, _ in chosen], [label for _, label, _ in chosen]
+    return LabelledImages(files, targets, views.select(rows) if views else None)

@@ -174,8 +174,12 @@ def log_epochs(store: Any, run_id: str, records: list[dict[str, float]]) -> None
 
 
 def log_outs(store: Any, run_id: str, folder: Path) -> None:
-    """Log the adapter as a model of the run, and its hash."""
+    """Log the adapter as a model of the run, its hash, and what was chosen on validation images."""
+    from mlflow.entities import Param
+
     log_model(store, run_id, folder)
+    chosen = artifact.read_config(folder).chosen
+    store.log_batch(run_id, params=[Param(f"chosen.{key}", str(value)) for key, value in chosen.items()])
     store.set_tag(run_id, SHA_TAG, artifact.sha256(folder))
 
 

@@ -30,13 +30,22 @@ LEFT_OUT = {
 # A stage reads the outs of another by the code of that one.
 LEFT_OUT_BY_STAGE = {
     "split": {"heba/clip": "draws no images"},
-    "train": {"pipeline/stages/precompute.py": "reads", "pipeline/stages/split.py": "reads"},
+    "views": {"pipeline/stages/split.py": "reads", "heba/methods": "tells whether one needs views"},
+    "train": {
+        "pipeline/stages/precompute.py": "reads",
+        "pipeline/stages/split.py": "reads",
+        "pipeline/stages/views.py": "reads",
+    },
     "evaluate": {
         "pipeline/stages/precompute.py": "reads",
         "pipeline/stages/train.py": "shows progress",
         "heba/fit": "trains",
     },
-    "report": {"heba/clip": "checks params", "heba/fit": "costs"},
+    "report": {
+        "heba/clip": "checks params",
+        "heba/data/prompts.py": "checks params",
+        "heba/fit": "costs",
+    },
 }
 # Stages that write what came from elsewhere with its hash, or a mark.
 NO_CODE = {"params", "backbone", "download", "protocols"}
@@ -105,12 +114,14 @@ def test_a_stage_depends_on_all_code_that_it_computes_with_and_on_no_other(stage
 
 
 @pytest.mark.parametrize("method", methods.names())
-@pytest.mark.parametrize("stage", [stage for stage in STAGES if kind(stage) in ("train", "evaluate")])
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if kind(stage) in ("views", "train", "evaluate")])
 def test_the_code_in_the_hash_of_a_training_or_a_record_is_that_of_the_stage(stage, method):
     """By it trainings and records stay when their stage runs again."""
     listed = code_of(stage, method)
     if kind(stage) == "train":
         assert listed == {*code.TRAIN, code.of_method(method)}
+    elif kind(stage) == "views":
+        assert listed == {*code.VIEWS}
     else:
         assert listed == {*code.EVALUATE, "heba/methods"}
         assert (ROOT / code.of_method(method)).is_relative_to(ROOT / "heba/methods")

@@ -1,7 +1,6 @@
 """Own data from params.yaml to the report, with real DVC."""
 
 import json
-import re
 import sys
 
 import pytest
@@ -77,24 +76,25 @@ MINE = [*pair("my_set", 1, (10.0, 10.0), (20.0, 10.0)), *few("my_set", 1, 50.0),
 
 def test_own_data_is_in_the_tables_and_in_no_average(tmp_path):
     records = [*RECORDS, *few("dtd", 1, 60.0), *MINE]
-    table, alone = (tables.base_to_novel_table(tables.long_table(r), METHODS) for r in (records, RECORDS))
-    assert list(table.index) == ["dtd", "eurosat", "my_set", "average"]
-    assert table.loc["average"].equals(alone.loc["average"])
-    shots = tables.few_shot_table(tables.long_table(records), METHODS)
-    assert shots.loc["average", "heba_1"] == 60
-    assert shots.loc["my_set", "heba_16"] == 70
+    table, alone = (tables.tidy_table(tables.long_table(r), "base_to_novel", METHODS) for r in (records, RECORDS))
+    assert list(dict.fromkeys(table["dataset"])) == ["dtd", "eurosat", "my_set", "average"]
+    assert table[table["dataset"] != "my_set"].reset_index(drop=True).equals(alone)
+    shots = tables.tidy_table(tables.long_table(records), "few_shot", METHODS)
+    accuracy = shots.set_index(["dataset", "method", "shots"])["accuracy"]
+    assert accuracy["average", "heba", 1] == 60
+    assert accuracy["my_set", "heba", 16] == 70
     render.render_report(records, METHODS, tmp_path, published=False)
     text = (tmp_path / "base_to_novel.md").read_text()
-    assert re.search(r"\| my_set +\|", text)
+    assert "## my_set" in text
     assert "Average of 2 benchmarks" in text
     assert "Own data, in no average: my_set." in text
     assert "my\\_set" in (tmp_path / "base_to_novel.tex").read_text()
     page = (tmp_path / "index.html").read_text()
-    assert "<td>my_set</td>" in page
+    assert "<summary>my_set</summary>" in page
     assert "DTD*" in page
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["base_to_novel"]["datasets"]["my_set"]["heba_base"] == 20
-    assert metrics["base_to_novel"]["average"]["heba_base"] == 81
+    assert metrics["base_to_novel"]["my_set"]["heba"]["base"] == 20
+    assert metrics["base_to_novel"]["average"]["heba"]["base"] == 81
 
 
 def test_a_report_of_own_data_alone_has_no_average_and_no_published_figures(tmp_path):
@@ -105,7 +105,7 @@ def test_a_report_of_own_data_alone_has_no_average_and_no_published_figures(tmp_
     assert "Average" not in text
     assert "ublished" not in text
     assert "Not in this table" not in text
-    assert set(json.loads((tmp_path / "metrics.json").read_text())["base_to_novel"]) == {"datasets"}
+    assert set(json.loads((tmp_path / "metrics.json").read_text())["base_to_novel"]) == {"my_set"}
 
 
 def test_the_report_is_of_the_own_data_that_params_names(tmp_path, monkeypatch):
@@ -171,9 +171,9 @@ def outside_of(repo):
 
 def test_own_data_goes_to_the_report_and_is_not_copied(repo):
     metrics = json.loads((repo / "reports" / "metrics.json").read_text())
-    assert set(metrics["base_to_novel"]["datasets"]) == {"listed"}
+    assert set(metrics["base_to_novel"]) == {"listed"}
     prompts = json.loads((repo / "out" / "precompute-own" / "listed" / "prompts.json").read_text())
-    assert prompts["prompts"] == ["a photo of a cat.", "a photo of a dog."]
+    assert prompts["prompts"]["descriptions"] == ["a photo of a cat.", "a photo of a dog."]
     assert json.loads((repo / "data" / "own" / "drawn" / "descriptions.json").read_text()) == {
         "star": ["a drawing"]
     }

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,21 +16,24 @@ from pipeline.commands import presets
 from pipeline.commands.cli import app
 from pipeline.core.params import load_params
 from pipeline.core.trainings import Evaluation, Training, evaluations
-from pipeline.report import render, selection, tables
+from pipeline.report import formats, render, selection, tables
 from tests.heba import third
 from tests.pipeline.records import METHODS, RECORDS, pair, record
 from tests.pipeline.repository import ROOT
 
 
-def base_to_novel(records, names=METHODS):
-    return tables.base_to_novel_table(tables.long_table(records), names)
+def tidy(records, protocol="base_to_novel", names=METHODS):
+    """The tidy table, by data set, method, shots and group."""
+    found = tables.tidy_table(tables.long_table(records), protocol, names)
+    return found.set_index(["dataset", "method", "shots", "group"])
 
 
 def shown(records, protocol, names=METHODS):
-    """The table as text, by the data set's title, and its notes."""
-    table = render.numeric(records, protocol, names)
-    text = render.displayed(table, protocol, names, True).set_index("Data set")
-    return text, render.notes(records, table, protocol, names)
+    """The cells of each table by its title, with the methods as index, and the notes."""
+    table = tables.tidy_table(tables.long_table(records), protocol, names)
+    found = tables.blocks(table, protocol, names, True, False)
+    cells = {block.title: block.cells.set_index("Method") for block in found}
+    return cells, render.notes(records, table, protocol, names)
 
 
 def test_the_long_table_has_a_row_per_record_and_group():
@@ -48,24 +52,27 @@ def test_the_long_table_has_a_row_per_record_and_group():
 
 
 def test_base_to_novel_by_hand():
-    table = base_to_novel(RECORDS)
-    dtd, average = table.loc["dtd"], table.loc["average"]
-    assert dtd["heba_base"] == 72
-    assert dtd["heba_base_std"] == pytest.approx(8**0.5)
-    assert dtd["heba_h"] == pytest.approx(2 * 72 * 62 / (72 + 62))
-    assert average["heba_base"] == 81
-    assert average["heba_novel"] == 47
+    table = tidy(RECORDS)
+    assert table.loc[("dtd", "heba", 16, "base"), "accuracy"] == 72
+    assert table.loc[("dtd", "heba", 16, "base"), "std"] == pytest.approx(8**0.5)
+    assert table.loc[("dtd", "heba", 16, "h"), "accuracy"] == pytest.approx(2 * 72 * 62 / (72 + 62))
+    average = table.sort_index().loc[("average", "heba", 16)]
+    assert average.loc["base", "accuracy"] == 81
+    assert average.loc["novel", "accuracy"] == 47
     # H of the averages, not the average of H.
-    assert average["heba_h"] == pytest.approx(2 * 81 * 47 / (81 + 47))
-    assert average["difference_base"] == 81 - 45
-    assert average["heba_base_std"] == pytest.approx(2**0.5)
-    assert list(table["seeds"]) == [2, 2, 2]
+    assert average.loc["h", "accuracy"] == pytest.approx(2 * 81 * 47 / (81 + 47))
+    assert average.loc["base", "std"] == pytest.approx(2**0.5)
+    assert table["std"].xs("zero_shot", level="method").isna().all()
+    assert set(table["seeds"]) == {2}
+    assert list(dict.fromkeys(table.index.get_level_values("dataset"))) == ["dtd", "eurosat", "average"]
 
 
 def test_transfer_by_hand():
-    table = tables.transfer_table(tables.long_table(RECORDS), "cross_dataset", METHODS)
-    assert list(table["difference"]) == [5, -5, 0]
-    assert "±" not in shown(RECORDS, "cross_dataset")[0].to_string()
+    table = tidy(RECORDS, "cross_dataset")["accuracy"]
+    assert [table[d, "heba", 16, "all"] for d in ("dtd", "eurosat", "average")] == [35, 45, 40]
+    (cells,) = shown(RECORDS, "cross_dataset")[0].values()
+    assert list(cells.columns) == ["DTD*", "EuroSAT*", "Average of 2"]
+    assert list(cells.loc["HeBA"]) == ["35.00", "45.00", "40.00"]
 
 
 def few_shot_records():
@@ -78,64 +85,80 @@ def few_shot_records():
 
 
 def test_few_shot_by_hand():
-    data = tables.long_table(few_shot_records())
-    table = tables.few_shot_table(data, METHODS)
-    assert tables.shots_of(table, "heba") == [1, 16]
-    assert table.loc["dtd", "heba_1"] == 52
-    assert table.loc["dtd", "heba_1_std"] == pytest.approx(8**0.5)
-    assert table.loc["average", "heba_1"] == 56
-    assert table.loc["average", "heba_1_std"] == pytest.approx(2**0.5)
-    assert table.loc["average", "heba_16"] == 85
-    assert table.loc["average", "zero_shot"] == 40
-    assert tables.incomplete(data, "few_shot", METHODS) == {"eurosat": METHODS}
-    assert list(table["seeds"]) == [2, 1, 1.5]
-    assert table.isna().loc["average", "heba_16_std"]
+    records = few_shot_records()
+    table = tidy(records, "few_shot")
+    assert table.loc[("dtd", "heba", 1, "all"), "accuracy"] == 52
+    assert table.loc[("dtd", "heba", 1, "all"), "std"] == pytest.approx(8**0.5)
+    assert table.loc[("average", "heba", 1, "all"), "accuracy"] == 56
+    assert table.loc[("average", "heba", 1, "all"), "std"] == pytest.approx(2**0.5)
+    assert table.loc[("average", "heba", 16, "all"), "accuracy"] == 85
+    assert table.isna().loc[("average", "heba", 16, "all"), "std"]
+    assert [table.loc[(d, "heba", 16, "all"), "seeds"] for d in ("dtd", "eurosat", "average")] == [2, 1, 1]
+    assert tables.incomplete(tables.long_table(records), "few_shot", METHODS) == {"eurosat": METHODS}
+    cells, _ = shown(records, "few_shot")
+    assert list(cells) == ["Average of 2", "DTD*", "EuroSAT*"]
+    assert list(cells["DTD*"].columns) == ["1 shot", "16 shots"]
+    assert list(cells["DTD*"].loc["HeBA"]) == ["52.00 ± 2.83", "80.00 ± 0.00"]
 
 
 def test_a_missing_seed_is_named_and_the_average_says_over_how_many():
     records = RECORDS[:6]
-    table = base_to_novel(records)
-    text, notes = shown(records, "base_to_novel")
+    cells, notes = shown(records, "base_to_novel")
     assert "Fewer seeds than the others: EuroSAT (CLIP, HeBA)." in notes
-    assert "Average of 2" in text.index
-    assert table.isna().loc["average", "heba_base_std"]
+    assert next(iter(cells)) == "Average of 2"
+    assert tidy(records).isna().loc[("average", "heba", 16, "base"), "std"]
 
 
 def test_one_method_that_lacks_a_seed_or_a_data_set_is_named_and_has_no_wrong_average():
     lacks_seed = [r for r in RECORDS if (r.dataset, r.method, r.seed) != ("eurosat", "heba", 2)]
-    table = base_to_novel(lacks_seed)
-    assert table.loc["eurosat", "heba_novel"] == 30
-    assert list(table["seeds"]) == [2, 1, 1.5]
-    assert table.isna().loc["average", "heba_base_std"]
+    table = tidy(lacks_seed)
+    assert table.loc[("eurosat", "heba", 16, "novel"), "accuracy"] == 30
+    assert [table.loc[(d, "heba", 16, "base"), "seeds"] for d in ("dtd", "eurosat", "average")] == [2, 1, 1]
+    assert table.isna().loc[("average", "heba", 16, "base"), "std"]
     assert "Fewer seeds than the others: EuroSAT (HeBA)." in shown(lacks_seed, "base_to_novel")[1]
     lacks_set = [r for r in RECORDS if (r.dataset, r.method) != ("eurosat", "heba")]
-    table = base_to_novel(lacks_set)
+    table = tidy(lacks_set)["accuracy"]
     # The average of dtd alone would stand beside that of both data sets.
-    assert table.loc["average", "zero_shot_base"] == 45
-    assert table.loc[["eurosat", "average"], [f"heba_{g}" for g in tables.GROUPS]].isna().all(axis=None)
-    text, notes = shown(lacks_set, "base_to_novel")
-    assert text.loc["EuroSAT*", "HeBA H"] == text.loc["EuroSAT*", "Δ H"] == ""
+    assert table["average", "zero_shot", 16, "base"] == 45
+    assert table.sort_index()["average", "heba"].isna().all()
+    assert ("eurosat", "heba", 16, "base") not in table.index
+    cells, notes = shown(lacks_set, "base_to_novel")
+    assert list(cells["EuroSAT*"].loc["HeBA"]) == list(cells["Average of 2"].loc["HeBA"]) == [""] * 3
     assert "Fewer seeds than the others: EuroSAT (HeBA)." in notes
-    cross = shown(lacks_set, "cross_dataset")[0]
-    assert (cross.loc["EuroSAT*", "HeBA"], cross.loc["Average of 2", "HeBA"]) == ("", "")
+    (cross,) = shown(lacks_set, "cross_dataset")[0].values()
+    assert list(cross.loc["HeBA", ["EuroSAT*", "Average of 2"]]) == ["", ""]
 
 
 def test_one_seed_has_no_deviation():
     one = [r for r in RECORDS if r.seed == 1]
-    table = base_to_novel(one)
-    assert table.filter(like="_std").isna().all(axis=None)
-    text, notes = shown(one, "base_to_novel")
-    assert "±" not in text.to_string()
+    assert tidy(one)["std"].isna().all()
+    cells, notes = shown(one, "base_to_novel")
+    assert not any("±" in block.to_string() for block in cells.values())
     assert not any("Fewer seeds" in note for note in notes)
 
 
-def test_one_method_has_no_difference(tmp_path):
+def test_one_method_alone_is_not_the_best(tmp_path):
     records = [r for r in [*RECORDS, *few_shot_records()] if r.method == "heba"]
-    for protocol in ("base_to_novel", "cross_dataset", "few_shot"):
-        assert not [c for c in render.numeric(records, protocol, ["heba"]) if "difference" in c]
-        assert "Δ" not in shown(records, protocol, ["heba"])[0].to_string()
     render.render_report(records, ["heba"], tmp_path, published=False)
+    assert "**81" not in (tmp_path / "base_to_novel.md").read_text()
     assert (tmp_path / "index.html").read_text().count("<img") == 3
+
+
+def test_the_best_is_bold_and_the_second_underlined_as_they_are_printed():
+    accuracies = {"zero_shot": 60.0, "heba": 60.004, "probe": 50.0}
+    rows = [("dtd", name, 16, "base", value, float("nan"), 1) for name, value in accuracies.items()]
+    table = tables.pd.DataFrame(rows, columns=list(tables.TIDY))
+    column = [("Base", "dtd", 16, "base")]
+    names = ["zero_shot", "heba"]
+    assert list(tables.block("", table, "base_to_novel", names, column, []).ranks["Base"]) == [1, 1]
+    cells = tables.pd.DataFrame([["a_b*", "1.00 ± 2.00"], ["c", "0.50"], ["d", ""]], columns=["Method", "Base"])
+    ranks = tables.pd.DataFrame([[0, 1], [0, 2], [0, 0]], columns=cells.columns)
+    block = tables.Block("x & y", cells, ranks)
+    assert formats.markdown(block).splitlines()[2:4] == ["| a_b\\* | **1.00 ± 2.00** |", "| c | <u>0.50</u> |"]
+    assert "<td>a_b*</td><td><b>1.00 ± 2.00</b></td>" in formats.table_html(block)
+    assert r"a\_b* & \textbf{1.00 $\pm$ 2.00} \\" in formats.latex(block)
+    assert r"c & \underline{0.50} \\" in formats.latex(block)
+    assert r"\textbf{x \& y}" in formats.latex(block)
 
 
 @pytest.fixture
@@ -148,15 +171,14 @@ def probe(tmp_path):
 def test_a_third_method_stands_between_the_others(probe):
     names = ["zero_shot", probe, "heba"]
     records = [*RECORDS, *(record(probe, d, s, (60.0 + s,)) for d in ("dtd", "eurosat") for s in (1, 2))]
-    table, before = base_to_novel(records, names), base_to_novel(RECORDS)
-    assert before.equals(table[before.columns])
-    assert table.loc["dtd", "probe_base"] == table.loc["average", "probe_base"] == 61.5
-    assert table.loc["dtd", "probe_base_std"] == pytest.approx(0.5**0.5)
-    assert list(table["seeds"]) == [2, 2, 2]
-    text, notes = shown(records, "base_to_novel", names)
-    assert list(text.columns[:6]) == [f"{m} {g}" for m in ("CLIP", "Probe") for g in ("Base", "Novel", "H")]
-    assert text.loc["DTD*", "Probe Base"] == "61.50 ± 0.71"
-    assert text.loc["Average of 2", "Δ Base"] == "+36.00"
+    table, before = tidy(records, names=names), tidy(RECORDS)
+    assert before.sort_index().equals(table.drop(probe, level="method").sort_index())
+    row = table.loc[("dtd", "probe", 16, "base")]
+    assert row["accuracy"] == table.loc[("average", "probe", 16, "base"), "accuracy"] == 61.5
+    assert row["std"] == pytest.approx(0.5**0.5)
+    cells, notes = shown(records, "base_to_novel", names)
+    assert list(cells["DTD*"].index) == ["CLIP", "Probe", "HeBA"]
+    assert cells["DTD*"].loc["Probe", "Base"] == "61.50 ± 0.71"
     assert not any("Fewer seeds" in note for note in notes)
 
 
@@ -164,42 +186,41 @@ def test_a_method_that_cannot_do_new_classes_has_gaps_and_the_reason_below(probe
     records = [*RECORDS, *(record(probe, d, s, (60.0,)) for d in ("dtd", "eurosat") for s in (1, 2))]
     records += [record(probe, "dtd", 1, (33.0,), "few_shot"), *pair("dtd", 1, (30.0,), (35.0,), "few_shot")]
     names = ["zero_shot", "heba", probe]
-    reason = "–: Probe cannot classify classes that it was not trained on."
-    table = base_to_novel(records, names)
-    assert table[["probe_novel", "probe_h", "difference_novel", "difference_h"]].isna().all(axis=None)
-    text, notes = shown(records, "base_to_novel", names)
-    for head in ("Novel", "H"):
-        assert list(text[f"Probe {head}"]) == list(text[f"Δ {head}"]) == ["–"] * 3
-    assert list(text["Δ Base"]) == ["+10.00", "+20.00", "+15.00"]
+    reason = "–: cannot classify classes that it was not trained on (Probe)."
+    assert set(tidy(records, names=names).sort_index().loc[("dtd", "probe", 16)].index) == {"base"}
+    cells, notes = shown(records, "base_to_novel", names)
+    for block in cells.values():
+        assert list(block.loc["Probe"]) == ["60.00 ± 0.00", "–", "–"]
     assert reason in notes
-    text, notes = shown(records, "cross_dataset", names)
-    assert list(text["Probe"]) == list(text["Δ"]) == ["–"] * 3
+    cells, notes = shown(records, "cross_dataset", names)
+    (cross,) = cells.values()
+    assert list(cross.loc["Probe"]) == ["–"] * 3
     assert reason in notes
     assert not any("Fewer seeds" in note for note in notes)
-    text, notes = shown(records, "few_shot", names)
-    assert text.loc["DTD*", "Probe, 16 shots"] == "33.00"
+    cells, notes = shown(records, "few_shot", names)
+    assert cells["DTD*"].loc["Probe", "16 shots"] == "33.00"
     assert reason not in notes
     render.render_report(records, names, tmp_path, published=False)
     for file in ("README.md", "index.html", "base_to_novel.md", "cross_dataset.md"):
         assert reason in (tmp_path / file).read_text(encoding="utf-8")
     tex = (tmp_path / "base_to_novel.tex").read_text(encoding="utf-8")
     assert "–" not in tex
-    assert "--: Probe cannot" in tex
+    assert "--: cannot" in tex
     assert "–" not in (tmp_path / "base_to_novel.csv").read_text(encoding="utf-8")
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert "probe_novel" not in metrics["base_to_novel"]["average"]
-    assert metrics["base_to_novel"]["average"]["probe_base"] == 60
+    assert metrics["base_to_novel"]["average"]["probe"] == {"base": 60}
 
 
 def test_own_data_counts_in_no_average():
     mine = [r for seed in (1, 2) for r in pair("my_set", seed, (10.0, 10.0), (20.0, 10.0))]
-    table = base_to_novel([*RECORDS, *mine])
-    assert list(table.index) == ["dtd", "eurosat", "my_set", "average"]
-    assert table.drop("my_set").equals(base_to_novel(RECORDS))
-    text, notes = shown([*RECORDS, *mine], "base_to_novel")
-    assert list(text.index) == ["DTD*", "EuroSAT*", "my_set", "Average of 2 benchmarks"]
+    table = tidy([*RECORDS, *mine])
+    assert list(dict.fromkeys(table.index.get_level_values("dataset"))) == ["dtd", "eurosat", "my_set", "average"]
+    assert table.drop("my_set", level="dataset").equals(tidy(RECORDS))
+    cells, notes = shown([*RECORDS, *mine], "base_to_novel")
+    assert list(cells) == ["Average of 2 benchmarks", "DTD*", "EuroSAT*", "my_set"]
     assert "Own data, in no average: my_set." in notes
-    assert "average" not in base_to_novel(mine).index
+    assert "average" not in tidy(mine).index.get_level_values("dataset")
+    assert "my_set" in render.summary_text(mine, METHODS)
 
 
 def test_files(tmp_path):
@@ -216,8 +237,11 @@ def test_files(tmp_path):
     assert "published" not in (tmp_path / "a" / "base_to_novel.md").read_text()
     assert "nor in its average: ImageNet, Caltech101" in (tmp_path / "a" / "base_to_novel.md").read_text()
     metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
-    assert metrics["base_to_novel"]["average"]["heba_base"] == 81
+    assert metrics["base_to_novel"]["average"]["heba"]["base"] == 81
+    # A protocol that is off has files that can be read and pasted all the same.
     assert "no results" in (tmp_path / "a" / "domain_generalization.md").read_text()
+    assert (tmp_path / "a" / "domain_generalization.tex").read_text().startswith("%")
+    assert list(tables.pd.read_csv(tmp_path / "a" / "domain_generalization.csv").columns) == list(tables.TIDY)
 
 
 def test_published_rows_stand_apart_and_name_their_source(tmp_path):
@@ -367,7 +391,7 @@ def test_records_left_over_from_the_demo_do_not_stop_the_report_of_the_real_suit
         put(one)
     said, metrics = report()
     assert "6 evaluations" in said
-    assert metrics["base_to_novel"]["datasets"]["dtd"]["heba_base"] == 71
+    assert metrics["base_to_novel"]["average"]["heba"]["base"] == 71
     assert "no paper result" not in (evaluated / "reports" / "README.md").read_text()
 
 
@@ -386,3 +410,21 @@ def test_each_table_says_what_its_adapters_were_trained_with(evaluated):
     assert "my_weights/100%<a>.pt" in (evaluated / "reports" / "base_to_novel.md").read_text()
     assert "my_weights/100%&lt;a&gt;.pt" in (evaluated / "reports" / "index.html").read_text()
     assert r"my\_weights/100\%" in (evaluated / "reports" / "base_to_novel.tex").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex (Debian: texlive-latex-extra)")
+def test_the_latex_compiles_as_it_is_pasted(tmp_path):
+    records = [*RECORDS, *few_shot_records()]
+    records += [r for seed in (1, 2) for r in pair("my_set", seed, (10.0, 10.0), (20.0, 10.0))]
+    render.render_report(records, METHODS, tmp_path, published=True, settings={"few_shot": "50 % of a_b & c#"})
+    pasted = "\n".join(path.read_text(encoding="utf-8") for path in sorted(tmp_path.glob("*.tex")))
+    text = (
+        f"\\documentclass{{article}}\n\\usepackage{{booktabs}}\n\\begin{{document}}\n{pasted}\n\\end{{document}}\n"
+    )
+    (tmp_path / "page.tex").write_text(text, encoding="utf-8")
+    command = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "page.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    too_wide = [float(points) for points in re.findall(r"Overfull \\hbox \((\S+)pt too wide", done.stdout)]
+    assert max(too_wide, default=0.0) < 20, too_wide

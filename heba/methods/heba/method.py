@@ -45,10 +45,11 @@ def fit(
     classes: Classes,
     settings: Settings,
     run: Run,
-) -> None:
+) -> dict[str, float]:
     with run.progress(len(train.files), "decode training images") as done:
         images = decode_all(train.files, done)
     train_adapters(model, images, train.labels, text_bank(model, classes), settings, run)
+    return {}
 
 
 def classifier(

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from heba.data.prompts import Kind
 from heba.fit.work import Work
 
 TITLE = "HeBA"
@@ -24,6 +25,7 @@ class Settings(BaseModel):
     """HeBA as the paper trains it on ViT-B/16, for base-to-novel.
 
     Attributes:
+        prompts: what names a class; the paper's prompts have descriptions.
         start, end: first and last adapted block of both towers, counted from 1.
         ratio: width of the stream over width of the bottleneck.
         scale: s, the weight of an adapter. scale_novel: s for classes that it was not trained on; None: the same.
@@ -37,6 +39,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
+    prompts: Kind = "descriptions"
     start: Count = 1
     end: Count = 12
     ratio: Count = 4

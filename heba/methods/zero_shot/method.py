@@ -1,4 +1,4 @@
-"""Zero-shot CLIP (Radford et al. 2021), with the prompts of all methods here.
+"""Zero-shot CLIP (Radford et al. 2021), by a template, an ensemble of templates, descriptions (CuPL) or both.
 
 With f the normalised feature of an image, and w_k the normalised mean of the normalised features of the prompts of
 class k, the logits are exp(logit_scale) f . w_k. Nothing is trained.
@@ -6,6 +6,7 @@ class k, the logits are exp(logit_scale) f . w_k. Nothing is trained.
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heba.clip.features import Classes, class_features, cosine_logits
@@ -37,8 +38,9 @@ def fit(
     classes: Classes,
     settings: Settings,
     run: Run,
-) -> None:
+) -> dict[str, float]:
     """Nothing is trained."""
+    return {}
 
 
 def classifier(
@@ -49,7 +51,8 @@ def classifier(
 
 
 def logits(model: FrozenCLIP, classifier: dict[str, Tensor], images: Images) -> Tensor:
-    return cosine_logits(model.factor, images.features, classifier["weights"])
+    features = F.normalize(images.features.float(), dim=-1)
+    return cosine_logits(model.factor, features, classifier["weights"])
 
 
 def detach(model: FrozenCLIP) -> None:

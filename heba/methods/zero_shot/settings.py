@@ -1,7 +1,8 @@
-"""Zero-shot CLIP has no settings."""
+"""The settings of zero-shot CLIP: a block of params.yaml."""
 
 from pydantic import BaseModel, ConfigDict
 
+from heba.data.prompts import Kind
 from heba.fit.work import Work
 
 TITLE = "CLIP"
@@ -12,9 +13,11 @@ EVALUATION: frozenset[str] = frozenset()
 
 
 class Settings(BaseModel):
-    """None: the prompts are those of the data set."""
+    """prompts: what names a class; CoOp's zero-shot rows have the template, CuPL's the descriptions or both."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    prompts: Kind = "descriptions"
 
 
 def problems(settings: Settings, depth: int | None, width: int | None) -> dict[str, str]:
