@@ -23,7 +23,6 @@ app = typer.Typer(
 )
 MOST_JOBS = 1024
 Dataset = Annotated[str, typer.Option(help="A data set of params.yaml, such as eurosat.")]
-Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the few-shot sample and of the training.")]
 
 
 def _params(dataset: str | None = None, argument: str = "--dataset") -> Params:
@@ -137,16 +136,16 @@ def evaluate(dataset: Dataset) -> None:
 
 @app.command()
 def evaluate_transfer(
-    protocol: Annotated[str, typer.Option(help="cross_dataset or domain_generalization.")], seed: Seed
+    protocol: Annotated[str, typer.Option(help="cross_dataset or domain_generalization.")],
 ) -> None:
-    """Measure the source's training on the test images of all targets or variants."""
+    """Measure the source's trainings on the test images of all targets or variants."""
     params = _params()
     known = [name for name, about in PROTOCOLS.items() if about.transfer]
     if protocol not in known:
         raise ParamsError(f"--protocol {protocol}: not one of {', '.join(known)}")
     from pipeline.stages import evaluate
 
-    evaluate.run_transfer(params, protocol, seed)
+    evaluate.run_transfer(params, protocol)
 
 
 @app.command()
