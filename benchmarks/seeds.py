@@ -21,7 +21,7 @@ def main(
     images: int = typer.Option(16, min=1, help="Number of test images."),
     rounds: Rounds = 3,
 ) -> None:
-    """Time an evaluation's image side for several seeds: each by itself, and with the blocks below `start` shared."""
+    """Time the image side for several seeds: each by itself, and with the blocks below `start` shared."""
     first = make_model(backbone, device, start)
     models = [
         first,
