@@ -38,9 +38,8 @@ def full_and_rounded(clip: Any, params: Params, training: Training) -> list[tupl
             part = classes.select(labels)
             with computing(params):
                 classifier = method.classifier(model, part, config.method_settings(), trained)
-                predicted, targets = predict(
-                    model, training.method, classifier, test, labels, torch.arange(len(labels)), device(params)
-                )
+                one, where = ([model], training.method, [classifier]), device(params)
+                (predicted,), targets = predict(*one, test, labels, torch.arange(len(labels)), where)
             found.append(classification_report(predicted, targets, part.names))
         return found
 

@@ -69,7 +69,7 @@ def main(
         with autocast(device, plain_precision or precision):
             return plain.step_loss(model, pixels, tokens, targets, (text_scales, visual_scales), 0.1, cut, last)
 
-    def our_loss() -> torch.Tensor:
+    def our_loss(precision: str = precision) -> torch.Tensor:
         with autocast(device, precision):
             return step_loss(model, pixels, bank, step, 0.1)[0]
 
@@ -92,8 +92,8 @@ def main(
         plain_loss(cut, last).backward()
         plain_optimizer.step()
 
-    def our_step() -> None:
-        update(model.adapters, optimizer, our_loss())
+    def our_step(precision: str = precision) -> None:
+        update(model.adapters, optimizer, our_loss(precision))
 
     # Each way runs with the allocator as it would be on its own (see heba.fit.memory).
     ways = {"plain": way(plain_step, keep=False)}
@@ -103,6 +103,8 @@ def main(
             "texts cut after EOT": way(lambda: plain_step(cut=True)),
             "last blocks for the token that is read": way(lambda: plain_step(cut=True, last=True)),
         }
+    if precision != "fp32":
+        ways["ours in fp32"] = way(lambda: our_step("fp32"))
     ways["ours"] = way(our_step)
     title = f"training step, {images} images x {classes} classes, {backbone}, {precision}"
     print(table(in_turn(ways, rounds, device), images, "images", device, title))

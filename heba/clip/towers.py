@@ -234,15 +234,38 @@ def run_text_blocks(clip: Any, hidden: Tensor, packing: Packing, first: int, who
     return projection(x) if isinstance(projection, nn.Linear) else x @ projection
 
 
-def run_image_blocks(clip: Any, images: Tensor) -> Tensor:
-    """Image features [n, E] of preprocessed `images` [n, 3, height, width]."""
+def _runs_by_blocks(visual: Any) -> bool:
+    """Whether an image tower is run here, block by block; else as the model runs it."""
     from open_clip.transformer import VisionTransformer
 
+    return type(visual) is VisionTransformer and _is_read_at_cls(visual)
+
+
+def embed_images(clip: Any, images: Tensor, n_blocks: int, kept: dict[int, Tensor] | None = None) -> Tensor:
+    """Hidden states [n, tokens, width] of preprocessed `images` [n, 3, height, width] after the first `n_blocks`
+    blocks; of a tower that runs as a whole, `images` as they are.
+
+    `kept`: the states of these images by number of blocks. It goes on from the last one, and adds the new ones.
+    """
     visual = clip.visual
-    if type(visual) is not VisionTransformer or not _is_read_at_cls(visual):
-        return visual(images)
-    x = visual._embeds(images)
-    for block in visual.transformer.resblocks[:-1]:
+    if not _runs_by_blocks(visual):
+        return images
+    kept = {} if kept is None else kept
+    done = max((n for n in kept if n <= n_blocks), default=0)
+    x = kept[done] if done in kept else visual._embeds(images)
+    for block in visual.transformer.resblocks[done:n_blocks]:
+        x = run_block(block, x)
+    kept[n_blocks] = x
+    return x
+
+
+def run_image_blocks(clip: Any, hidden: Tensor, first: int) -> Tensor:
+    """Image features [n, E] from hidden states that enter block `first` (0-based; `embed_images`)."""
+    visual = clip.visual
+    if not _runs_by_blocks(visual):
+        return visual(hidden)
+    x = hidden
+    for block in visual.transformer.resblocks[first:-1]:
         x = run_block(block, x)
     x = visual.ln_post(run_last_block(visual.transformer.resblocks[-1], x))
     return x if visual.proj is None else x @ visual.proj

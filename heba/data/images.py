@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from heba.clip.preprocess import Preprocess, decode, normalise, resize_and_crop
+from heba.clip.towers import embed_images
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Images:
     features: Tensor
     hidden: Tensor
     pixels: Tensor
+    _states: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of_features(cls, features: Tensor, hidden: Tensor) -> "Images":
@@ -41,6 +43,13 @@ class Images:
     @classmethod
     def of_pixels(cls, pixels: Tensor) -> "Images":
         return cls(torch.empty(0), torch.empty(0), pixels)
+
+    def after_blocks(self, clip: Any, n: int) -> Tensor:
+        """What the first `n` blocks of the frozen image tower make of `pixels` (`heba.clip.towers.embed_images`).
+
+        It is kept: models that change the tower behind these blocks alone share it.
+        """
+        return embed_images(clip, self.pixels, n, self._states)
 
 
 @dataclass(frozen=True)

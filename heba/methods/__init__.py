@@ -18,6 +18,8 @@ method.py     the method; its docstring has the equations
     logits(model, classifier, images) -> Tensor [n, classes]  images to logits
     detach(model)                                             leave CLIP as it was
     A model that reads pixels has encode_image and encode_text, by which the command `cost` counts operations.
+    Models of several seeds may be on one CLIP at once. One that leaves the first blocks of the image tower as they
+    are goes on from `images.after_blocks(clip, n)`, which is computed once for all of them.
 ablations.py, convert.py     where it has ablations, or official checkpoints
 """
 

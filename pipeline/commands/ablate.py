@@ -85,7 +85,7 @@ def command(params: Params, row: Row, datasets: list[str]) -> list[str]:
         "transfer.source": source if source in datasets else datasets[0],
         "transfer.targets": [],
         "transfer.variants": [],
-        "transfer.seeds": [],
+        "transfer.protocols": [],
         "few_shot.datasets": [],
         "few_shot.seeds": [],
     }

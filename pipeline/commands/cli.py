@@ -25,7 +25,6 @@ app = typer.Typer(
 )
 MOST_JOBS = 1024
 Dataset = Annotated[str, typer.Option(help="A data set of params.yaml, such as eurosat.")]
-Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the few-shot sample and of the training.")]
 
 
 def _params(dataset: str | None = None, argument: str = "--dataset") -> Params:
@@ -118,7 +117,7 @@ def views(dataset: Dataset) -> None:
     params = _params(dataset)
     from pipeline.stages import views
 
-    views.run(params, dataset)
+    _say(f"views {dataset}", views.run(params, dataset))
 
 
 @app.command()
@@ -154,16 +153,16 @@ def evaluate(dataset: Dataset) -> None:
 
 @app.command()
 def evaluate_transfer(
-    protocol: Annotated[str, typer.Option(help="cross_dataset or domain_generalization.")], seed: Seed
+    protocol: Annotated[str, typer.Option(help="cross_dataset or domain_generalization.")],
 ) -> None:
-    """Measure the source's training on the test images of all targets or variants."""
+    """Measure the source's trainings on the test images of all targets or variants."""
     params = _params()
     known = [name for name, about in PROTOCOLS.items() if about.transfer]
     if protocol not in known:
         raise ParamsError(f"--protocol {protocol}: not one of {', '.join(known)}")
     from pipeline.stages import evaluate
 
-    _say(f"evaluate {protocol} {seed}", evaluate.run_transfer(params, protocol, seed))
+    _say(f"evaluate {protocol}", evaluate.run_transfer(params, protocol))
 
 
 @app.command()

@@ -78,12 +78,12 @@ def settings(params: Params | None) -> Row:
     assert params is not None
     on = [
         name
-        for name, seeds in (
+        for name, listed in (
             ("base_to_novel", params.seeds),
-            ("transfer", params.transfer.seeds),
+            ("transfer", params.transfer.protocols),
             ("few_shot", params.few_shot.seeds),
         )
-        if seeds
+        if listed
     ]
     return Row("params.yaml", "ok", f"suite {params.suite}, {params.backbone.name}, {', '.join(on)}")
 

@@ -41,6 +41,7 @@ class Backbone(_Strict):
 
 
 class Transfer(_Strict):
+    protocols: list[Literal["cross_dataset", "domain_generalization"]]
     source: str
     targets: list[str]
     variants: list[str]
@@ -188,6 +189,7 @@ def _impossible_lists(raw: dict[str, Any], own: dict[Any, Any]) -> list[str]:
     problems = []
     for keys, known in (
         (("datasets",), BENCHMARKS),
+        (("transfer", "protocols"), None),
         (("transfer", "targets"), BENCHMARKS),
         (("few_shot", "datasets"), (*BENCHMARKS, *map(str, own))),
         (("transfer", "variants"), VARIANTS),
@@ -219,7 +221,7 @@ def _impossible_protocols(raw: dict[str, Any], own: dict[Any, Any]) -> list[str]
     if isinstance(datasets, list):
         if not datasets and not own:
             problems.append("datasets: empty, and so is own, so that there is no data")
-        transfer = _value(raw, "transfer", "seeds") != []
+        transfer = _value(raw, "transfer", "protocols") != []
         if transfer and isinstance(source, str) and source not in datasets:
             problems.append(f"transfer.source: {source!r} must be one of datasets")
         if transfer and isinstance(targets, list):
@@ -227,8 +229,8 @@ def _impossible_protocols(raw: dict[str, Any], own: dict[Any, Any]) -> list[str]
             problems += [f"transfer.targets: {t!r} must be one of datasets" for t in absent]
         absent = [d for d in few if d not in [*datasets, *own]] if isinstance(few, list) else []
         problems += [f"few_shot.datasets: {d!r} must be one of datasets or own" for d in absent]
-    if [_value(raw, *keys, "seeds") for keys in ((), ("transfer",), ("few_shot",))] == [[], [], []]:
-        problems.append("seeds, transfer.seeds, few_shot.seeds: all empty, so that no protocol is left")
+    if [_value(raw, *keys) for keys in (("seeds",), ("transfer", "protocols"), ("few_shot", "seeds"))] == [[]] * 3:
+        problems.append("seeds, transfer.protocols, few_shot.seeds: all empty, so that no protocol is left")
     if isinstance(targets, list) and source in targets:
         problems.append(f"transfer.targets: {source!r} is the source")
     return problems

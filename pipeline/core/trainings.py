@@ -45,10 +45,8 @@ class Evaluation:
     def path(self) -> Path:
         """Its record."""
         training = self.training
-        folder = stage_folder(self.protocol)
-        if PROTOCOLS[self.protocol].transfer:
-            folder /= str(training.seed)
-        return folder / self.dataset / training.method / f"{self.protocol}-{training.shots}-{training.seed}.json"
+        name = f"{self.protocol}-{training.shots}-{training.seed}.json"
+        return stage_folder(self.protocol) / self.dataset / training.method / name
 
 
 def train_folder(dataset: str) -> Path:
@@ -58,8 +56,7 @@ def train_folder(dataset: str) -> Path:
 
 def stage_folder(protocol: str) -> Path:
     """What the evaluation stages of a protocol write, for all data sets and seeds."""
-    transfer = {"cross_dataset": "evaluate-cross", "domain_generalization": "evaluate-domain"}
-    return OUT / transfer.get(protocol, "evaluate")
+    return OUT / "evaluate-transfer" / protocol if PROTOCOLS[protocol].transfer else OUT / "evaluate"
 
 
 def samples(params: Params, dataset: str) -> list[Sample]:
@@ -67,7 +64,7 @@ def samples(params: Params, dataset: str) -> list[Sample]:
     found = []
     if dataset in [*params.datasets, *params.own]:
         found += [("base_to_novel", params.shots, seed) for seed in params.seeds]
-    if dataset == params.transfer.source:
+    if dataset == params.transfer.source and params.transfer.protocols:
         found += [("cross_dataset", params.shots, seed) for seed in params.transfer.seeds]
     if dataset in params.few_shot.datasets:
         few = params.few_shot
@@ -104,8 +101,11 @@ def tests(method: str, protocol: str) -> bool:
 
 def tested_on(params: Params, protocol: str, trained_on: str) -> list[str]:
     """The data sets on whose test images a training on `trained_on` is evaluated by `protocol`."""
-    transfer = {"cross_dataset": params.transfer.targets, "domain_generalization": params.transfer.variants}
-    return transfer.get(protocol, [trained_on])
+    if not PROTOCOLS[protocol].transfer:
+        return [trained_on]
+    if protocol not in params.transfer.protocols:
+        return []
+    return params.transfer.targets if protocol == "cross_dataset" else params.transfer.variants
 
 
 def evaluations(params: Params) -> list[Evaluation]:
@@ -119,13 +119,19 @@ def evaluations(params: Params) -> list[Evaluation]:
     ]
 
 
+def counted(made: list[str], n: int, what: str) -> str:
+    """What was made of `n`: names where others were there already."""
+    names = f" ({', '.join(made)})" if 0 < len(made) < n else ""
+    return f"{len(made)} of {n} {what}{names}"
+
+
 def mark_protocols(params: Params) -> None:
-    """Write .protocols, the names of those that are on, into the folder of every evaluation stage.
+    """Write .protocols, the names of those that are on, into the folders of the evaluation stages.
 
     The report depends on all these folders, and DVC refuses a dependency that does not exist.
     """
     on = {evaluation.protocol for evaluation in evaluations(params)}
-    for folder in dict.fromkeys(map(stage_folder, PROTOCOLS)):
-        names = [name for name in PROTOCOLS if name in on and stage_folder(name) == folder]
-        with new_file(folder / ".protocols") as path:
+    for folder, transfer in (("evaluate", False), ("evaluate-transfer", True)):
+        names = [name for name, about in PROTOCOLS.items() if name in on and about.transfer == transfer]
+        with new_file(OUT / folder / ".protocols") as path:
             path.write_text("".join(f"{name}\n" for name in names))

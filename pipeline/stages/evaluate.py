@@ -1,12 +1,13 @@
 """The stages `evaluate*`: every training on the test images of a data set; records whose inputs are
 unchanged stay.
 
-out/evaluate/<dataset>/<method>/<protocol>-<shots>-<seed>.json                 tested on the data set it trained on
-out/evaluate-{cross,domain}/<seed>/<dataset>/<method>/<protocol>-<shots>-<seed>.json   the source model on another
+out/evaluate/<dataset>/<method>/<protocol>-<shots>-<seed>.json              tested on the data set it trained on
+out/evaluate-transfer/<protocol>/<dataset>/<method>/<protocol>-<shots>-<seed>.json   the source model on another
 """
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,14 @@ from heba.evaluation.report import classification_report
 from pipeline.core import code
 from pipeline.core.params import Params
 from pipeline.core.paths import keep_only, new_file, writable
-from pipeline.core.trainings import Evaluation, Training, stage_folder, tested_on, tests, train_folder
+from pipeline.core.trainings import Evaluation, Training, counted, stage_folder, tested_on, tests, train_folder
 from pipeline.stages.backbone import computing, device, load_backbone, use_bf16
 from pipeline.stages.precompute import TestImages, precompute_folder, read_classes, read_test
-from pipeline.stages.train import counted, progress
+from pipeline.stages.train import progress
 from pipeline.tracking import log
+
+# Models on the CLIP at the same time: one of HeBA on ViT-B/16 takes 350 MB.
+AT_ONCE = 4
 
 
 def run(params: Params, dataset: str) -> str:
@@ -39,16 +43,12 @@ def run(params: Params, dataset: str) -> str:
     )
 
 
-def run_transfer(params: Params, protocol: str, seed: int) -> str:
-    """Evaluate the source's trainings of `seed` on the test images of all targets or variants; returns a line."""
+def run_transfer(params: Params, protocol: str) -> str:
+    """Evaluate the source's trainings on the test images of all targets or variants; returns a line."""
     source, trained_as = params.transfer.source, PROTOCOLS[protocol].trained_as
-    found = [
-        t
-        for t in trained_on(params, source)
-        if (t.protocol, t.seed) == (trained_as, seed) and tests(t.method, protocol)
-    ]
+    found = [t for t in trained_on(params, source) if t.protocol == trained_as and tests(t.method, protocol)]
     jobs = [Evaluation(protocol, d, t) for d in tested_on(params, protocol, source) for t in found]
-    return evaluate_all(params, jobs, stage_folder(protocol) / str(seed))
+    return evaluate_all(params, jobs, stage_folder(protocol))
 
 
 def trained_on(params: Params, dataset: str) -> list[Training]:
@@ -63,19 +63,18 @@ def evaluate_all(params: Params, jobs: list[Evaluation], folder: Path) -> str:
     with writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         keep_only(folder, [job.path for job in jobs])
+    configs = {job: artifact.read_config(job.training.folder) for job in jobs}
+    digests = {job: inputs_sha256(params, job) for job in jobs}
     clip = None
     made: dict[str, Record] = {}
     try:
-        for job in jobs:
-            config = artifact.read_config(job.training.folder)
-            digest = inputs_sha256(params, job)
-            if kept(job.path, digest):
-                continue
+        for alike in together([job for job in jobs if not kept(job.path, digests[job])]):
             clip = clip or load_backbone(params)[0]
-            record = evaluate(params, clip, job, config, digest)
-            with new_file(job.path) as path:
-                write_record(record, path)
-            made[job.path.relative_to(folder).with_suffix("").as_posix()] = record
+            for job, groups in zip(alike, evaluate(params, clip, alike), strict=True):
+                record = record_of(params, job, configs[job], groups, digests[job])
+                with new_file(job.path) as path:
+                    write_record(record, path)
+                made[job.path.relative_to(folder).with_suffix("").as_posix()] = record
     finally:  # the next run keeps these records, and would not log them
         if made:
             log.log_evaluations(list(made.values()))
@@ -93,6 +92,17 @@ def means(records: list[Record]) -> str:
         for what, methods in found.items()
     }
     return "".join(f", {what} {values}" for what, values in shown.items())
+
+
+def together(jobs: list[Evaluation]) -> Iterator[list[Evaluation]]:
+    """Some of `jobs` at a time, of one method and on the same test images: their models share what the frozen
+    blocks make of these. No other method is on the CLIP then, so a record depends on none."""
+    alike: dict[tuple[str, str, str], list[Evaluation]] = {}
+    for job in jobs:
+        alike.setdefault((job.protocol, job.dataset, job.training.method), []).append(job)
+    for found in alike.values():
+        for i in range(0, len(found), AT_ONCE):
+            yield found[i : i + AT_ONCE]
 
 
 def kept(path: Path, digest: str) -> bool:
@@ -136,31 +146,49 @@ def columns_of(dataset: str, names: list[str], trained: list[str]) -> Tensor:
     return torch.tensor([place[name] for name in names])
 
 
-def evaluate(params: Params, clip: Any, job: Evaluation, config: artifact.Config, digest: str) -> Record:
-    """The record of one training on one data set's test images."""
-    training = job.training
-    about, method = methods.part(config.method, "settings"), methods.part(config.method, "method")
-    settings, test = config.method_settings(), read_test(job.dataset, preprocess_of(clip))
-    classes = read_classes(job.dataset, settings.prompts)
-    model, _ = artifact.load(clip, training.folder)
-    groups = {}
+def evaluate(params: Params, clip: Any, jobs: list[Evaluation]) -> list[dict[str, Group]]:
+    """For each of `jobs`, which are `together`, its groups."""
+    protocol, dataset, name = jobs[0].protocol, jobs[0].dataset, jobs[0].training.method
+    about, method = methods.part(name, "settings"), methods.part(name, "method")
+    test, where = read_test(dataset, preprocess_of(clip)), device(params)
+    models: list[Any] = []
+    found: list[dict[str, Group]] = [{} for _ in jobs]
     try:
-        for group, (labels, trained) in groups_of(job.protocol, len(classes.names)).items():
+        configs = []
+        for job in jobs:
+            model, config = artifact.load(clip, job.training.folder)
+            models.append(model)
+            configs.append(config)
+        classes = read_classes(dataset, configs[0].method_settings().prompts)
+        for group, (labels, trained) in groups_of(protocol, len(classes.names)).items():
             if not trained and not about.NEW_CLASSES:
                 continue
             part = classes.select(labels)
             with computing(params):
                 if trained:
-                    classifier = artifact.read_classifier(training.folder, len(config.class_names))
-                    columns = columns_of(job.dataset, part.names, config.class_names)
+                    known = configs[0].class_names
+                    classifiers = [artifact.read_classifier(job.training.folder, len(known)) for job in jobs]
+                    columns = columns_of(dataset, part.names, known)
                 else:
-                    classifier = method.classifier(model, part, settings, False, progress)
+                    classifiers = [
+                        method.classifier(model, part, config.method_settings(), False, progress)
+                        for model, config in zip(models, configs, strict=True)
+                    ]
                     columns = torch.arange(len(labels))
-                where = device(params)
-                predicted, targets = predict(model, config.method, classifier, test, labels, columns, where)
-            groups[group] = Group(**classification_report(predicted, targets, part.names))
+                predicted, targets = predict(models, name, classifiers, test, labels, columns, where)
+            for groups, by_one in zip(found, predicted, strict=True):
+                groups[group] = Group(**classification_report(by_one, targets, part.names))
     finally:
-        method.detach(model)
+        for model in models:
+            method.detach(model)
+    return found
+
+
+def record_of(
+    params: Params, job: Evaluation, config: artifact.Config, groups: dict[str, Group], digest: str
+) -> Record:
+    training = job.training
+    evaluation = methods.part(training.method, "settings").EVALUATION
     return Record(
         protocol=job.protocol,
         dataset=job.dataset,
@@ -170,7 +198,7 @@ def evaluate(params: Params, clip: Any, job: Evaluation, config: artifact.Config
         source=training.dataset if PROTOCOLS[job.protocol].transfer else None,
         suite=params.suite,
         backbone=params.backbone.model_dump(),
-        settings={key: config.settings[key] for key in sorted(about.EVALUATION)},
+        settings={key: config.settings[key] for key in sorted(evaluation)},
         adapter_sha256=artifact.sha256(training.folder),
         inputs_sha256=config.inputs_sha256 or "",
         evaluated_sha256=digest,
@@ -179,19 +207,21 @@ def evaluate(params: Params, clip: Any, job: Evaluation, config: artifact.Config
 
 
 def predict(
-    model: Any,
+    models: list[Any],
     name: str,
-    classifier: dict[str, Tensor],
+    classifiers: list[dict[str, Tensor]],
     test: TestImages,
     labels: range,
     columns: Tensor,
     where: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """The predicted and the true labels [n], from 0, of the test images of the classes `labels`, by the method
-    `name`; `columns` are those of its logits that are about these classes."""
+    """The predicted labels [models, n] and the true ones [n], from 0, of the test images of the classes `labels`,
+    by models of the method `name`, each with its classifier; `columns` are those of their logits that are about
+    these classes."""
     method, reads = methods.part(name, "method"), methods.part(name, "settings").READS
     rows = torch.isin(test.labels, torch.tensor(labels)).nonzero().flatten()
-    classifier, columns = {key: tensor.to(where) for key, tensor in classifier.items()}, columns.to(where)
+    classifiers = [{key: tensor.to(where) for key, tensor in one.items()} for one in classifiers]
+    columns = columns.to(where)
     found = []
     with progress(len(rows), "test images") as done:
         for batch in rows.split(BATCH_SIZE.get(where.type, 256)):
@@ -200,6 +230,7 @@ def predict(
                 images = Images.of_pixels(normalise(pixels, test.preprocess))
             else:
                 images = Images.of_features(test.features[batch].to(where), test.hidden[batch].to(where))
-            found.append(method.logits(model, classifier, images)[:, columns].argmax(dim=-1).cpu())
+            logits = [method.logits(*of, images) for of in zip(models, classifiers, strict=True)]
+            found.append(torch.stack([one[:, columns].argmax(dim=-1).cpu() for one in logits]))
             done(len(batch))
-    return torch.cat(found), test.labels[rows] - labels.start
+    return torch.cat(found, dim=1), test.labels[rows] - labels.start

@@ -119,7 +119,7 @@ def run(params: Params, dataset: str) -> str:
         part = torch.tensor([i for i, part in enumerate(PARTS) for _ in prompts[part].texts])
         _texts(params, clip, tokens, {"index": index, "part": part}, out)
         _images(params, split["test"], data / "images", clip, out)
-    return f"{len(prompts.texts)} prompts of {len(names)} classes, {len(split['test'])} test images"
+    return f"{len(tokens)} prompts of {len(names)} classes, {len(split['test'])} test images"
 
 
 def _texts(params: Params, clip: Any, tokens: Tensor, about: dict[str, Tensor], out: Path) -> None:

@@ -22,7 +22,7 @@ from heba.fit.run import Run
 from pipeline.core import code
 from pipeline.core.params import Params, ParamsError, settings_of
 from pipeline.core.paths import keep_only, main_root, new_folder, temporary_name, writable
-from pipeline.core.trainings import Training, train_folder, trains
+from pipeline.core.trainings import Training, counted, train_folder, trains
 from pipeline.stages.backbone import be_deterministic, computing, device, load_backbone, read_record, use_bf16
 from pipeline.stages.download import manifest_path, verified_folder
 from pipeline.stages.precompute import precompute_folder, read_classes
@@ -71,12 +71,6 @@ def run(
     last = [loss for loss in losses.values() if loss is not None]
     mean = f", loss {sum(last) / len(last):.3f}" if last else ""
     return counted([t.folder.name for t in losses], len(wanted), "trainings") + mean
-
-
-def counted(made: list[str], n: int, what: str) -> str:
-    """What was made of `n`: names where others were there already."""
-    names = f" ({', '.join(made)})" if 0 < len(made) < n else ""
-    return f"{len(made)} of {n} {what}{names}"
 
 
 def load(params: Params) -> Any:

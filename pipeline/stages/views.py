@@ -24,7 +24,7 @@ from heba.data.images import Views, for_each_image, make_views
 from pipeline.core import code
 from pipeline.core.params import Params, stage_of
 from pipeline.core.paths import OUT, keep_only, new_file, reading, writable
-from pipeline.core.trainings import samples
+from pipeline.core.trainings import counted, samples
 from pipeline.stages.backbone import computing, device, load_backbone, read_record, use_bf16
 from pipeline.stages.download import manifest_path, verified_folder
 from pipeline.stages.split import read_sample, sample_path
@@ -50,8 +50,9 @@ def read_views(dataset: str, shots: int, seed: int) -> dict[str, Views]:
         return {part: Views(*(file.get_tensor(f"{part}.{name}") for name in names)) for part in ("train", "val")}
 
 
-def run(params: Params, dataset: str) -> None:
-    """Bring the views of all samples of `dataset` up to date; none where no method trains on frozen features."""
+def run(params: Params, dataset: str) -> str:
+    """Bring the views of all samples of `dataset` up to date; none where no method trains on frozen features.
+    Returns a line about it."""
     wanted = sorted({(shots, seed) for _, shots, seed in samples(params, dataset)})
     if not any(map(needs_views, params.methods)):
         wanted = []
@@ -60,6 +61,7 @@ def run(params: Params, dataset: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         keep_only(folder, [views_path(dataset, shots, seed) for shots, seed in wanted])
     clip = None
+    made: list[str] = []
     for shots, seed in wanted:
         path, digest = views_path(dataset, shots, seed), inputs_sha256(params, dataset, shots, seed)
         if not kept(path, digest):
@@ -67,6 +69,8 @@ def run(params: Params, dataset: str) -> None:
             tensors = encode_sample(params, clip, dataset, shots, seed)
             with new_file(path) as file:
                 save_file(tensors, file, {INPUTS: digest})
+            made.append(path.stem)
+    return counted(made, len(wanted), "samples") if wanted else "no method trains on frozen features"
 
 
 def kept(path: Path, digest: str) -> bool:

@@ -1,13 +1,17 @@
 """Adapters on open_clip's two text layouts; what the official code gets wrong."""
 
+from collections import Counter
+
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from heba import artifact
 from heba.artifact import ADAPTER_FILE
 from heba.clip.features import class_features, encode_prompts
+from heba.data.images import Images
 from heba.methods.heba import method
 from heba.methods.heba.adapters import BottleneckAdapter
 from heba.methods.heba.draws import step_classes
@@ -51,6 +55,26 @@ def test_the_plain_model_is_untouched_and_texts_are_cut_exactly(clip):
     # Outside of the adapted calls, the CLIP that was given is as it was.
     assert torch.allclose(clip.encode_image(images), plain_image, atol=1e-5)
     assert all(torch.equal(weights[k], v) for k, v in clip.state_dict().items())
+
+
+@torch.no_grad()
+def test_models_share_what_the_blocks_below_their_adapters_make_of_images():
+    pixels, _ = batch()
+    clip = open_clip.CLIP(embed_dim=32, vision_cfg=VISION | {"layers": 4}, text_cfg=TEXT | {"layers": 4})
+    models = [AdaptedCLIP(clip, start, 4, 0.1) for start in (3, 1, 4, 3)]
+    settings = [Settings(start=model.start, end=4, scale=0.1) for model in models]
+    weights = torch.eye(32)
+    alone = [model.encode_image(pixels, 0.1) for model in models]
+    runs = []
+    for i, block in enumerate(clip.visual.transformer.resblocks):
+        block.ln_1.register_forward_hook(lambda *_, i=i: runs.append(i))
+    images = Images.of_pixels(pixels)
+    for model, one, features in zip(models, settings, alone, strict=True):
+        classifier = {"weights": weights, "scale": torch.tensor(one.scale)}
+        cosines = F.normalize(features, dim=-1) @ weights.T
+        assert torch.equal(method.logits(model, classifier, images), model.logit_factor() * cosines)
+    # All four for the first model and for the second, which changes them; then the last two, frozen or changed.
+    assert Counter(runs) == {0: 2, 1: 2, 2: 4, 3: 4}
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ def alone(params, name="dtd"):
     """`params`, for one data set and base_to_novel alone."""
     params |= {"datasets": [name]}
     params["few_shot"] |= {"seeds": [], "datasets": []}
-    params["transfer"] |= {"source": name, "targets": [], "variants": [], "seeds": []}
+    params["transfer"] |= {"source": name, "targets": [], "variants": [], "protocols": []}
     return params
 
 

@@ -104,7 +104,7 @@ def test_what_is_queued_makes_a_valid_params_file(folder):
         changed = load_params(Path("changed.yaml"))
         assert changed.datasets == ["eurosat"]
         assert changed.own == {}
-        assert changed.transfer.seeds == changed.few_shot.seeds == []
+        assert changed.transfer.protocols == changed.few_shot.seeds == []
         assert changed.methods == ["heba"]
         assert (settings_of(changed, "heba", "base_to_novel") == settings) == (row.name == "baseline")
 

@@ -21,7 +21,7 @@ def repo(tmp_path_factory):
     folder = small.make(tmp_path_factory.mktemp("doctor") / "repo")
     raw = yaml.safe_load((folder / "params.yaml").read_text())
     raw |= {"datasets": ["dtd"], "few_shot": {"datasets": [], "seeds": [], "shots": []}}
-    raw["transfer"] |= {"source": "dtd", "targets": [], "variants": [], "seeds": []}
+    raw["transfer"] |= {"source": "dtd", "targets": [], "variants": [], "protocols": []}
     (folder / "params.yaml").write_text(yaml.safe_dump(raw))
     (folder / ".gitignore").write_text("/data/\n/out/\n")
     for command in (

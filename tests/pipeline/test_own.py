@@ -24,7 +24,7 @@ OWN = {"kind": "folder", "path": "photos"}
 def only_own(raw):
     """params.yaml of someone who has own data and wants nothing else."""
     raw |= {"datasets": [], "own": {"my-set": dict(OWN)}}
-    raw["transfer"] |= {"seeds": [], "variants": []}
+    raw["transfer"] |= {"protocols": [], "variants": []}
     raw["few_shot"]["datasets"] = ["my-set"]
 
 
@@ -55,7 +55,10 @@ def test_one_entry_is_enough_and_benchmarks_may_be_left_out(tmp_path):
             lambda raw: raw["few_shot"].update(datasets=["mine"]),
             "there is no data set 'mine'; known are .*, my-set",
         ),
-        (lambda raw: raw["transfer"].update(seeds=[1]), "transfer.source: 'imagenet' must be one of datasets"),
+        (
+            lambda raw: raw["transfer"].update(protocols=["cross_dataset"]),
+            "transfer.source: 'imagenet' must be one of datasets",
+        ),
     ],
 )
 def test_entries_that_can_not_be_are_named(tmp_path, change, message):

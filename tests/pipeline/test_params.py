@@ -5,12 +5,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.commands import presets
 from pipeline.core.params import ParamsError, load_params, settings_of
+from pipeline.stages.backbone import computing, use_bf16
 from tests.heba import third
 from tests.pipeline.repository import ROOT, environment, stage
 
@@ -289,3 +291,12 @@ def test_writing_a_preset_shows_the_difference(tmp_path):
     assert "+suite: real" in presets.write("paper", target)
     with pytest.raises(ParamsError, match="known are demo, paper"):
         presets.write("nope", target)
+
+
+@pytest.mark.parametrize(("precision", "bf16"), [("auto", False), ("fp32", False), ("bf16", True)])
+def test_a_cpu_computes_in_bf16_only_where_that_is_asked_for(tmp_path, precision, bf16):
+    params = load_params(write(tmp_path, lambda raw: raw.update(precision=precision, device="cpu")))
+    assert use_bf16(params) == bf16
+    with computing(params):
+        found = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert found.dtype == (torch.bfloat16 if bf16 else torch.float32)

@@ -18,6 +18,7 @@ from tests.pipeline.breakable import ONE, TRAINED, changed_params
 from tests.pipeline.repository import ROOT, call, stage
 
 ADAPTER = f"{TRAINED}/adapter.safetensors"
+CROSS = "out/evaluate-transfer/cross_dataset"
 OWN_CODE = {"HEBA_STAGE_SERVER": ""}  # a fork of the tests' server has the code of the tests
 
 
@@ -162,6 +163,24 @@ def test_another_seed_trains_and_evaluates_that_one_alone(repo):
     assert states(repo, "out/evaluate") == evaluated
 
 
+def test_another_seed_of_the_source_evaluates_that_one_alone_and_several_at_once_give_the_same(repo):
+    evaluated = states(repo, CROSS)
+    with changed_params(repo) as params:
+        params["transfer"]["seeds"] = [1, 2, 3]
+    target = "evaluate-transfer@cross_dataset"
+    dvc(repo, "repro", target)
+    new, gone = new_in(repo, CROSS, evaluated)
+    methods = ("heba", "zero_shot")
+    assert new == {f"{CROSS}/dtd/{name}/cross_dataset-2-{seed}.json" for name in methods for seed in (2, 3)}
+    assert not gone
+    # Before, seed 1 was evaluated by itself.
+    apart = {path: content for path, (_, content) in states(repo, CROSS).items()}
+    shutil.rmtree(repo / CROSS)
+    done = stage(repo, "evaluate-transfer", "--protocol", "cross_dataset")
+    assert done.returncode == 0, done.stderr
+    assert {path: content for path, (_, content) in states(repo, CROSS).items()} == apart
+
+
 def test_a_setting_of_a_method_makes_its_own_stages_stale(repo):
     def change(**settings):
         with changed_params(repo) as params:
@@ -217,11 +236,11 @@ def test_a_method_that_is_listed_no_more_is_not_evaluated(repo):
     with changed_params(repo) as params:
         params["methods"] = ["heba"]
     evaluated = states(repo, "out/evaluate/dtd")
-    dvc(repo, "repro", "evaluate@dtd", "evaluate-cross@1")
+    dvc(repo, "repro", "evaluate@dtd", "evaluate-transfer@cross_dataset")
     new, gone = new_in(repo, "out/evaluate/dtd", evaluated)
     assert not new
     assert gone == records("dtd/zero_shot/base_to_novel-2-1", "dtd/zero_shot/few_shot-1-1")
-    assert [path.name for path in (repo / "out" / "evaluate-cross" / "1" / "dtd").iterdir()] == ["heba"]
+    assert [path.name for path in (repo / CROSS / "dtd").iterdir()] == ["heba"]
     assert (repo / "out" / "train" / "dtd" / "zero_shot").is_dir()  # for when it is listed again
 
 

@@ -43,7 +43,7 @@ def repo(tmp_path_factory):
     params |= {"datasets": ["dtd"], "seeds": [1], "shots": 2}
     params["heba"] |= {"epochs": 2, "batch_size": 4, "scale_novel": 0.02}
     params["few_shot"]["seeds"] = params["few_shot"]["datasets"] = []
-    params["transfer"] |= {"source": "dtd", "targets": [], "variants": [], "seeds": []}
+    params["transfer"] |= {"source": "dtd", "targets": [], "variants": [], "protocols": []}
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     trains = [f"train --method {method}" for method in params["methods"]]
     for command in ("backbone", "download", "split", "precompute", *trains, "evaluate"):

@@ -70,7 +70,8 @@ def classifier(
 
 def logits(model: AdaptedCLIP, classifier: dict[str, Tensor], images: Images) -> Tensor:
     scales = classifier["scale"].to(images.pixels.device).expand(model.end - model.start + 1)
-    features = F.normalize(model.encode_image(images.pixels, scales).float(), dim=-1)
+    hidden = images.after_blocks(model.clip, model.start - 1)
+    features = F.normalize(model.encode_image_from(hidden, scales).float(), dim=-1)
     return cosine_logits(model.logit_factor(), features, classifier["weights"])
 
 

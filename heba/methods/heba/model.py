@@ -18,6 +18,7 @@ from heba.clip.activation import QuickGELU
 from heba.clip.towers import (
     Packing,
     Tower,
+    embed_images,
     embed_tokens,
     image_blocks,
     pack,
@@ -150,10 +151,14 @@ class AdaptedCLIP(nn.Module):
 
         `scales`: one s per adapted block, or one number for all, or None for the model's own scale.
         """
+        return self.encode_image_from(embed_images(self.clip, images, self.start - 1), scales)
+
+    def encode_image_from(self, hidden: Tensor, scales: Sequence[Tensor] | Tensor | float | None = None) -> Tensor:
+        """Image features [batch, E] from what enters block `start` (`embed_images(clip, images, start - 1)`)."""
         if scales is None or isinstance(scales, (int, float)):
             scales = self._fixed_scales(scales)
         with _going_on(_Call(self, "visual", scales)):
-            return run_image_blocks(self.clip, images)
+            return run_image_blocks(self.clip, hidden, self.start - 1)
 
     def encode_text(self, tokens: Tensor, scales: Sequence[Tensor] | Tensor | float | None = None) -> Tensor:
         """Text features [n, E], not normalised, of `tokens` [n, context]; `scales` as in `encode_image`."""
