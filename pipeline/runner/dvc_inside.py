@@ -108,6 +108,17 @@ def cache_folder(repo: Any) -> Path:
     return Path(repo.cache.local.path)
 
 
+def cache_links(repo: Any) -> tuple[list[str], list[str]]:
+    """The kinds of link that are configured for outs, in DVC's order, and all that work from the cache to here."""
+    from dvc_objects.fs.generic import test_links
+
+    cache = repo.cache.local
+    kinds = ["reflink", "hardlink", "symlink"]
+    return cache.cache_types, test_links(
+        kinds, cache.fs, cache.path, repo.fs, str(Path(repo.root_dir) / TMP / LOCK)
+    )
+
+
 def cached_objects(cache: Path) -> dict[Path, str]:
     """The files of the cache, with the md5 that each should have."""
     return {path: path.parent.name + path.name.split(".")[0] for path in sorted(cache.glob("??/*"))}
