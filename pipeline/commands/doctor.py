@@ -18,6 +18,7 @@ from threading import Timer
 from typing import NamedTuple
 from urllib.parse import unquote, urlparse
 
+from pipeline.commands import links
 from pipeline.core.params import Params, load_params, stage_of
 from pipeline.core.paths import OUT, data_folder, main_root
 from pipeline.core.trainings import trainings
@@ -311,7 +312,12 @@ def _first_line(said: object) -> str:
     return (str(said).strip().splitlines() or ["no message"])[0][:300]
 
 
-CHECKS: list[Callable[[Params | None], Row]] = [packages, settings, gpu, disk, data, store, git]
+def cache(params: Params | None) -> Row:
+    """Outs are links to DVC's cache."""
+    return Row("cache", *links.examine(main_root()))
+
+
+CHECKS: list[Callable[[Params | None], Row]] = [packages, settings, gpu, disk, cache, data, store, git]
 
 
 def examine() -> list[Row]:

@@ -5,9 +5,11 @@ DVC promises none of this. tests/pipeline/test_dvc_inside.py holds each of it ag
 
 import json
 import os
+import pickle
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +88,7 @@ def make_plan(root: Path) -> Plan:
     from dvc.dependency import ParamsDependency
     from dvc.repo.reproduce import plan_repro
 
+    parse_once()
     with repository(root) as repo:
         order = [stage.addressing for stage in plan_repro(repo.index.graph)]
         gpu = {
@@ -103,6 +106,17 @@ def make_plan(root: Path) -> Plan:
 def cache_folder(repo: Any) -> Path:
     """DVC's cache, to which the outs are links."""
     return Path(repo.cache.local.path)
+
+
+def cache_links(repo: Any) -> tuple[list[str], list[str]]:
+    """The kinds of link that are configured for outs, in DVC's order, and all that work from the cache to here."""
+    from dvc_objects.fs.generic import test_links
+
+    cache = repo.cache.local
+    kinds = ["reflink", "hardlink", "symlink"]
+    return cache.cache_types, test_links(
+        kinds, cache.fs, cache.path, repo.fs, str(Path(repo.root_dir) / TMP / LOCK)
+    )
 
 
 def cached_objects(cache: Path) -> dict[Path, str]:
@@ -154,11 +168,17 @@ def move_to_end(root: Path, stages: list[str]) -> None:
     from dvc.utils.serialize import dumps_yaml, parse_yaml_for_update
 
     path = root / LOCK
-    data = parse_yaml_for_update(path.read_text(encoding="utf-8"), str(path))
-    for stage in stages:
-        data["stages"].move_to_end(stage)
+    text = path.read_text(encoding="utf-8")
+    if plain := entries(text):
+        moved = {stage: plain.pop(stage) for stage in stages}
+        text = HEAD + "".join((plain | moved).values())
+    else:
+        data = parse_yaml_for_update(text, str(path))
+        for stage in stages:
+            data["stages"].move_to_end(stage)
+        text = dumps_yaml(data)
     with new_file(path) as file:
-        file.write_text(dumps_yaml(data), encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
 
 
 # The rwlock, where the processes of DVC say what they read and write while a stage runs.
@@ -244,3 +264,72 @@ def remove_halves(root: Path) -> None:
     """Remove what killed processes have left of dvc.lock and the rwlock."""
     for path in (root / LOCK, root / TMP / LOCK, rwlock(root)):
         remove_left(path)
+
+
+# How it keeps up with a long dvc.lock. At the end of every stage it parses the whole of it and writes it anew, in
+# pure Python, and it parses it again for every stage that a command names.
+
+HEAD = "schema: '2.0'\nstages:\n"
+# Left to DVC: a line that belongs to no stage, a comment, a key of over 128 characters, an anchor, alias or tag.
+ODD = re.compile(r"^ ?\S|(?:^|\s)#|^ *\? |[:-] [&*!]", re.MULTILINE)
+
+
+def entries(text: str) -> dict[str, str] | None:
+    """The text of dvc.lock by stage; None where it has not the plain form in which DVC writes it."""
+    from dvc.utils.serialize import ParseError, parse_yaml
+
+    head, *blocks = re.split(r"^(?=  \S)", text, flags=re.MULTILINE)
+    keys = [block.partition("\n")[0] for block in blocks]
+    if head != HEAD or not text.endswith("\n") or ODD.search(text, len(HEAD)):
+        return None
+    try:
+        names = parse_yaml("\n".join(keys), LOCK)
+    except ParseError:
+        return None
+    plain = isinstance(names, dict) and len(names) == len(blocks) and not any(names.values())
+    return dict(zip(names, blocks, strict=True)) if plain else None
+
+
+def write_entries_alone() -> None:
+    """From now on, DVC in this process puts the entry of a stage into the text of dvc.lock, to the same bytes."""
+    from dvc import dvcfile
+    from dvc.stage.serialize import to_lockfile
+    from dvc.utils.serialize import dumps_yaml
+
+    plain_dump = dvcfile.Lockfile.dump_stages
+
+    def dump_stages(self: Any, stages: list[Any], **options: Any) -> None:
+        path = Path(self.path)
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        new = {name: entry for stage in stages for name, entry in to_lockfile(stage, **options).items()}
+        before, after = entries(text), entries(dumps_yaml({"schema": "2.0", "stages": new}))
+        if before is None or after is None:
+            plain_dump(self, stages, **options)
+            return
+        if changed := not after.items() <= before.items():
+            dvcfile.logger.info("Updating lock file '%s'", self.relpath)
+        with self.repo.fs.open(self.path, "w+", encoding="utf-8") as file:
+            file.write(HEAD + "".join((before | after).values()))
+        if changed:
+            self.repo.scm_context.track_file(self.relpath)
+
+    dvcfile.Lockfile.dump_stages = dump_stages
+
+
+@cache
+def parse_once() -> None:
+    """From now on, DVC in this process parses no text of YAML twice: dvc.lock, dvc.yaml and params.yaml."""
+    from dvc.utils import strictyaml
+    from dvc.utils.serialize import _yaml
+
+    plain_parse = _yaml.parse_yaml
+
+    @lru_cache(maxsize=16)
+    def parsed(text: str, path: str) -> bytes:
+        return pickle.dumps(plain_parse(text, path))
+
+    def parse_yaml(text: str, path: str, typ: str = "safe") -> Any:
+        # A copy each time: its readers may change what they get.
+        return pickle.loads(parsed(text, path)) if typ == "safe" else plain_parse(text, path, typ)
+
+    _yaml.parse_yaml = strictyaml.parse_yaml = parse_yaml

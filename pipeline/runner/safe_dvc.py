@@ -5,10 +5,12 @@ import sys
 
 from dvc.cli import main
 
-from pipeline.runner.dvc_inside import replace_files_whole
+from pipeline.runner.dvc_inside import parse_once, replace_files_whole, write_entries_alone
 
 if __name__ == "__main__":
     # In the background of a script ctrl-C is ignored, and what starts there inherits that; we interrupt DVC by it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     replace_files_whole()
+    write_entries_alone()
+    parse_once()
     sys.exit(main(sys.argv[1:]))

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from heba.data.splits import Split, read_split
 from pipeline.core.params import Params, stage_of
 from pipeline.core.paths import OUT, data_folder, main_root, new_file, new_folder, reading, writable
 from pipeline.stages.own import is_linked, lay_out, refuse_problems
+
+THREADS = 8  # that read and hash images
+AT_ONCE = 4096  # images that they are given
 
 
 class DataError(ValueError):
@@ -63,11 +67,15 @@ def describe_folder(folder: Path, own: bool) -> dict[str, Any]:
     files = sorted(map(Path, image_files(folder, own)))
     digest = hashlib.sha256()
     total = 0
-    for path in tqdm(files, desc=f"hash {folder.name}", delay=2, unit="file"):
-        content = path.read_bytes()
-        total += len(content)
-        name = path.relative_to(folder).as_posix()
-        digest.update(f"{name}\0{hashlib.sha256(content).hexdigest()}\n".encode())
+    # Reading and hashing let other threads run. Not all files at once: a waiting one takes a kilobyte.
+    bar = tqdm(total=len(files), desc=f"hash {folder.name}", delay=2, unit="file")
+    with bar, ThreadPoolExecutor(THREADS) as pool:
+        for start in range(0, len(files), AT_ONCE):
+            some = files[start : start + AT_ONCE]
+            for path, (sha256, size) in zip(some, pool.map(_hash, some), strict=True):
+                digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256}\n".encode())
+                total += size
+                bar.update()
     return {
         "images": len(files),
         "bytes": total,
@@ -75,6 +83,11 @@ def describe_folder(folder: Path, own: bool) -> dict[str, Any]:
         "split_sha256": hashlib.sha256((folder / "split.json").read_bytes()).hexdigest(),
         "descriptions_sha256": hashlib.sha256((folder / "descriptions.json").read_bytes()).hexdigest(),
     }
+
+
+def _hash(path: Path) -> tuple[str, int]:
+    content = path.read_bytes()
+    return hashlib.sha256(content).hexdigest(), len(content)
 
 
 def run(params: Params, dataset: str) -> str:

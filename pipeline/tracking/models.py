@@ -125,7 +125,7 @@ def share_adapter(store: Any, run_id: str, folder: Path) -> None:
     link = temporary_name(copy)  # removes what killed processes have left
     try:
         if not copy.samefile(folder / ADAPTER_FILE):  # else `replace` does nothing, and `link` stays
-            os.link(folder / ADAPTER_FILE, link)
+            os.link((folder / ADAPTER_FILE).resolve(), link)  # which may be a symbolic link to DVC's cache
             os.replace(link, copy)
     except OSError:  # another disk, or one without links: the copy stays
         link.unlink(missing_ok=True)

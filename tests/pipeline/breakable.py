@@ -92,6 +92,10 @@ def copy(repo, folder, but=()):
     return folder
 
 
+def md5(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
 def outs(repo):
     """The sha256 of every file that the stages write, and of dvc.lock's entries; nothing else may lie there."""
     files = [

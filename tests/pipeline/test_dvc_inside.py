@@ -222,3 +222,135 @@ def test_every_write_of_its_two_files_goes_through_our_open(repo, tmp_path):
     assert set(map(str, files)) <= set(noted.read_text().splitlines())
     assert [link.read_bytes() for link in kept] == before  # nothing was written in place
     assert not any(path.samefile(link) for path, link in zip(files, kept, strict=True))
+
+
+LONG = "a long one of many words, " * 12
+ODD_NAMES = [
+    "it's", 'say "a"', "a: b", "a:b", "a #b", "a#b", "été ☃", "123", "1e3", "true", "null", "~", "2024-01-01",
+    "- a", "? a", "&a", "*a", "!a", "{a}", "[a]", "a@b-1.5", " a ", "a\tb", "x" * 90, "x" * 129, "x " * 80,
+]  # fmt: skip
+ODD_VALUES = [
+    "", " ", LONG, f"{LONG}: # {LONG}", "x" * 300, "two\nlines", f"{LONG}\n\n  {LONG}\n", "tab\t", "été ☃ 😀",
+    "# a", "a # b", "a: b", "&a", "x - &a", "- a", "? a", "!a", "'", '"', "\\", "123", "true", "null", "...",
+    "---", 0, -1, 1.5, 1e-5, 0.00075, 1e20, True, None, [], {}, [[1, [2]], {"a": [1]}],
+    {"été": {"b: c": LONG}, 3: 4},
+]  # fmt: skip
+
+
+def edits(folder, name, value):
+    """dvc.lock after each of some dumps by DVC's `Lockfile` as it is now: added, changed, unchanged, another."""
+    from dvc.dvcfile import Lockfile
+    from dvc.repo import Repo
+    from dvc.stage import PipelineStage, create_stage
+
+    found = []
+    (folder / "odd.yaml").write_text(json.dumps({"a": value, "b": [value, "c"]}, ensure_ascii=False))
+    with Repo(str(folder)) as opened:
+        for name_, text, params in [
+            (name, "true", []),
+            (name, f"echo {value}", [{"odd.yaml": ["a"]}]),
+            (name, f"echo {value}", [{"odd.yaml": ["a"]}]),
+            ("middle@2", "true", [{"odd.yaml": ["b"]}]),
+            ("last", "false", []),
+            (name, ["true", str(value) or "-"], [{"odd.yaml": ["a", "b"]}]),
+        ]:
+            stage = create_stage(
+                PipelineStage, repo=opened, path=str(folder / "dvc.yaml"), name=name_, cmd=text, params=params
+            )
+            stage.save_deps()
+            Lockfile(opened, str(folder / "dvc.lock")).dump_stages([stage])
+            found.append((folder / "dvc.lock").read_bytes())
+    return found
+
+
+@pytest.fixture
+def plain_and_ours(repo, monkeypatch):
+    """`edits` by DVC alone, then with our dump, from the same dvc.lock."""
+    from dvc.dvcfile import Lockfile
+
+    def both(name, value):
+        before = (repo / "dvc.lock").read_bytes()
+        plain = edits(repo, name, value)
+        (repo / "dvc.lock").write_bytes(before)
+        with monkeypatch.context() as patch:
+            patch.setattr(Lockfile, "dump_stages", Lockfile.dump_stages)
+            dvc_inside.write_entries_alone()
+            return plain, edits(repo, name, value)
+
+    return both
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_an_entry_put_into_the_text_gives_the_bytes_of_dvc_whatever_its_name(plain_and_ours, name):
+    plain, ours = plain_and_ours(name, 1)
+    assert ours == plain
+    assert len(set(plain)) == 5
+
+
+@pytest.mark.parametrize("value", ODD_VALUES)
+def test_an_entry_put_into_the_text_gives_the_bytes_of_dvc_whatever_it_holds(plain_and_ours, value):
+    plain, ours = plain_and_ours("odd", value)
+    assert ours == plain
+
+
+def test_a_number_that_dvc_damages_when_it_writes_other_stages_stays(plain_and_ours):
+    plain, ours = plain_and_ours("odd", 7.437306552932001e-05)
+    assert ours[:3] == plain[:3]
+    assert b"7.437306552932000e-05" in plain[3]
+    assert ours[3].count(b"a: 7.437306552932001e-05") == 1
+
+
+def test_the_entries_of_the_committed_lock_file_are_those_that_dvc_writes():
+    from dvc.utils.serialize import dumps_yaml, parse_yaml
+
+    text = (ROOT / "dvc.lock").read_text()
+    found = dvc_inside.entries(text)
+    assert "".join([dvc_inside.HEAD, *found.values()]) == text
+    for name, stage in parse_yaml(text, "dvc.lock")["stages"].items():
+        assert dvc_inside.entries(dumps_yaml({"schema": "2.0", "stages": {name: stage}})) == {name: found[name]}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "# of ours\n{}",
+        "{}# of ours\n",
+        "{}  odd: # of ours\n    cmd: a\n",
+        "{}  odd: &a\n    cmd: a\n",
+        "{}  odd: {{a: b}}\n",
+        "{}  'odd: a\n",
+        "{}  last:\n    cmd: a\n",
+        "{}  odd:\n    cmd: a",
+        "{}datasets:\n- name: a\n",
+    ],
+)
+def test_a_lock_file_of_another_form_is_left_to_dvc(repo, odd):
+    text = (repo / "dvc.lock").read_text()
+    assert dvc_inside.entries(text)
+    assert dvc_inside.entries(odd.format(text)) is None
+
+
+def test_moved_stages_leave_comments_in_the_lock_file(repo):
+    path = repo / "dvc.lock"
+    path.write_text(path.read_text().replace("stages:", "# of ours\nstages:"))
+    dvc_inside.move_to_end(repo, ["first"])
+    assert list(dvc_inside.locked_stages(repo)) == [*ORDER[1:], "first"]
+    assert "# of ours" in path.read_text()
+
+
+def test_what_is_parsed_once_may_be_changed(repo, monkeypatch):
+    from dvc.dvcfile import Lockfile
+    from dvc.repo import Repo
+    from dvc.utils import strictyaml
+    from dvc.utils.serialize import _yaml
+
+    for module in (_yaml, strictyaml):
+        monkeypatch.setattr(module, "parse_yaml", module.parse_yaml)
+    dvc_inside.parse_once.__wrapped__()
+    with Repo(str(repo)) as opened:
+        lock = Lockfile(opened, str(repo / "dvc.lock"))
+        first = lock.load()
+        first["stages"].pop("first")
+        assert list(lock.load()["stages"]) == ORDER
+        dvc_inside.move_to_end(repo, ["first"])
+        assert list(lock.load()["stages"]) == [*ORDER[1:], "first"]
