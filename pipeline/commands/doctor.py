@@ -297,7 +297,7 @@ def dvc(params: Params | None) -> Row:
     if done.returncode:
         said = _first_line(done.stderr.replace("ERROR: ", ""))
         state = "warn" if dvc_inside.is_busy(said) else "fail"
-        return Row("DVC", state, said, dvc_inside.remedy(said, root))
+        return Row("DVC", state, said, dvc_inside.remedy(said))
     changed = json.loads(done.stdout)
     if changed:
         found = f"{len(changed)} stages changed: {_some(list(changed))}"

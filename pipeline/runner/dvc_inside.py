@@ -46,8 +46,8 @@ def is_busy(message: str) -> bool:
     return any(words in message for words in BUSY)
 
 
-def remedy(message: str, root: Path) -> str:
-    """The remedy for what DVC says of its files in the repository at `root`."""
+def remedy(message: str) -> str:
+    """The remedy for what DVC says of its files."""
     if is_busy(message):
         return "wait for the end of the other DVC process"
     return f"`{MEND}`" if LOCK in message or "RWLock-file" in message else "see `dvc status`"
@@ -66,7 +66,7 @@ def repository(root: Path) -> Iterator[Any]:
         with Repo(str(root)) as repo:
             yield repo
     except DvcException as error:
-        raise ValueError(f"DVC: {error}; {remedy(str(error), root)}") from None
+        raise ValueError(f"DVC: {error}; {remedy(str(error))}") from None
 
 
 class Plan(NamedTuple):

@@ -74,3 +74,61 @@ def test_every_cut_is_named_and_mended_to_the_byte(run, monkeypatch):
     before = starts(run)
     dvc(run, "repro")
     assert starts(run) == before
+
+
+def test_a_cut_between_any_two_lines_and_a_missing_file_are_mended(run, monkeypatch):
+    monkeypatch.chdir(run)
+    path = run / "dvc.lock"
+    whole = path.read_bytes()
+    assert lockfile.damage(run) == lockfile.mend(run) == ""
+    lines = whole.splitlines(keepends=True)
+    for count in range(0, len(lines), 3):
+        path.write_bytes(b"".join(lines[:count]))
+        assert lockfile.damage(run), count
+        assert lockfile.mend(run), count
+        assert path.read_bytes() == whole, count
+    path.unlink()
+    assert lockfile.damage(run) == "dvc.lock is missing"
+    assert lockfile.mend(run)
+    before = starts(run)
+    dvc(run, "repro")
+    assert starts(run)[len(before) :] in ([], ["c"])  # nobody knows when a file was removed
+    path.write_bytes(whole)
+
+
+def test_what_changed_after_the_kill_runs_again(tmp_path, monkeypatch):
+    repo = made(tmp_path / "repo")
+    monkeypatch.chdir(repo)
+    dvc(repo, "repro", "b")
+    for changed, stages in (("params.yaml", ["b", "c"]), ("b.txt", ["b", "c"]), (None, ["c"])):
+        dvc(repo, "repro", "b")
+        whole = (repo / "dvc.lock").read_bytes()
+        (repo / "dvc.lock").write_bytes(whole[: len(whole) - 30])
+        if changed == "params.yaml":
+            (repo / changed).write_text(f"seed: {len(starts(repo)) + 5}\n")
+        elif changed:
+            (repo / changed).chmod(0o644)
+            (repo / changed).write_text("by hand")
+        assert lockfile.mend(repo)
+        before = starts(repo)
+        dvc(repo, "repro")
+        assert starts(repo)[len(before) :] == stages, changed
+
+
+def test_what_git_has_is_whole(tmp_path, monkeypatch):
+    """An old dvc.lock, checked out, ends early in comparison to the copy, and is nevertheless right."""
+    repo = made(tmp_path / "repo")
+    monkeypatch.chdir(repo)
+    dvc(repo, "repro", "a")
+    call(repo, "git", "add", "-A")
+    call(repo, "git", "commit", "-qm", "a")
+    dvc(repo, "repro")
+    assert lockfile.damage(repo) == ""
+    call(repo, "git", "checkout", "dvc.lock")
+    assert lockfile.damage(repo) == lockfile.mend(repo) == ""
+    whole = (repo / "dvc.lock").read_bytes()
+    (repo / ".heba" / "dvc.lock").unlink()
+    (repo / ".heba" / "stage.began").unlink()
+    (repo / "dvc.lock").write_bytes(whole[:100])
+    assert lockfile.mend(repo)
+    assert (repo / "dvc.lock").read_bytes() == whole
