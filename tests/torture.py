@@ -118,7 +118,9 @@ def fresh(base: Path, repo: Path, name: str) -> None:
 def tasks(repo: Path) -> list[str]:
     """The states of the queued experiments."""
     return [
-        line.split()[-1] for line in call(repo, "dvc", "queue", "status").stdout.splitlines() if "changed" in line
+        line.split()[-1]
+        for line in call(repo, "dvc", "queue", "status").stdout.splitlines()
+        if line.strip().endswith(STATES)
     ]
 
 

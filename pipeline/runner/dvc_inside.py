@@ -286,15 +286,19 @@ def release(root: Path, stages: list[str]) -> None:
         _release(root, lambda by: by["cmd"].endswith(ending))
 
 
-def release_zombies(root: Path) -> None:
-    """Remove from DVC's rwlock the entries of processes that have ended, but that nobody has waited for."""
+def release_dead(root: Path) -> None:
+    """Remove from DVC's rwlock the entries of processes that have ended.
+
+    DVC waits for a zombie, and keeps what a dead process has read until another one wants to write there: by then,
+    a process of the same number may live.
+    """
     path = rwlock(root)
-    if path.is_file() and any(_is_zombie(by) for by in _holders(path.read_text(encoding="utf-8"))):
-        _release(root, _is_zombie)
+    if path.is_file() and any(_is_dead(by) for by in _holders(path.read_text(encoding="utf-8"))):
+        _release(root, _is_dead)
 
 
-def _is_zombie(holder: dict[str, Any]) -> bool:
-    return psutil.pid_exists(holder["pid"]) and not lives(holder["pid"])
+def _is_dead(holder: dict[str, Any]) -> bool:
+    return not lives(holder["pid"])
 
 
 def _release(root: Path, ended: Callable[[dict[str, Any]], bool]) -> None:

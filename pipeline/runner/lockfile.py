@@ -206,8 +206,8 @@ def _ended(root: Path) -> str:
 
 
 def _unchanged(root: Path, stage: str, written: int) -> bool:
-    """Whether `stage` ended before dvc.lock was `written`, what it read has not changed since it began, and what it
-    wrote not since DVC looked at that."""
+    """Whether `stage` ended before dvc.lock was `written`, what it read has not changed since it began, and what
+    it wrote not since DVC looked at that."""
     if written < _written(root / ENDED):
         return False
     try:

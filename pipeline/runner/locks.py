@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 
 from pipeline.core.paths import new_file
 from pipeline.runner import lockfile
-from pipeline.runner.dvc_inside import locked_stages, mend_rwlock, move_to_end, release_zombies, remove_halves
+from pipeline.runner.dvc_inside import locked_stages, mend_rwlock, move_to_end, release_dead, remove_halves
 from pipeline.runner.processes import wait_for_dying
 
 
@@ -29,7 +29,7 @@ def alone(root: Path) -> Iterator[None]:
             for mended in (mend_rwlock(root), lockfile.mend(root)):
                 if mended:
                     print(f"mended: {mended}", file=sys.stderr)
-            release_zombies(root)
+            release_dead(root)
             yield
     except Timeout:
         raise ValueError("another `python -m pipeline repro` runs in this repository; wait for its end") from None

@@ -92,7 +92,7 @@ def test_a_cut_between_any_two_lines_and_a_missing_file_are_mended(run, monkeypa
     assert lockfile.mend(run)
     before = starts(run)
     dvc(run, "repro")
-    assert starts(run)[len(before) :] in ([], ["c"])  # nobody knows when a file was removed
+    assert starts(run)[len(before) :] in ([], ["b"], ["c"])  # nobody knows when a file was removed
     path.write_bytes(whole)
 
 
