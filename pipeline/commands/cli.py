@@ -15,6 +15,7 @@ import typer
 from heba.data.protocols import PROTOCOLS
 from pipeline.core.params import MOST, MOST_SEED, Params, ParamsError, load_params
 from pipeline.core.paths import new_folder
+from pipeline.runner import lockfile
 
 app = typer.Typer(
     help="The stages of the HeBA pipeline. `dvc repro` runs them in order; each runs alone too, "
@@ -374,7 +375,8 @@ def convert(
 
 @app.command()
 def mend() -> None:
-    """Remove what is damaged of DVC's cache and of the outs, so that `dvc repro` makes it again."""
+    """Repair dvc.lock after a kill; remove what is damaged of DVC's cache and of the outs, which `dvc repro` makes
+    again."""
     from pipeline.commands import mend
     from pipeline.core.paths import main_root
 
@@ -421,4 +423,5 @@ def run_app(command: typer.Typer) -> None:
 
 
 def main() -> None:
-    run_app(app)
+    with lockfile.kept():
+        run_app(app)

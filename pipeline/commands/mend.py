@@ -1,4 +1,6 @@
-"""`python -m pipeline mend`: remove what is damaged and what DVC would trust.
+"""`python -m pipeline mend`: repair dvc.lock, and remove what is damaged and what DVC would trust.
+
+dvc.lock and the rwlock are cut when DVC is killed while it writes them (pipeline/runner/lockfile.py).
 
 DVC trusts a write-protected object of its cache, and a file whose size and time have not changed. After damage by
 a disk, or to an out that is linked to the cache, `dvc repro` and `dvc checkout` would bring the damage back. What
@@ -21,7 +23,7 @@ def run(root: Path) -> list[Path]:
 
     ValueError when a stage runs, whose outs are not in dvc.lock yet, or when DVC cannot read the repository.
     """
-    with dvc_inside.repository(root) as repo, alone(root), repo.lock:
+    with alone(root), dvc_inside.repository(root) as repo, repo.lock:
         if running := dvc_inside.running_stages(root):
             raise ValueError(f"{'; '.join(running)}: runs here; wait for its end")
         cache = dvc_inside.cache_folder(repo)

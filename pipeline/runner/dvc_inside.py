@@ -7,7 +7,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
@@ -18,9 +18,9 @@ import yaml
 
 from pipeline.core.paths import new_file, remove_left, temporary_name
 
-LOCK, RWLOCK = "dvc.lock", "rwlock"
+LOCK, RWLOCK, LOCKED = "dvc.lock", "rwlock", "lock"
 TMP = Path(".dvc", "tmp")  # where the rwlock lies, and what git need not see
-LOCK_REMEDY = "`git checkout dvc.lock` brings the last one back"
+MEND = "python -m pipeline mend"  # repairs both
 WAIT = "--wait-for-lock"
 SINGLE = ("repro", "--single-item")  # a stage, or several one after the other, without what they depend on
 SAID = re.compile(r"(?:Running stage|Stage) '([^']+)'(:| is cached| didn't change)")
@@ -48,13 +48,11 @@ def is_busy(message: str) -> bool:
     return any(words in message for words in BUSY)
 
 
-def remedy(message: str, root: Path) -> str:
-    """The remedy for what DVC says of its files in the repository at `root`."""
+def remedy(message: str) -> str:
+    """The remedy for what DVC says of its files."""
     if is_busy(message):
         return "wait for the end of the other DVC process"
-    if LOCK in message:
-        return LOCK_REMEDY
-    return _rwlock_remedy(root) if "RWLock-file" in message else "see `dvc status`"
+    return f"`{MEND}`" if LOCK in message or "RWLock-file" in message else "see `dvc status`"
 
 
 # Its repository: the graph and the cache.
@@ -70,7 +68,7 @@ def repository(root: Path) -> Iterator[Any]:
         with Repo(str(root)) as repo:
             yield repo
     except DvcException as error:
-        raise ValueError(f"DVC: {error}; {remedy(str(error), root)}") from None
+        raise ValueError(f"DVC: {error}; {remedy(str(error))}") from None
 
 
 class Plan(NamedTuple):
@@ -146,7 +144,65 @@ def trusts(repo: Any, path: Path, md5: str) -> bool:
     return known is not None and known.value == md5
 
 
+class Files(NamedTuple):
+    """What a stage reads and writes, as dvc.yaml has it: deps with params.yaml, and outs in DVC's order."""
+
+    deps: list[str]
+    outs: list[str]
+
+
+def entry_of(root: Path, stage: str) -> str:
+    """The entry in dvc.lock of a stage whose outs are there, as text; DVC takes them into its cache.
+
+    To be called while `locked`.
+    """
+    from dvc.lock import LockNoop
+    from dvc.stage.serialize import to_lockfile
+    from dvc.utils.serialize import dumps_yaml
+
+    with repository(root) as repo:
+        repo.lock = LockNoop()
+        repo.lock.lock()
+        (known,) = repo.stage.collect(stage)
+        known.save()
+        known.commit()
+        return dumps_yaml({"stages": to_lockfile(known)}).removeprefix("stages:\n")
+
+
+def files_of(root: Path, stage: str) -> Files:
+    """Those of a stage; none of one that dvc.yaml does not have."""
+    with repository(root) as repo:
+        for known in repo.index.stages:
+            if known.addressing == stage:
+                return Files([dep.fs_path for dep in known.deps], sorted(out.def_path for out in known.outs))
+    return Files([], [])
+
+
 # dvc.lock.
+
+
+def is_lock(data: Any) -> bool:
+    """Whether DVC can read this as the content of dvc.lock."""
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+
+    return _fits(data, COMPILED_LOCKFILE_SCHEMA) and bool(data.get("stages"))
+
+
+def is_entry(data: Any) -> bool:
+    """Whether DVC can read this as the entry of a stage, {stage: ...}."""
+    from dvc.schema import COMPILED_LOCK_FILE_STAGE_SCHEMA
+
+    return isinstance(data, dict) and all(_fits(value, COMPILED_LOCK_FILE_STAGE_SCHEMA) for value in data.values())
+
+
+def _fits(data: Any, schema: Any) -> bool:
+    from voluptuous import Invalid
+
+    try:
+        schema(data)
+    except Invalid:
+        return False
+    return isinstance(data, dict)
 
 
 def locked_stages(root: Path) -> dict[str, dict[str, Any]]:
@@ -159,7 +215,7 @@ def locked_stages(root: Path) -> dict[str, dict[str, Any]]:
         if not isinstance(stages, dict):
             raise TypeError("stages is not a mapping")
     except (ValueError, TypeError, KeyError, yaml.YAMLError):
-        raise ValueError(f"{path} is damaged; {LOCK_REMEDY}") from None
+        raise ValueError(f"{path} is damaged; `{MEND}` repairs it") from None
     return stages
 
 
@@ -181,15 +237,50 @@ def move_to_end(root: Path, stages: list[str]) -> None:
         file.write_text(text, encoding="utf-8")
 
 
-# The rwlock, where the processes of DVC say what they read and write while a stage runs.
+# Its locks: one on the repository, and the rwlock, where its processes say what they read and write while a stage
+# runs.
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Hold the lock on the repository, which DVC holds whenever no command of a stage runs.
+
+    DVC waits 3 seconds for it, and so do we; ValueError then.
+    """
+    from dvc.lock import LockError
+
+    try:
+        with _lock(root, LOCKED, wait=False):
+            yield
+    except LockError:
+        raise ValueError("DVC works in this repository; wait for its end") from None
+
+
+def _lock(root: Path, name: str, wait: bool) -> AbstractContextManager[Any]:
+    from dvc.config import Config
+    from dvc.lock import make_lock
+
+    folder = root / TMP
+    folder.mkdir(exist_ok=True)
+    hardlink = Config(str(root / ".dvc"))["core"].get("hardlink_lock", False)
+    return make_lock(str(folder / name), tmp_dir=str(folder), hardlink_lock=hardlink, wait=wait)
 
 
 def rwlock(root: Path) -> Path:
     return root / TMP / RWLOCK
 
 
-def _rwlock_remedy(root: Path) -> str:
-    return f"when no dvc process runs any more, remove {rwlock(root)}"
+def lives(pid: int) -> bool:
+    """Whether a process runs. One that was killed stays in the list, as a zombie, until its parent looks."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _holders(text: str) -> list[dict[str, Any]]:
+    lock = json.loads(text)
+    return [*lock.get("write", {}).values(), *(by for all_ in lock.get("read", {}).values() for by in all_)]
 
 
 def running_stages(root: Path) -> list[str]:
@@ -198,11 +289,9 @@ def running_stages(root: Path) -> list[str]:
     if not path.is_file():
         return []
     try:
-        lock = json.loads(path.read_text(encoding="utf-8"))
-        holders = [*lock.get("write", {}).values(), *(by for all_ in lock.get("read", {}).values() for by in all_)]
-        return sorted({by["cmd"] for by in holders if psutil.pid_exists(by["pid"])})
+        return sorted({by["cmd"] for by in _holders(path.read_text(encoding="utf-8")) if lives(by["pid"])})
     except (ValueError, AttributeError, TypeError, KeyError):
-        raise ValueError(f"{path} is damaged; {_rwlock_remedy(root)}") from None
+        raise ValueError(f"{path} is damaged; `{MEND}` removes it") from None
 
 
 def release(root: Path, stages: list[str]) -> None:
@@ -211,24 +300,60 @@ def release(root: Path, stages: list[str]) -> None:
     DVC does so itself where the process ran on the same machine: it looks whether the process lives. On another
     machine it would look at an unrelated process of the same number.
     """
-    from dvc.config import Config
-    from dvc.lock import make_lock
+    ending = " ".join([*SINGLE, *stages])
+    path = rwlock(root)
+    if path.is_file() and ending in path.read_text(encoding="utf-8"):
+        _release(root, lambda by: by["cmd"].endswith(ending))
+
+
+def release_dead(root: Path) -> None:
+    """Remove from DVC's rwlock the entries of processes that have ended.
+
+    DVC waits for a zombie, and keeps what a dead process has read until another one wants to write there: by then,
+    a process of the same number may live.
+    """
+    path = rwlock(root)
+    if path.is_file() and any(_is_dead(by) for by in _holders(path.read_text(encoding="utf-8"))):
+        _release(root, _is_dead)
+
+
+def _is_dead(holder: dict[str, Any]) -> bool:
+    return not lives(holder["pid"])
+
+
+def _release(root: Path, ended: Callable[[dict[str, Any]], bool]) -> None:
     from dvc.rwlock import RWLOCK_LOCK
 
     path = rwlock(root)
-    ending = " ".join([*SINGLE, *stages])
-    if not path.is_file() or ending not in path.read_text(encoding="utf-8"):
-        return
-    hardlink = Config(str(root / ".dvc"))["core"].get("hardlink_lock", False)
-    with make_lock(str(path.with_name(RWLOCK_LOCK)), tmp_dir=str(path.parent), hardlink_lock=hardlink, wait=True):
+    with _lock(root, RWLOCK_LOCK, wait=True):
         lock = json.loads(path.read_text(encoding="utf-8"))
-        lock["write"] = {p: by for p, by in lock.get("write", {}).items() if not by["cmd"].endswith(ending)}
-        read = {
-            p: [by for by in all_ if not by["cmd"].endswith(ending)] for p, all_ in lock.get("read", {}).items()
-        }
+        lock["write"] = {p: by for p, by in lock.get("write", {}).items() if not ended(by)}
+        read = {p: [by for by in all_ if not ended(by)] for p, all_ in lock.get("read", {}).items()}
         lock["read"] = {p: left for p, left in read.items() if left}
         with new_file(path) as file:
             file.write_text(json.dumps(lock), encoding="utf-8")
+
+
+def mend_rwlock(root: Path) -> str:
+    """Remove an rwlock that was cut when DVC was killed, and say so; "" where it is whole.
+
+    ValueError while a process lives that it names, or another DVC works here.
+    """
+    path = rwlock(root)
+    try:
+        running_stages(root)
+        return ""
+    except ValueError:
+        pass
+    from dvc.rwlock import RWLOCK_LOCK
+
+    with locked(root), _lock(root, RWLOCK_LOCK, wait=True):
+        named = re.findall(r'"pid": (\d+)[,}]', path.read_text(encoding="utf-8", errors="replace"))
+        living = [pid for pid in sorted(set(named)) if lives(int(pid))]
+        if living:
+            raise ValueError(f"process {', '.join(living)} runs stages here; wait for its end")
+        path.unlink()
+    return f"{path} cannot be read: DVC was killed while it wrote it"
 
 
 # How it writes both. It truncates them and writes them anew: a process that is killed in between, with its node or

@@ -1,6 +1,7 @@
 """Who may touch the repository: one `python -m pipeline repro` at a time; and the order in dvc.lock."""
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,20 +9,27 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from pipeline.core.paths import new_file
-from pipeline.runner.dvc_inside import locked_stages, move_to_end, remove_halves
+from pipeline.runner import lockfile
+from pipeline.runner.dvc_inside import locked_stages, mend_rwlock, move_to_end, release_dead, remove_halves
+from pipeline.runner.processes import wait_for_dying
 
 
 @contextmanager
 def alone(root: Path) -> Iterator[None]:
     """ValueError while `python -m pipeline repro` works at `root`: two would run the same stages.
 
-    What killed processes have left of DVC's files is removed.
+    What killed processes have left is removed, and what they have cut of DVC's files is mended.
     """
     path = root / ".heba" / "repro.lock"
     path.parent.mkdir(exist_ok=True)
     try:
         with FileLock(path, timeout=0):
+            wait_for_dying(root)
             remove_halves(root)
+            for mended in (mend_rwlock(root), lockfile.mend(root)):
+                if mended:
+                    print(f"mended: {mended}", file=sys.stderr)
+            release_dead(root)
             yield
     except Timeout:
         raise ValueError("another `python -m pipeline repro` runs in this repository; wait for its end") from None

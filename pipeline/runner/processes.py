@@ -11,14 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
+
 from pipeline.runner.dvc_inside import SINGLE, WAIT, release
 from pipeline.runner.warm import OFF, SERVER
 
-DVC = [sys.executable, "-m", "pipeline.runner.safe_dvc"]
+MODULE = "pipeline.runner.safe_dvc"
+DVC = [sys.executable, "-m", MODULE]
 # The shell ends at once; what it leaves in the background has process 1 for its parent.
 GUARD = 'exec 3<&0; (cat <&3; kill -s KILL -- "-$1") &'
 GRACE = 15.0  # seconds from an interrupt to a kill: a training closes its MLflow run in between
 ENDING = 60.0  # seconds for a DVC that was interrupted to end
+DYING = 20.0  # seconds for those whose `python -m pipeline repro` was killed
 
 
 def environment() -> dict[str, str]:
@@ -62,6 +66,22 @@ def _interrupt(process: subprocess.Popen[bytes]) -> None:
         process.wait(ENDING)
     except subprocess.TimeoutExpired:
         print(f"warning: process {process.pid} of DVC has not ended yet; let it end first", file=sys.stderr)
+
+
+def wait_for_dying(root: Path) -> None:
+    """Wait for the DVCs at `root` that a killed `python -m pipeline repro` has left, DYING seconds at most.
+
+    They are killed after it, and until then DVC calls busy what they hold.
+    """
+    left = [process for process in psutil.process_iter() if _is_ours(process, root)]
+    psutil.wait_procs(left, DYING)
+
+
+def _is_ours(process: psutil.Process, root: Path) -> bool:
+    try:
+        return MODULE in process.cmdline()[:3] and Path(process.cwd()) == root
+    except psutil.Error:  # it has ended, or is another user's
+        return False
 
 
 class Child:

@@ -68,7 +68,8 @@ def test_broken_things_have_a_row_and_a_remedy(repo, tmp_path):
     assert rows["git"].startswith("warn")
     assert "work.py" in rows["git"]
     assert rows["DVC"].startswith("fail")
-    assert rows["DVC"].endswith("->  `git checkout dvc.lock` brings the last one back")
+    assert "dvc.lock cannot be read" in rows["DVC"]
+    assert rows["DVC"].endswith("->  python -m pipeline mend, and then the same command again")
 
     shutil.rmtree(broken / "data")
     shutil.rmtree(broken / ".git")
@@ -95,8 +96,7 @@ def test_what_looks_whole_and_is_not(repo, tmp_path):
     assert code == 1
     assert "own.mine.path: there is no folder" in rows["data"]
     assert rows["DVC"].startswith("fail")
-    rwlock = broken / ".dvc" / "tmp" / "rwlock"
-    assert rows["DVC"].endswith(f"remove {rwlock}")
+    assert rows["DVC"].endswith("->  `python -m pipeline mend`")
     assert rows["packages"].startswith("warn")
     assert "activate the environment" in rows["packages"]
     (broken / "photos" / "nowhere").mkdir(parents=True)
@@ -104,9 +104,10 @@ def test_what_looks_whole_and_is_not(repo, tmp_path):
     rows, _ = doctor(broken)
     assert "out/download/dtd.json is damaged" in rows["data"]
     assert rows["data"].endswith("->  dvc repro --force --single-item download@dtd")
-    repro = small.repro(broken)
-    assert repro.returncode == 1
-    assert f"remove {rwlock}" in repro.stderr
+    mended = small.stage(broken, "mend")
+    assert mended.returncode == 0, mended.stderr
+    assert "rwlock cannot be read: DVC was killed while it wrote it" in mended.stderr
+    assert "rwlock" not in doctor(broken)[0]["DVC"]
 
 
 def test_a_store_named_as_the_readme_does(repo):

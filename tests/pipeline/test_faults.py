@@ -10,6 +10,7 @@ import time
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import requests
 import yaml
@@ -180,6 +181,23 @@ def test_ctrl_c_stops_the_parallel_repro(finished, tmp_path):
     process.communicate(timeout=60)
     wait_for(lambda: not working_in(repo))
     assert process.returncode == 130
+    complete(repo, finished)
+
+
+def test_right_after_a_kill_the_parallel_repro_works_at_once(finished, tmp_path):
+    """What the first one started still dies, and DVC calls busy what that holds."""
+    repo = breakable.copy(finished, tmp_path / "repo", but=[TRAIN])
+    command = [sys.executable, "-m", "pipeline", "repro", "--jobs", "2"]
+    first = breakable.start(repo, *command)
+    wait_for(lambda: any(repo.glob(f"{CHECKPOINTS}/*.safetensors")))
+    (job,) = (pid for pid in working_in(repo) if "--single-item" in psutil.Process(pid).cmdline())
+    os.kill(job, signal.SIGSTOP)  # it is slow to die: only SIGKILL ends it now
+    first.kill()
+    second = call(repo, *command)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "busy" not in second.stderr
+    assert not psutil.pid_exists(job) or psutil.Process(job).status() == psutil.STATUS_ZOMBIE
+    first.communicate(timeout=60)
     complete(repo, finished)
 
 
