@@ -143,7 +143,7 @@ def fit_full_batch(
     run: Run,
 ) -> dict[str, float]:
     """Train the map of `problem` in place with the first of the pairs (lr, penalty) of `grid` that is best on
-    `val`, features [m, width] and labels [m]; with `lr` and `penalty` where there is no grid, or no image in `val`.
+    `val`, features [m, width] and labels [m]; with `lr` and `penalty` where there is no grid or no image in val.
 
     Returns:
         The lr and the penalty that it was trained with.

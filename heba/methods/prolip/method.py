@@ -40,8 +40,8 @@ def build(clip: Any, n_classes: int, settings: Settings, seed: int) -> Projectio
     if getattr(clip.visual, "proj", None) is None:
         raise ValueError(
             "prolip trains the projection at the end of the image tower, and that of this backbone has none of "
-            "its own: take a vision transformer that open_clip builds itself, such as ViT-B-16-quickgelu, or leave "
-            "prolip out of methods"
+            "its own: take a vision transformer that open_clip builds itself, such as ViT-B-16-quickgelu, or "
+            "leave prolip out of methods"
         )
     return Projection(clip)
 
