@@ -61,7 +61,7 @@ class Schedule:
 
 def train_epochs(
     parameters: nn.Module,
-    optimizer: torch.optim.SGD,
+    optimizer: torch.optim.Optimizer,
     schedule: Schedule,
     run_epoch: Callable[[torch.Generator, Callable[[int], object]], list[float]],
     run: Run,
@@ -71,6 +71,7 @@ def train_epochs(
 
     Args:
         parameters: the module that `optimizer` trains.
+        optimizer: SGD with momentum, or any where `run` has no checkpoint.
         run_epoch: makes the steps of an epoch, with all its draws from the generator, counts them by the function
             that it gets, and returns their losses.
         remedy: what to do about a loss that is not finite.
@@ -105,7 +106,7 @@ def train_epochs(
 def save_checkpoint(
     path: Path,
     parameters: nn.Module,
-    optimizer: torch.optim.SGD,
+    optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
     history: History,
 ) -> None:
@@ -125,7 +126,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, parameters: nn.Module, optimizer: torch.optim.SGD, generator: torch.Generator
+    path: Path, parameters: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
 ) -> History:
     """Restore what `save_checkpoint` wrote; returns the history. ValueError names a damaged file."""
     try:
