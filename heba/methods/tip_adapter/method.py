@@ -7,8 +7,8 @@ the normalised feature of an image and T the zero-shot classifier, the logit of 
 
 beta and alpha are the first best of a grid on the val images, beta in the outer loop. Paper and code have the two
 names swapped; these are the code's. The official code searches on the test images of ImageNet, and on the whole
-val split of other data sets; here the search sees the few-shot val images alone. Without any, or where none is right
-at any point, the initial values of the settings stand; officially the cache then counts nothing.
+val split of other data sets; here the search sees the few-shot val images alone. Without any, or where none is
+right at any point, the initial values of the settings stand; officially the cache then counts nothing.
 """
 
 from typing import Any
