@@ -1,22 +1,22 @@
 """APE (Zhu et al. 2023, "Not all features matter"), without training.
 
-A cache as in Tip-Adapter: K_i is the normalised mean of the raw features of the augmented views of an image i. With
-T the zero-shot classifier, a channel's score is
+A cache as in Tip-Adapter: K_i is the normalised mean of the raw features of the augmented views of an image
+i. With T the zero-shot classifier, a channel's score is
 
     -similarity mean(a b) + variance var(T)
 
-where a and b run over the texts and keys of two different classes, all pairs, and var is over classes. The channels
-with the highest scores are kept; g, K', U are the features of an image, the keys and T on those, normalised again.
-The logit of class k, with sums over its training images i, is
+where a and b run over the texts and keys of two different classes, all pairs, and var is over classes. The
+channels with the highest scores are kept; g, K', U are the features of an image, the keys and T on those,
+normalised again. The logit of class k, with sums over its training images i, is
 
     exp(logit_scale) f . T_k + alpha sum of exp(gamma D_i) exp(-beta (1 - g . K'_i))
     D_i = log2((1 + 1e-6) / (p_i + 1e-6)),   p_i the probability of k in softmax(K'_i . U), without a factor
 
-beta, alpha and gamma are the first best of a grid on the val images, in this order of loops. The official code
-wants its training images sorted by class, as many of each; any order and numbers do here. It counts the channels to
-keep for a width of 1024; here they are a share of the width. It searches on the test images of ImageNet, and on the
-whole val split of other data sets; here the search sees the few-shot val images alone. Without any, or where none is
-right at any point, the initial values of the settings stand.
+beta, alpha and gamma are the first best of a grid on the val images, in this order of loops. The official
+code wants its training images sorted by class, as many of each; any order and numbers do here. It counts the
+channels to keep for a width of 1024; here they are a share of the width. It searches on the test images of
+ImageNet, and on the whole val split of other data sets; here the search sees the few-shot val images alone.
+Without any, or where none is right at any point, the initial values of the settings stand.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """GDA (Wang et al. 2024, "A hard-to-beat baseline for training-free CLIP-based adaptation").
 
-A sample f is the normalised feature of an augmented view of an image; there are N of them, of E channels. With T_k
-the zero-shot classifier, m_k the mean of the samples of class k and K classes:
+A sample f is the normalised feature of an augmented view of an image; there are N of them, of E channels.
+With T_k the zero-shot classifier, m_k the mean of the samples of class k and K classes:
 
     logits = exp(logit_scale) f . T_k + alpha (m_k Q f - m_k Q m_k / 2 - log K)
 
@@ -9,18 +9,18 @@ the zero-shot classifier, m_k the mean of the samples of class k and K classes:
     mean      Q = pseudo-inverse(mean over k of the covariance of class k), for the base classes of base_to_novel
 
 alpha is the first best on the val images. A class that it was not trained on, with the text feature u, has as
-samples the n training samples that are nearest to u (64, or all where there are fewer), and c copies of u (16) in
-its mean:
+samples the n training samples that are nearest to u (64, or all where there are fewer), and c copies of u
+(16) in its mean:
 
     m = (their sum + c u) / (n + c)        C = sum (f - u)(f - u)' / (n - 1)
     Q = mean over the new classes of E inverse((n - 1) C + trace(C) I)
 
-with the same alpha. The official code does so for the novel classes of base_to_novel; it has no cross_dataset,
-where the same rule is used here. That is why the training samples are kept.
+with the same alpha. The official code does so for the novel classes of base_to_novel; it has no
+cross_dataset, where the same rule is used here. That is why the training samples are kept.
 
-The official code chooses alpha on the test images of ImageNet, and on the whole val split of the other data sets;
-here it sees the few-shot val images alone. Sums and inverses are in float64, and the pseudo-inverse drops what it
-drops in the official fp32.
+The official code chooses alpha on the test images of ImageNet, and on the whole val split of the other data
+sets; here it sees the few-shot val images alone. Sums and inverses are in float64, and the pseudo-inverse
+drops what it drops in the official fp32.
 """
 
 from typing import Any

@@ -1,14 +1,15 @@
 """Tip-Adapter (Zhang et al. 2022), without training.
 
-The cache has a key per training image, K_i: the normalised mean of the raw features of its augmented views. With f
-the normalised feature of an image and T the zero-shot classifier, the logit of class k is
+The cache has a key per training image, K_i: the normalised mean of the raw features of its augmented views.
+With f the normalised feature of an image and T the zero-shot classifier, the logit of class k is
 
     exp(logit_scale) f . T_k + alpha sum over the training images i of class k of exp(-beta (1 - f . K_i))
 
-beta and alpha are the first best of a grid on the val images, beta in the outer loop. Paper and code have the two
-names swapped; these are the code's. The official code searches on the test images of ImageNet, and on the whole
-val split of other data sets; here the search sees the few-shot val images alone. Without any, or where none is
-right at any point, the initial values of the settings stand; officially the cache then counts nothing.
+beta and alpha are the first best of a grid on the val images, beta in the outer loop. Paper and code have the
+two names swapped; these are the code's. The official code searches on the test images of ImageNet, and on the
+whole val split of other data sets; here the search sees the few-shot val images alone. Without any, or where
+none is right at any point, the initial values of the settings stand; officially the cache then counts
+nothing.
 """
 
 from typing import Any

@@ -1,18 +1,19 @@
 """Tip-Adapter-F (Zhang et al. 2022): Tip-Adapter, with its keys trained.
 
-The cache has a key per training image, K_i; it starts as the normalised mean of the raw features of the image's
-augmented views. With f the normalised feature of an image and T the zero-shot classifier, the logit of class k is
+The cache has a key per training image, K_i; it starts as the normalised mean of the raw features of the
+image's augmented views. With f the normalised feature of an image and T the zero-shot classifier, the logit
+of class k is
 
     exp(logit_scale) f . T_k + alpha sum over the training images i of class k of exp(-beta (1 - f . K_i))
 
-The keys are trained by the cross-entropy of these at the initial alpha and beta, on another augmented view in each
-epoch; they are not normalised again. Then beta and alpha are the first best of a grid on the val images, beta in
-the outer loop. Paper and code have the two names swapped; these are the code's.
+The keys are trained by the cross-entropy of these at the initial alpha and beta, on another augmented view in
+each epoch; they are not normalised again. Then beta and alpha are the first best of a grid on the val images,
+beta in the outer loop. Paper and code have the two names swapped; these are the code's.
 
-The official code takes the epoch that is best on the test images, and reports the better of two test accuracies;
-here it is the last epoch, and one test. It searches on the test images of ImageNet, and on the whole val split of
-other data sets; here the search sees the few-shot val images alone. Without any, or where none is right at any
-point, the initial values stand; officially the cache then counts nothing.
+The official code takes the epoch that is best on the test images, and reports the better of two test
+accuracies; here it is the last epoch, and one test. It searches on the test images of ImageNet, and on the
+whole val split of other data sets; here the search sees the few-shot val images alone. Without any, or where
+none is right at any point, the initial values stand; officially the cache then counts nothing.
 """
 
 from collections.abc import Callable, Iterable
