@@ -70,6 +70,13 @@ class Views:
     flipped_hidden: Tensor
     augmented_hidden: Tensor
 
+    def broken(self) -> Tensor:
+        """[n], whether a feature of an image is not finite."""
+        fixed = (self.plain, self.flipped, self.plain_hidden, self.flipped_hidden)
+        bad = [~tensor.isfinite().all(dim=-1) for tensor in fixed]
+        bad += [~t.isfinite().all(dim=-1).all(dim=0) for t in (self.augmented, self.augmented_hidden)]
+        return torch.stack(bad).any(dim=0)
+
     def select(self, rows: Tensor) -> "Views":
         """Those of the images `rows` [m]."""
         return Views(
@@ -90,11 +97,24 @@ class LabelledImages:
         files: their paths. labels: from 0 on.
         views: their frozen features, for a method that reads features; of validation images, `augmented` has no
             passes.
+    Raises:
+        ValueError: names an image whose features are not finite.
     """
 
     files: list[Path]
     labels: list[int]
     views: Views | None = None
+
+    def __post_init__(self) -> None:
+        broken = (
+            [row for row, bad in enumerate(self.views.broken().tolist()) if bad] if self.views is not None else []
+        )
+        if broken:
+            more = f", and {len(broken) - 1} more" if len(broken) > 1 else ""
+            raise ValueError(
+                f"{self.files[broken[0]]}{more}: the frozen features are not finite; replace the image, or "
+                "compute them with `precision: fp32` in params.yaml"
+            )
 
 
 def decode_all(files: Sequence[Path], done: Callable[[int], object]) -> list[Tensor]:

@@ -31,6 +31,7 @@ LIBRARIES = (
     "pydantic",
     "pyyaml",
     "psutil",
+    "scikit-learn",
     "pandas",
     "mlflow",
 )

@@ -1,0 +1,42 @@
+"""The settings of LP++: a block of params.yaml."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from heba.data.prompts import Kind
+from heba.fit.work import Work
+
+TITLE = "LP++"
+READS = "features"
+NEW_CLASSES = False
+DRAWS = True
+EVALUATION: frozenset[str] = frozenset()
+
+
+class Settings(BaseModel):
+    """LP++ as its authors train it; its learning rates follow from the images.
+
+    Attributes:
+        prompts: what names a class; officially the template, on ImageNet an ensemble.
+        epochs: of one step over all images.
+        momentum: of SGD on the classifier and the bias.
+        every: epochs from one step of the weights of the texts to the next.
+        scale: of the start of these weights, times the mean cosine of an image and its class.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    prompts: Kind = "template"
+    epochs: Annotated[int, Field(ge=1, le=1_000_000)] = 300
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    every: Annotated[int, Field(ge=1, le=1_000_000)] = 10
+    scale: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 250.0
+
+
+def problems(settings: Settings, depth: int | None, width: int | None) -> dict[str, str]:
+    return {}
+
+
+def work(settings: Settings, n_images: int, n_classes: int) -> Work:
+    return Work(steps=settings.epochs, images=0, prompts=0)
