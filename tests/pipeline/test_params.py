@@ -77,8 +77,16 @@ def test_all_problems_are_listed_at_once(tmp_path):
         ("zero_shot.scale", 1.0, "zero_shot.scale: unknown key"),
         ("heba", None, "heba: must map settings to values, and heba.overrides protocols or data sets to such"),
         ("heba", [1], "heba: must map settings to values"),
-        ("heba.overrides", 1, "heba: must map settings to values, and heba.overrides protocols or data sets to such"),
-        ("heba.overrides.few_shot", 1, "heba: must map settings to values, and heba.overrides protocols or data sets to such"),
+        (
+            "heba.overrides",
+            1,
+            "heba: must map settings to values, and heba.overrides protocols or data sets to such",
+        ),
+        (
+            "heba.overrides.few_shot",
+            1,
+            "heba: must map settings to values, and heba.overrides protocols or data sets to such",
+        ),
         (
             "heba.overrides.domain_generalization",
             {"scale": 1.0},
