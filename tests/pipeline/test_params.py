@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.commands import presets
@@ -275,6 +275,7 @@ junk = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.sampled_from(list(yaml.safe_load((ROOT / "params.yaml").read_text()))), junk)
 def test_junk_gives_a_message_and_never_a_traceback(tmp_path_factory, key, value):
     path = write(tmp_path_factory.mktemp("p"), lambda raw: raw.update({key: value}))
