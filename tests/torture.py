@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ import psutil
 import yaml
 from mlflow.tracking import MlflowClient
 
-from pipeline.runner import lockfile
+from pipeline.runner import dvc_inside, lockfile
 from pipeline.runner.warm import SERVER, stage_server
 from tests.pipeline import breakable
 from tests.pipeline.repository import ROOT, call, stage, wait_for
@@ -43,7 +44,6 @@ COMMANDS = {
 QUEUE = ["dvc", "exp", "run", "--queue", *CHANGE]
 STATES = ("Queued", "Running", "Success", "Failed")
 EXPERIMENT = re.compile(r" refs/exps/[0-9a-f]{2}/")
-UNLOGGED = "log them later with `python -m pipeline track`"
 SIGNALS = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 PATIENCE = 240.0  # seconds for a command to end
 SOCKETS = "heba-*"  # folders of stage servers in the temporary folder
@@ -117,11 +117,8 @@ def fresh(base: Path, repo: Path, name: str) -> None:
 
 def tasks(repo: Path) -> list[str]:
     """The states of the queued experiments."""
-    return [
-        line.split()[-1]
-        for line in call(repo, "dvc", "queue", "status").stdout.splitlines()
-        if line.strip().endswith(STATES)
-    ]
+    lines = call(repo, "dvc", "queue", "status").stdout.splitlines()
+    return [line.split()[-1] for line in lines if line.strip().endswith(STATES)]
 
 
 def begin(repo: Path, name: str) -> subprocess.Popen:
@@ -213,7 +210,7 @@ def again(repo: Path, name: str) -> tuple[bool, str]:
 
 def needs_mending(repo: Path) -> bool:
     """What doctor says; it takes long, so that it is asked in half of the rounds in which nothing is wrong."""
-    if not lockfile.damage(repo) and repo.stat().st_ino % 2:
+    if repo.stat().st_ino % 2 and not lockfile.damage(repo) and not dvc_inside.rwlock_damage(repo):
         return False
     seen = stage(repo, "doctor").stdout
     return "pipeline mend" in next(line for line in seen.splitlines() if line[6:].startswith("DVC:"))
@@ -246,7 +243,7 @@ def one(base: Path, folder: Path, name: str, wanted: Result, seconds: float, dra
     mended, failed = again(repo, name)
     if failed:
         return struck, mended, failed
-    if UNLOGGED in repo.with_name("round.log").read_text():
+    if Counter(breakable.runs(repo))["FINISHED"] < wanted.finished:  # it was struck while it logged
         stage(repo, "track")
         struck += ", tracked"
     problems = []
