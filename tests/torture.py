@@ -161,7 +161,7 @@ def unbroken(base: Path, folder: Path, name: str) -> tuple[Result, float]:
 
 
 def strike(repo: Path, process: subprocess.Popen, draw: random.Random, seconds: float, plain: bool) -> str:
-    """Send a random signal to a random process at a random time; or kill plain DVC just when it writes dvc.lock."""
+    """Send a random signal to a random process at a random time; or kill plain DVC while it writes dvc.lock."""
     lock = repo / "dvc.lock"
     start = time.monotonic()
     if plain and draw.random() < 0.3:  # by itself, this moment is rarely met
