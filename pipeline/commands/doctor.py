@@ -284,7 +284,7 @@ def dvc(params: Params | None) -> Row:
     root = main_root()
     if not (root / ".dvc").is_dir():
         return Row("DVC", "fail", f"{root} is no DVC repository", "run from the repository's root, or `dvc init`")
-    if damage := lockfile.damage(root):
+    if damage := lockfile.damage(root) or dvc_inside.rwlock_damage(root):
         return Row("DVC", "fail", damage, f"{dvc_inside.MEND}, and then the same command again")
     waits = f"waiting for `dvc status`, {DVC_PATIENCE:.0f} s at most; ctrl-C stops it"
     message = Timer(SILENCE, lambda: print(waits, file=sys.stderr))

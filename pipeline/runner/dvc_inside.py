@@ -334,18 +334,26 @@ def _release(root: Path, ended: Callable[[dict[str, Any]], bool]) -> None:
             file.write_text(json.dumps(lock), encoding="utf-8")
 
 
+def rwlock_damage(root: Path) -> str:
+    """What is wrong with the rwlock, as a killed DVC leaves it; "" where nothing is."""
+    try:
+        running_stages(root)
+    except ValueError:
+        return f"{rwlock(root)} cannot be read: DVC was killed while it wrote it"
+    return ""
+
+
 def mend_rwlock(root: Path) -> str:
     """Remove an rwlock that was cut when DVC was killed, and say so; "" where it is whole.
 
     ValueError while a process lives that it names, or another DVC works here.
     """
-    path = rwlock(root)
-    try:
-        running_stages(root)
+    found = rwlock_damage(root)
+    if not found:
         return ""
-    except ValueError:
-        pass
     from dvc.rwlock import RWLOCK_LOCK
+
+    path = rwlock(root)
 
     with locked(root), _lock(root, RWLOCK_LOCK, wait=True):
         named = re.findall(r'"pid": (\d+)[,}]', path.read_text(encoding="utf-8", errors="replace"))
@@ -353,7 +361,7 @@ def mend_rwlock(root: Path) -> str:
         if living:
             raise ValueError(f"process {', '.join(living)} runs stages here; wait for its end")
         path.unlink()
-    return f"{path} cannot be read: DVC was killed while it wrote it"
+    return found
 
 
 # How it writes both. It truncates them and writes them anew: a process that is killed in between, with its node or

@@ -53,7 +53,7 @@ def _keep(root: Path) -> None:
     text, copy = _read(root / LOCK), _read(root / KEPT)
     if not text or text == copy:
         return
-    if _is_beginning(text, copy) and not _known_to_git(root):
+    if text.startswith(HEAD) and _is_beginning(text, copy) and not _known_to_git(root):
         text = _text(_entries(copy) | _without_last(_entries(text)))  # cut, and nobody has mended it
     _write(root / KEPT, text)
 
@@ -66,6 +66,8 @@ def damage(root: Path) -> str:
         return f"{LOCK} {there}" if _entries(before) or text or _ended(root) else ""
     if not dvc_inside.is_lock(_parsed(text)):
         return f"{LOCK} cannot be read: DVC was killed while it wrote it, or somebody changed it"
+    if not text.startswith(HEAD):  # DVC reads it, but somebody else has written it
+        return ""
     lacks = _is_beginning(text, before) or _lacks_last(root, text) or _lacks_lines(root, text)
     if lacks and not _known_to_git(root):
         return f"{LOCK} ends too early: DVC was killed while it wrote it"

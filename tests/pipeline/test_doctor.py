@@ -96,7 +96,8 @@ def test_what_looks_whole_and_is_not(repo, tmp_path):
     assert code == 1
     assert "own.mine.path: there is no folder" in rows["data"]
     assert rows["DVC"].startswith("fail")
-    assert rows["DVC"].endswith("->  `python -m pipeline mend`")
+    assert "rwlock cannot be read" in rows["DVC"]
+    assert rows["DVC"].endswith("->  python -m pipeline mend, and then the same command again")
     assert rows["packages"].startswith("warn")
     assert "activate the environment" in rows["packages"]
     (broken / "photos" / "nowhere").mkdir(parents=True)

@@ -574,3 +574,41 @@ def test_a_read_only_data_folder_is_enough_for_all_but_the_download(finished, tm
     assert done.returncode == 1
     assert f"{data / 'embedded' / 'dtd'} cannot be written (Read-only file system)" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"command": ["env", "-u", "HOME", "dvc", "repro"]},
+        {"HOME": "/nonexistent", "TMPDIR": "/nonexistent"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"folder": 'it\'s "a" $HOME repo'},
+    ],
+    ids=["no HOME", "no folders", "locale C", "quotes"],
+)
+def test_odd_surroundings_change_nothing(finished, tmp_path, given):
+    env = dict(given)
+    command, folder = env.pop("command", ["dvc", "repro"]), env.pop("folder", "repo")
+    repo = breakable.copy(finished, tmp_path / folder, but=[TRAIN, EVALUATE])
+    done = call(repo, *command, **env)
+    assert done.returncode == 0, done.stderr
+    complete(repo, finished)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["worktree", "shallow clone"])
+def test_dvc_repro_and_exp_run_in_other_kinds_of_checkouts(finished, tmp_path, how):
+    repo, other = breakable.copy(finished, tmp_path / "repo"), tmp_path / "other"
+    commands = {
+        "worktree": ["git", "worktree", "add", "-q", str(other)],
+        "shallow clone": ["git", "clone", "-q", "--depth", "1", f"file://{repo}", str(other)],
+    }
+    for command in (["git", "add", "-A"], ["git", "commit", "-qm", "all"], commands[how]):
+        done = call(repo, *command)
+        assert done.returncode == 0, done.stderr
+    complete(other, finished)
+    for where in ([], ["--temp"]):
+        done = call(other, "dvc", "exp", "run", *where, "-S", "heba.lr=0.006")
+        assert done.returncode == 0, done.stderr
+    assert len(call(other, "dvc", "exp", "list", "--name-only").stdout.split()) >= 1
