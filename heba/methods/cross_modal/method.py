@@ -110,7 +110,7 @@ def search(
         torch.cat([labels, labels, classes.index]),
     )
     looks = samples(model, val.views.plain, torch.tensor(val.labels, dtype=torch.long))
-    start = zero_shot_weights(classes) if settings.init == "zero_shot" else model.weight.detach()
+    start = zero_shot_weights(classes) if settings.init == "zeroshot" else model.weight.detach()
     found: dict[tuple[float, float, int], Trained] = {}
     where = model.factor.device
     with (

@@ -25,7 +25,7 @@ class Settings(BaseModel):
 
     Attributes:
         prompts: what names a class, each prompt a sample; officially the data set's template, on ImageNet seven.
-        init: the classifier's start; the README has zero_shot, the script random.
+        init: the classifier's start; the README has zeroshot, the script random.
         wise_ft: the share of the zero-shot classifier in the final one; 0.5 is WiSE-FT.
         lr, weight_decay, batch_size: of AdamW, a batch half images and half texts; the first best on val in the
             order lr, weight_decay, batch_size. A size whose halves are not smaller than what there is of images
@@ -37,7 +37,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     prompts: Kind = "template"
-    init: Literal["zero_shot", "random"] = "zero_shot"
+    init: Literal["zeroshot", "random"] = "zeroshot"
     wise_ft: Fraction = 0.0
     lr: Annotated[list[Positive], Field(min_length=1)] = [0.001, 0.0001]
     weight_decay: Annotated[list[NotNegative], Field(min_length=1)] = [0.0, 0.01, 0.0001]
