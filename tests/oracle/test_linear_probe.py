@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from heba.fit.run import Run
 from heba.methods.linear_probe import method, settings
@@ -73,3 +74,17 @@ def test_every_value_of_the_search(folder):
             method.search(score, case.about["settings"]["num_step"])
             pairs = [(right, left) for left, right in zip(*[iter(tight["val_acc_left_right"])] * 2, strict=True)]
             assert tried == pytest.approx([*tight["coarse_val_acc"], *(value for pair in pairs for value in pair)])
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_the_minimum_is_that_of_the_equation(n_classes):
+    """With two classes too, of which scikit-learn's logistic regression has another form."""
+    draws = torch.Generator().manual_seed(0)
+    labels, c = torch.arange(12) % n_classes, 0.5
+    x = torch.randn(12, 4, generator=draws, dtype=torch.float64) + labels[:, None]
+    weight, bias = (tensor.requires_grad_() for tensor in method.solve(x, labels, c))
+    assert weight.shape == (n_classes, 4)
+    assert bias.shape == (n_classes,)
+    loss = c * F.cross_entropy(x @ weight.T + bias, labels, reduction="sum") + weight.square().sum() / 2
+    gradients = torch.autograd.grad(loss, [weight, bias])
+    assert max(gradient.abs().max() for gradient in gradients) < 1e-8
