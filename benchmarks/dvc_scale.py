@@ -47,7 +47,7 @@ def measure(root: Path, preset: str, count: int | None) -> dict[str, str]:
         whole = cpu(lambda: run(root, [Slot("", {})], processes))
     plan = cpu(lambda: make_plan(root))
     again = cpu(lambda: dvc(["repro"], root))
-    names = list(yaml.load((root / LOCK).read_text(encoding="utf-8"), yaml.CSafeLoader)["stages"])
+    names = list(yaml.safe_load((root / LOCK).read_text(encoding="utf-8"))["stages"])
     stages = [name for name in names if name.startswith("train@")][-FEW - 1 :]
 
     def each(command: list[str]) -> float:

@@ -5,10 +5,10 @@ DVC promises none of this. tests/pipeline/test_dvc_inside.py holds each of it ag
 
 import json
 import os
-import pickle
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -458,11 +458,11 @@ def parse_once() -> None:
     plain_parse = _yaml.parse_yaml
 
     @lru_cache(maxsize=16)
-    def parsed(text: str, path: str) -> bytes:
-        return pickle.dumps(plain_parse(text, path))
+    def parsed(text: str, path: str) -> Any:
+        return plain_parse(text, path)
 
     def parse_yaml(text: str, path: str, typ: str = "safe") -> Any:
         # A copy each time: its readers may change what they get.
-        return pickle.loads(parsed(text, path)) if typ == "safe" else plain_parse(text, path, typ)
+        return deepcopy(parsed(text, path)) if typ == "safe" else plain_parse(text, path, typ)
 
     _yaml.parse_yaml = strictyaml.parse_yaml = parse_yaml

@@ -62,8 +62,9 @@ def damage(root: Path) -> str:
     """What is wrong with dvc.lock at `root`, as a killed DVC leaves it; "" where nothing is."""
     text, before = _read(root / LOCK), _before(root)
     if not text.strip():
-        there = "is empty" if (root / LOCK).exists() else "is missing"
-        return f"{LOCK} {there}" if _entries(before) or text or _ended(root) else ""
+        if (root / LOCK).exists():
+            return f"{LOCK} is empty"
+        return f"{LOCK} is missing" if _entries(before) or _ended(root) else ""
     if not dvc_inside.is_lock(_parsed(text)):
         return f"{LOCK} cannot be read: DVC was killed while it wrote it, or somebody changed it"
     if not text.startswith(HEAD):  # DVC reads it, but somebody else has written it

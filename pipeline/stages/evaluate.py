@@ -63,12 +63,15 @@ def evaluate_all(params: Params, jobs: list[Evaluation], folder: Path) -> str:
     with writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         keep_only(folder, [job.path for job in jobs])
-    configs = {job: artifact.read_config(job.training.folder) for job in jobs}
-    digests = {job: inputs_sha256(params, job) for job in jobs}
     clip = None
     made: dict[str, Record] = {}
     try:
-        for alike in together([job for job in jobs if not kept(job.path, digests[job])]):
+        for found in together(jobs):
+            configs = {job: artifact.read_config(job.training.folder) for job in found}
+            digests = {job: inputs_sha256(params, job) for job in found}
+            alike = [job for job in found if not kept(job.path, digests[job])]
+            if not alike:
+                continue
             clip = clip or load_backbone(params)[0]
             for job, groups in zip(alike, evaluate(params, clip, alike), strict=True):
                 record = record_of(params, job, configs[job], groups, digests[job])

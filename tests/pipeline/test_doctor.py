@@ -43,7 +43,7 @@ def doctor(folder, **env):
 def test_a_sound_repository_has_no_failed_row(repo):
     rows, code = doctor(repo)
     assert code == 0, rows
-    assert list(rows) == ["packages", "params.yaml", "GPU", "disk", "data", "MLflow", "git", "DVC"]
+    assert list(rows) == ["packages", "params.yaml", "GPU", "disk", "cache", "data", "MLflow", "git", "DVC"]
     assert not [row for row in rows.values() if row.startswith("fail")]
     assert "torch" in rows["packages"]
     assert rows["data"] == "ok    data: 1 data sets present and whole"

@@ -145,10 +145,11 @@ def test_mend_refuses_to_judge_outs_that_are_being_made(tmp_path):
     assert "repro -q b@1: runs here; wait for its end" in refused.stderr
     (repo / "dvc.lock").write_text("")
     damaged = small.stage(repo, "mend")
+    assert damaged.returncode == 0, damaged.stderr
+    assert "dvc.lock is empty" in damaged.stdout
     nowhere = small.stage(tmp_path, "mend")
-    for done, message in ((damaged, "dvc.lock is damaged; `git checkout dvc.lock`"), (nowhere, "DVC repository")):
-        assert done.returncode == 1
-        assert message in done.stderr
+    assert nowhere.returncode == 1
+    assert "DVC repository" in nowhere.stderr
         assert "Traceback" not in done.stderr
 
 
@@ -204,18 +205,15 @@ def test_ctrl_c_lets_the_last_dvc_repro_end(tmp_path):
 
 KILLED_IN_THE_MIDDLE = """
 import os, runpy, signal, sys
-from dvc.utils.serialize import _yaml
 
-whole = _yaml._dump
+replace = os.replace
 
-def half(data, stream):
-    if "dvc.lock" not in str(stream.name):
-        return whole(data, stream)
-    stream.write("schema: '2")
-    stream.flush()
-    os.kill(os.getpid(), signal.SIGKILL)
+def killed(new, old):
+    if os.path.basename(old) == "dvc.lock":
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(new, old)
 
-_yaml._dump = half
+os.replace = killed
 sys.argv = ["dvc", "repro", "--single-item", "b@1"]
 runpy.run_module("pipeline.runner.safe_dvc", run_name="__main__")
 """

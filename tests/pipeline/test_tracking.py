@@ -22,7 +22,7 @@ from tests.pipeline.repository import ROOT, environment, stage, wait_for
 TRAINING = Training("base_to_novel", "dtd", "zero_shot", shots=2, seed=1)
 CONFIG = artifact.Config(
     method=TRAINING.method,
-    settings={},
+    settings={"prompts": "descriptions"},
     class_names=["grass"],
     backbone=artifact.Backbone(name="tiny", pretrained="embedded", sha256="0" * 64),
     protocol=TRAINING.protocol,
@@ -65,7 +65,7 @@ def evaluation(**about):
         "source": None,
         "suite": CONFIG.suite,
         "backbone": {"name": "tiny", "pretrained": "embedded"},
-        "settings": {},
+        "settings": {"prompts": "descriptions"},
         "adapter_sha256": "of its adapter",
         "inputs_sha256": CONFIG.inputs_sha256,
         "evaluated_sha256": "of its evaluation",

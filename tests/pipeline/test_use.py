@@ -270,7 +270,8 @@ def test_info_by_folder_run_and_registered_model(repo, run_heba):
     assert len({len(line) - len(line.split(":", 1)[1].lstrip()) for line in shown}) == 1  # aligned
     assert "git commit" not in rows  # no git here
     plain = json.loads(run_heba(repo, "info", PLAIN, "--json").stdout)
-    assert (plain["method"], plain["settings"], plain["classes"]) == ("zero_shot", None, CLASSES)
+    assert (plain["method"], plain["classes"]) == ("zero_shot", CLASSES)
+    assert plain["settings"] == ["prompts descriptions"]
     assert plain["base, %"] == round(record(repo, "zero_shot").groups["base"].accuracy, 2)
 
 
