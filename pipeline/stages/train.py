@@ -27,7 +27,7 @@ from pipeline.stages.backbone import be_deterministic, computing, device, load_b
 from pipeline.stages.download import manifest_path, verified_folder
 from pipeline.stages.precompute import precompute_folder, read_classes
 from pipeline.stages.split import read_sample, read_trainings, sample_path
-from pipeline.stages.views import needs_views, read_views, views_path
+from pipeline.stages.views import needs_views, read_views, views_sha256
 from pipeline.tracking import log
 
 
@@ -112,11 +112,11 @@ def config_of(params: Params, training: Training) -> artifact.Config:
         "settings": {key: value for key, value in settings.items() if key not in evaluation},
         "adapter_dtype": params.adapter_dtype,
         "code": code.sha256(*code.TRAIN, code.of_method(method)),
+        "views": views_sha256(dataset, training.shots, training.seed) if needs_views(method) else None,
     }
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())
     sample = sample_path(dataset, training.shots, training.seed)
     files = [manifest_path(dataset), sample, precompute_folder(dataset) / "text.safetensors"]
-    files += [views_path(dataset, training.shots, training.seed)] * needs_views(method)
     for file in files:
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return config.model_copy(update={"inputs_sha256": digest.hexdigest()[:32]})

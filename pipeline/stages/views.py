@@ -42,6 +42,13 @@ def needs_views(method: str) -> bool:
     return about.READS == "features" and about.DRAWS
 
 
+def views_sha256(dataset: str, shots: int, seed: int) -> str:
+    """The hash of a sample's file."""
+    path = views_path(dataset, shots, seed)
+    with reading(path, stage_of("views", dataset)):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def read_views(dataset: str, shots: int, seed: int) -> dict[str, Views]:
     """The frozen features of a few-shot sample's images, of train and of val."""
     path = views_path(dataset, shots, seed)

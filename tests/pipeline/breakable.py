@@ -34,7 +34,7 @@ def changed_params(folder):
 def small_params():
     """imagenet and dtd, one seed, all protocols, trainings that take seconds."""
     params = read_params()
-    params |= {"datasets": ["imagenet", "dtd"], "seeds": [1], "shots": 2}
+    params |= {"datasets": ["imagenet", "dtd"], "methods": ["zero_shot", "heba"], "seeds": [1], "shots": 2}
     params["heba"] |= {"epochs": 25, "batch_size": 4}
     params["heba"]["overrides"]["cross_dataset"] |= {"epochs": 1}
     params["few_shot"] |= {"datasets": ["dtd"], "seeds": [1], "shots": [1]}

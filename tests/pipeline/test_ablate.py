@@ -359,7 +359,7 @@ def test_the_table_needs_no_training_to_be_rendered(tmp_path):
 def test_two_experiments_side_by_side_fill_the_table(tmp_path):
     copy_code(tmp_path)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params |= {"datasets": ["imagenet", "dtd"], "seeds": [1], "shots": 2}
+    params |= {"datasets": ["imagenet", "dtd"], "methods": ["zero_shot", "heba"], "seeds": [1], "shots": 2}
     params["heba"] |= {"epochs": 1, "batch_size": 4}
     params["transfer"] |= {"targets": ["dtd"]}
     params["few_shot"] |= {"datasets": ["dtd"]}

@@ -142,6 +142,7 @@ def repo(tmp_path_factory):
         "listed": {"kind": "csv", "path": "my photos"},
     }
     params |= {"seeds": [1], "shots": 2}
+    params["methods"] = ["zero_shot", "heba"]
     params["few_shot"] = {"datasets": ["listed"], "seeds": [], "shots": [1]}
     params["heba"] |= {"epochs": 1, "batch_size": 4}
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))

@@ -34,6 +34,7 @@ def repository(folder, datasets, variants):
     params |= {"datasets": datasets, "seeds": [1], "shots": 2}
     params["data"] |= {"mirror": "mirror", "catalog": "mirror/catalog.yaml"}
     params["backbone"] = {"name": "small.json", "pretrained": "small.safetensors"}
+    params["methods"] = ["zero_shot", "heba"]
     params["heba"] |= {"start": 1, "end": 2, "epochs": 1, "batch_size": 16}
     params["heba"]["overrides"]["cross_dataset"] |= {"start": 1, "epochs": 1, "batch_size": 16}
     params["transfer"] |= {"source": datasets[0], "targets": datasets[1:], "variants": variants, "seeds": [1]}

@@ -301,6 +301,7 @@ def evaluated(tmp_path, monkeypatch):
     shutil.copy(ROOT / "ablation.csv", tmp_path)
     params = yaml.safe_load((ROOT / "params.yaml").read_text()) | {
         "datasets": ["imagenet", "dtd"],
+        "methods": METHODS,
         "seeds": [1, 2],
     }
     params["transfer"] |= {"targets": ["dtd"], "seeds": [1]}
