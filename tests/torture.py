@@ -299,13 +299,18 @@ def main() -> None:
     parser.add_argument("--only", type=int, help="this round alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commands", default=",".join(COMMANDS), help="some of these, with commas between")
+    parser.add_argument(
+        "--own-servers", action="store_true", help="each DVC starts a server for its stages; slower"
+    )
     parser.add_argument("--folder", type=Path, help="is kept; default: a temporary one")
     args = parser.parse_args()
     rounds = [args.only] if args.only is not None else list(range(args.first, args.first + args.rounds))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts in the background ignores it
-    with tempfile.TemporaryDirectory(prefix="torture-") as temporary, stage_server(ROOT) as environment:
-        wait_for(Path(environment[SERVER]).exists)
-        os.environ.update(environment)
+    with tempfile.TemporaryDirectory(prefix="torture-") as temporary:
+        if not args.own_servers:
+            environment = stage_server(ROOT)
+            wait_for(Path(environment[SERVER]).exists)
+            os.environ.update(environment)
         folder = (args.folder or Path(temporary)).absolute()
         folder.mkdir(exist_ok=True)
         tempfile.tempdir = os.environ["TMPDIR"] = str(folder / "tmp")  # what lies there is ours

@@ -146,7 +146,7 @@ def test_mend_refuses_to_judge_outs_that_are_being_made(tmp_path):
     (repo / "dvc.lock").write_text("")
     damaged = small.stage(repo, "mend")
     assert damaged.returncode == 0, damaged.stderr
-    assert "dvc.lock is empty" in damaged.stdout
+    assert "dvc.lock is empty" in damaged.stderr
     nowhere = small.stage(tmp_path, "mend")
     assert nowhere.returncode == 1
     assert "DVC repository" in nowhere.stderr

@@ -40,7 +40,7 @@ def repo(tmp_path_factory):
     """A folder in which dtd was trained and evaluated for base_to_novel, stage by stage."""
     folder = tmp_path_factory.mktemp("use")
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params |= {"datasets": ["dtd"], "seeds": [1], "shots": 2}
+    params |= {"datasets": ["dtd"], "methods": ["zero_shot", "heba"], "seeds": [1], "shots": 2}
     params["heba"] |= {"epochs": 2, "batch_size": 4, "scale_novel": 0.02}
     params["few_shot"]["seeds"] = params["few_shot"]["datasets"] = []
     params["transfer"] |= {"source": "dtd", "targets": [], "variants": [], "protocols": []}
