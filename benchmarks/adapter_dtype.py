@@ -15,19 +15,21 @@ from heba.evaluation.report import classification_report
 from pipeline.commands.cli import run_app
 from pipeline.core.params import Params, ParamsError, load_params
 from pipeline.core.trainings import Training, can, trainings
-from pipeline.stages.backbone import computing, device, load_backbone
+from pipeline.stages.backbone import Tokenizer, computing, device, load_backbone
 from pipeline.stages.evaluate import groups_of, predict
 from pipeline.stages.precompute import read_classes, read_test
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def full_and_rounded(clip: Any, params: Params, training: Training) -> list[tuple[dict, dict]]:
+def full_and_rounded(
+    clip: Any, tokenizer: Tokenizer, params: Params, training: Training
+) -> list[tuple[dict, dict]]:
     """What a training predicts, as it is on disk and rounded to fp16: the reports of
     heba.evaluation.report.classification_report for base classes, and for novel ones where the method can."""
     method = methods.part(training.method, "method")
     model, config = artifact.load(clip, training.folder)
-    classes = read_classes(training.dataset, config.method_settings().prompts)
+    classes = read_classes(training.dataset, config.method_settings().prompts, tokenizer)
     test = read_test(training.dataset, preprocess_of(clip))
 
     def reports() -> list[dict]:
@@ -58,9 +60,9 @@ def main() -> None:
     params = load_params()
     if params.adapter_dtype != "fp32":
         raise ParamsError("adapter_dtype: run `dvc repro` with fp32 first, else both sides are rounded")
-    clip, _ = load_backbone(params)
+    backbone = load_backbone(params)
     wanted = [t for t in trainings(params) if t.protocol == "base_to_novel" and artifact.read_tensors(t.folder)]
-    pairs = [pair for training in wanted for pair in full_and_rounded(clip, params, training)]
+    pairs = [pair for training in wanted for pair in full_and_rounded(*backbone, params, training)]
     differ = sum(full["confusion"] != rounded["confusion"] for full, rounded in pairs)
     worst = max((abs(full["accuracy"] - rounded["accuracy"]) for full, rounded in pairs), default=0.0)
     print(

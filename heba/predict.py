@@ -201,7 +201,7 @@ def _classes(clip: Any, tokenizer: Tokenizer, names: list[str], prompts: Prompts
     """What frozen CLIP makes of class names."""
     tokens, _ = tokenize(prompts.texts, tokenizer)
     features = encode_prompts(clip, tokens, partial(encode_text_plain, clip), clip.logit_scale.device)
-    return Classes(names, tokens, torch.tensor(prompts.class_index), features)
+    return Classes(names, tokens, torch.tensor(prompts.class_index), features, tokenizer)
 
 
 @torch.no_grad()

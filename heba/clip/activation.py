@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class _QuickGELU(torch.autograd.Function):
@@ -18,17 +18,7 @@ class _QuickGELU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad, z)
 
 
-class QuickGELU(nn.Module):
+def quick_gelu(x: Tensor) -> Tensor:
     """x * sigmoid(1.702 x), OpenAI's activation, as silu(1.702 x) / 1.702: one pass over memory in the backward
-    instead of five, which is a fifth of a training step on a CPU.
-
-    Args:
-        plain: open_clip's own, which comes back when none of the `users`, models with adapters, is left.
-    """
-
-    def __init__(self, plain: nn.Module) -> None:
-        super().__init__()
-        self.plain, self.users = plain, 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _QuickGELU.apply(x)
+    instead of five, which is a fifth of a training step on a CPU."""
+    return _QuickGELU.apply(x)

@@ -22,18 +22,22 @@ class Classes:
         tokens: [n_prompts, length], of all prompts, class by class.
         index: [n_prompts], the class of every prompt, ascending.
         features: [n_prompts, E], of the frozen text tower, not normalised.
+        tokenizer: of the backbone, texts to tokens [n, context], for a method that has prompts of its own.
     """
 
     names: list[str]
     tokens: Tensor
     index: Tensor
     features: Tensor
+    tokenizer: Callable[[list[str]], Tensor]
 
     def select(self, labels: range) -> "Classes":
         """The classes of `labels` alone, counted from 0."""
         rows = (self.index >= labels.start) & (self.index < labels.stop)
         names = [self.names[label] for label in labels]
-        return Classes(names, self.tokens[rows], self.index[rows] - labels.start, self.features[rows])
+        return Classes(
+            names, self.tokens[rows], self.index[rows] - labels.start, self.features[rows], self.tokenizer
+        )
 
 
 # A CPU gains nothing from larger batches, which leave its cache.

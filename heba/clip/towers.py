@@ -6,15 +6,15 @@ last block runs for the token that is read alone, as it does in an image tower t
 towers run as the model runs them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heba.clip.architecture import SUPPORTED
+from heba.clip.blocks import PLAIN, Change, Packing, is_plain, pack, run_block, run_last_block
 
 
 @dataclass(frozen=True)
@@ -145,56 +145,6 @@ def cut_texts(clip: Any, tokens: Tensor) -> Tensor:
     return tokens if whole_context(clip) else tokens[:, : max(text_lengths(clip, tokens))]
 
 
-@dataclass(frozen=True)
-class Packing:
-    """Texts of different lengths laid end to end, so that nothing is computed for the padding after EOT. Attention
-    alone needs them side by side.
-
-    Attributes:
-        rows: [T], where each of the T tokens stands in the padded [n * length]; None when it is all of them.
-        eot: [n], the position of the token that is read in each text. read: [n], where it is among the T tokens.
-        length: of the longest text.
-    """
-
-    rows: Tensor | None
-    eot: Tensor
-    read: Tensor
-    length: int
-
-    def pack(self, x: Tensor) -> Tensor:
-        """[n, length, width] to [T, width]."""
-        x = x.flatten(0, 1)
-        return x if self.rows is None else x[self.rows]
-
-    def unpack(self, x: Tensor) -> Tensor:
-        """[T, width] to [n, length, width], zeros for the padding."""
-        if self.rows is not None:
-            x = x.new_zeros(len(self.eot) * self.length, x.shape[1]).index_copy(0, self.rows, x)
-        return x.unflatten(0, (len(self.eot), self.length))
-
-    def positions(self) -> Tensor:
-        """[T], of each token in its text."""
-        rows = self.rows
-        if rows is None:
-            rows = torch.arange(len(self.eot) * self.length, device=self.eot.device)
-        return rows % self.length
-
-
-def pack(lengths: Sequence[int], device: torch.device, context: int | None = None) -> Packing:
-    """The packing of texts whose `lengths` end with the token that is read (`text_lengths`).
-
-    `context`: the length of all of them where attention goes both ways (`whole_context`).
-    """
-    n = torch.tensor(lengths)
-    if context is not None:
-        return Packing(None, (n - 1).to(device), (torch.arange(len(n)) * context + n - 1).to(device), context)
-    length = int(n.max())
-    rows = None
-    if int(n.min()) < length:
-        rows = (torch.arange(length) < n[:, None]).flatten().nonzero().flatten().to(device)
-    return Packing(rows, (n - 1).to(device), (n.cumsum(0) - 1).to(device), length)
-
-
 def embed_tokens(clip: Any, tokens: Tensor, n_blocks: int) -> Tensor:
     """Hidden states [n, length, width] of `tokens` [n, length] after the first `n_blocks` blocks."""
     text = text_tower(clip)
@@ -210,23 +160,36 @@ def _mask(text: Any, length: int) -> Tensor | None:
     return None if text.attn_mask is None else text.attn_mask[:length, :length]
 
 
-def run_text_blocks(clip: Any, hidden: Tensor, packing: Packing, first: int, whole: bool = False) -> Tensor:
+NOTHING: Mapping[int, Change] = {}
+
+
+def run_text_blocks(
+    clip: Any,
+    hidden: Tensor,
+    packing: Packing,
+    first: int,
+    whole: bool = False,
+    changes: Mapping[int, Change] = NOTHING,
+) -> Tensor:
     """Text features [n, E] from hidden states [n, length, width] that enter block `first` (0-based).
 
-    `whole`: run the last block for all tokens, not for the one that is read alone.
+    Args:
+        whole: run the last block for all tokens, not for the one that is read alone.
+        changes: by block, 0-based (`check_inside`).
     """
     text = text_tower(clip)
     mask = _mask(text, packing.length)
     x = packing.pack(hidden)
-    for block in text.transformer.resblocks[first:-1]:
-        x = run_block(block, x, packing, mask)
-    last = text.transformer.resblocks[-1]
+    end = len(text.transformer.resblocks) - 1
+    for i in range(first, end):
+        x = run_block(text.transformer.resblocks[i], x, packing, mask, changes.get(i, PLAIN))
+    last, change = text.transformer.resblocks[end], changes.get(end, PLAIN)
     if whole:
-        x = run_block(last, x, packing, mask)[packing.read]
+        x = run_block(last, x, packing, mask, change)[packing.read]
     else:
         # Under a causal mask, the token that is read sees what is not after it.
         seen = None if mask is None else torch.arange(packing.length, device=x.device) <= packing.eot.unsqueeze(1)
-        x = run_last_block(last, x, packing, mask, packing.read, seen)
+        x = run_last_block(last, x, packing, mask, packing.read, seen, change)
     x = text.ln_final(x)
     projection = text.text_projection
     if projection is None:
@@ -239,6 +202,27 @@ def _runs_by_blocks(visual: Any) -> bool:
     from open_clip.transformer import VisionTransformer
 
     return type(visual) is VisionTransformer and _is_read_at_cls(visual)
+
+
+def check_inside(clip: Any, method: str) -> None:
+    """Raise ValueError, in the words of `method`, where a `Change` cannot be made in the blocks of both towers."""
+    check_text_inside(clip, method)
+    visual = clip.visual
+    if not _runs_by_blocks(visual) or not all(map(is_plain, visual.transformer.resblocks)):
+        raise ValueError(
+            f"{method} needs an image tower of open_clip's own that is read at CLS, as OpenAI's ViTs are, not a "
+            f"{type(visual).__name__}; take another backbone or method"
+        )
+
+
+def check_text_inside(clip: Any, method: str) -> None:
+    """The same of the text tower alone."""
+    blocks = text_tower(clip).transformer.resblocks
+    if not all(map(is_plain, blocks)):
+        raise ValueError(
+            f"{method} needs a text tower of open_clip's plain blocks, not of {type(blocks[0]).__name__}; take "
+            "another backbone or method"
+        )
 
 
 def embed_images(clip: Any, images: Tensor, n_blocks: int, kept: dict[int, Tensor] | None = None) -> Tensor:
@@ -259,15 +243,18 @@ def embed_images(clip: Any, images: Tensor, n_blocks: int, kept: dict[int, Tenso
     return x
 
 
-def run_image_blocks(clip: Any, hidden: Tensor, first: int) -> Tensor:
-    """Image features [n, E] from hidden states that enter block `first` (0-based; `embed_images`)."""
+def run_image_blocks(clip: Any, hidden: Tensor, first: int, changes: Mapping[int, Change] = NOTHING) -> Tensor:
+    """Image features [n, E] from hidden states that enter block `first` (0-based; `embed_images`), with `changes`
+    by block (`check_inside`)."""
     visual = clip.visual
     if not _runs_by_blocks(visual):
         return visual(hidden)
     x = hidden
-    for block in visual.transformer.resblocks[first:-1]:
-        x = run_block(block, x)
-    x = visual.ln_post(run_last_block(visual.transformer.resblocks[-1], x))
+    end = len(visual.transformer.resblocks) - 1
+    for i in range(first, end):
+        x = run_block(visual.transformer.resblocks[i], x, change=changes.get(i, PLAIN))
+    x = run_last_block(visual.transformer.resblocks[end], x, change=changes.get(end, PLAIN))
+    x = visual.ln_post(x)
     return x if visual.proj is None else x @ visual.proj
 
 
@@ -279,63 +266,6 @@ def image_hidden(clip: Any, images: Tensor) -> Tensor | None:
     if type(visual) is not VisionTransformer or visual.proj is None:
         return None
     return visual._pool(visual.transformer(visual._embeds(images)))[0]
-
-
-def run_block(block: Any, x: Tensor, packing: Packing | None = None, mask: Tensor | None = None) -> Tensor:
-    """One block, of images for `x` [n, length, width], of texts for packed [T, width], under a causal `mask` or,
-    without one, with attention both ways."""
-    from open_clip.transformer import ResidualAttentionBlock
-
-    if type(block) is not ResidualAttentionBlock:
-        return block(x) if packing is None else packing.pack(block(packing.unpack(x), attn_mask=mask))
-    attn: nn.MultiheadAttention = block.attn
-    qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
-    if packing is not None:
-        qkv = packing.unpack(qkv)
-    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [n, heads, length, head width]
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=mask is not None).transpose(1, 2).flatten(2)
-    if packing is not None:
-        y = packing.pack(y)
-    x = x + block.ls_1(attn.out_proj(y))
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
-
-
-def run_last_block(
-    block: Any,
-    x: Tensor,
-    packing: Packing | None = None,
-    mask: Tensor | None = None,
-    read: Tensor | None = None,
-    seen: Tensor | None = None,
-) -> Tensor:
-    """The last block of a tower for the token that is read after it, the same as the whole block's: the other
-    tokens only give keys and values.
-
-    Args:
-        x, packing, mask: as in `run_block`.
-        read: for texts, [n], the rows of `x` that are read; of images CLS is.
-        seen: for texts under a mask, [n, length], true where the token that is read attends; else everywhere.
-    Returns:
-        [n, width].
-    """
-    from open_clip.transformer import ResidualAttentionBlock
-
-    if type(block) is not ResidualAttentionBlock:
-        x = run_block(block, x, packing, mask)
-        return x[:, 0] if read is None else x[read]
-    attn: nn.MultiheadAttention = block.attn
-    width, weight, bias = x.shape[-1], attn.in_proj_weight, attn.in_proj_bias
-    h = block.ln_1(x)
-    kv = F.linear(h, weight[width:], bias[width:])
-    if packing is not None:
-        kv = packing.unpack(kv)
-    k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [n, heads, length, head width]
-    h, x = (h[:, 0], x[:, 0]) if read is None else (h[read], x[read])
-    q = F.linear(h, weight[:width], bias[:width]).unflatten(-1, (attn.num_heads, 1, -1))
-    allowed = None if seen is None else seen[:, None, None]
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).flatten(1)
-    x = x + block.ls_1(attn.out_proj(y))
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
 @torch.no_grad()

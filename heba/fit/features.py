@@ -3,7 +3,6 @@ checkpoints."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from itertools import count
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +11,6 @@ from torch import Tensor, nn
 from heba.fit.loop import Schedule, cosine, finite, train_epochs, update
 from heba.fit.run import Run
 from heba.fit.search import accuracy, first_best
-
-
-def dassl_lr(lr: float, epoch: int, epochs: int) -> float:
-    """The learning rate of an epoch (0-based) in Dassl: 1e-5 in the first, then a cosine that begins one epoch
-    late and so does not reach 0."""
-    return 1e-5 if epoch == 0 else cosine(lr, epoch - 1, epochs)
 
 
 def passes(augmented: Tensor, plain: Tensor) -> Tensor:
@@ -52,10 +45,9 @@ def train_views(
     Raises:
         FloatingPointError: a loss that is not finite.
     """
-    epochs = count()
 
-    def run_epoch(generator: torch.Generator, done: Callable[[int], object]) -> list[float]:
-        features = views[next(epochs) % len(views)]
+    def run_epoch(epoch: int, generator: torch.Generator, done: Callable[[int], object]) -> list[float]:
+        features = views[epoch % len(views)]
         losses = []
         for rows in batches(generator):
             value = loss(features[rows], labels[rows])

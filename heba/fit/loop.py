@@ -59,11 +59,17 @@ class Schedule:
     lr: Callable[[int], float]
 
 
+def dassl_lr(lr: float, epoch: int, epochs: int) -> float:
+    """The learning rate of an epoch (0-based) in Dassl: 1e-5 in the first, then a cosine that begins one epoch
+    late and so does not reach 0."""
+    return 1e-5 if epoch == 0 else cosine(lr, epoch - 1, epochs)
+
+
 def train_epochs(
     parameters: nn.Module,
     optimizer: torch.optim.Optimizer,
     schedule: Schedule,
-    run_epoch: Callable[[torch.Generator, Callable[[int], object]], list[float]],
+    run_epoch: Callable[[int, torch.Generator, Callable[[int], object]], list[float]],
     run: Run,
     remedy: str,
 ) -> History:
@@ -71,9 +77,8 @@ def train_epochs(
 
     Args:
         parameters: the module that `optimizer` trains.
-        optimizer: SGD with momentum, or any where `run` has no checkpoint.
-        run_epoch: makes the steps of an epoch, with all its draws from the generator, counts them by the function
-            that it gets, and returns their losses.
+        run_epoch: makes the steps of an epoch (0-based), with all its draws from the generator, counts them by the
+            function that it gets, and returns their losses.
         remedy: what to do about a loss that is not finite.
     Returns:
         One {"epoch", "loss", "lr"} per epoch, which count from 1; loss is the mean over the steps.
@@ -93,7 +98,7 @@ def train_epochs(
             for group in optimizer.param_groups:
                 group["lr"] = lr
             try:
-                losses = run_epoch(generator, done)
+                losses = run_epoch(epoch, generator, done)
             except FloatingPointError as error:
                 raise FloatingPointError(f"epoch {epoch + 1}: {error}; {remedy}") from None
             history.append({"epoch": epoch + 1, "loss": sum(losses) / len(losses), "lr": lr})
@@ -110,11 +115,12 @@ def save_checkpoint(
     generator: torch.Generator,
     history: History,
 ) -> None:
-    """Write parameters, momentum and generator state atomically; `history` tells the epochs done."""
+    """Write parameters, buffers, the optimizer's and the generator's state atomically; `history` tells the epochs
+    done."""
     tensors = {"generator": generator.get_state()}
-    for name, parameter in parameters.named_parameters():
-        tensors[f"parameter.{name}"] = parameter.detach().cpu()
-        tensors[f"momentum.{name}"] = optimizer.state[parameter]["momentum_buffer"].cpu()
+    tensors |= {f"module.{name}": tensor.detach().cpu() for name, tensor in parameters.state_dict().items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{name}": tensor.cpu() for name, tensor in state.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name of this process: another experiment may run the same training.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -132,12 +138,19 @@ def load_checkpoint(
     try:
         with safe_open(path, "pt") as file:
             history = json.loads(file.metadata()["history"])
-            with torch.no_grad():
-                for name, parameter in parameters.named_parameters():
-                    parameter.copy_(file.get_tensor(f"parameter.{name}"))
-                    momentum = file.get_tensor(f"momentum.{name}").to(parameter.device)
-                    optimizer.state[parameter]["momentum_buffer"] = momentum
-            generator.set_state(file.get_tensor("generator"))
+            parts: dict[str, dict[str, Tensor]] = {"module": {}, "optimizer": {}, "generator": {}}
+            for key in file.keys():  # noqa: SIM118  (it has no iterator)
+                part, _, name = key.partition(".")
+                parts[part][name] = file.get_tensor(key)
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in parts["optimizer"].items():
+            i, _, name = key.partition(".")
+            state.setdefault(int(i), {})[name] = tensor
+        if len(state) != sum(len(group["params"]) for group in optimizer.param_groups):
+            raise ValueError("the optimizer's state is not that of these parameters")
+        parameters.load_state_dict(parts["module"])
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+        generator.set_state(parts["generator"][""])
     except Exception as error:
         raise ValueError(f"{path}: damaged checkpoint ({error}); delete it to train from the start") from error
     return history

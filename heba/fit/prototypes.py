@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from heba.fit.features import dassl_lr, train_views
-from heba.fit.loop import Schedule, make_optimizer
+from heba.fit.features import train_views
+from heba.fit.loop import Schedule, dassl_lr, make_optimizer
 from heba.fit.run import Run
 
 

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,7 +45,8 @@ def run(
     protocol = "few_shot" if all_classes else "base_to_novel"
     tensors, settings = methods.part(method, "convert").from_official(source, scale)
     prompts = methods.part(method, "settings").Settings.model_validate(settings).prompts
-    classes = read_classes(dataset, prompts)
+    clip, tokenizer = load_backbone(params)
+    classes = read_classes(dataset, prompts, tokenizer)
     classes = classes.select(labels_of(protocol, len(classes.names)))
     config = artifact.Config(
         method=method,
@@ -56,7 +58,7 @@ def run(
         suite=params.suite,
         bf16=use_bf16(params),
     )
-    write(params, target, config, classes, tensors)
+    write(params, clip, target, config, classes, tensors)
     return target
 
 
@@ -66,10 +68,15 @@ def converted_method() -> str:
 
 
 def write(
-    params: Params, target: Path, config: artifact.Config, classes: Classes, tensors: dict[str, torch.Tensor]
+    params: Params,
+    clip: Any,
+    target: Path,
+    config: artifact.Config,
+    classes: Classes,
+    tensors: dict[str, torch.Tensor],
 ) -> None:
     """Write the folder of a method that was trained elsewhere, with the classifier of its classes."""
-    part, (clip, _) = methods.part(config.method, "method"), load_backbone(params)
+    part = methods.part(config.method, "method")
     with new_folder(target) as out:
         artifact.write_tensors(tensors, out, torch.float32)
         artifact.write_config(config, out)

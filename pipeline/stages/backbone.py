@@ -19,6 +19,7 @@ from heba.fit.memory import keep_freed_memory
 from pipeline.core.params import Params, ParamsError
 from pipeline.core.paths import OUT, main_root, new_file, reading
 
+Tokenizer = Callable[[list[str]], Tensor]
 RECORD = OUT / "backbone.json"
 
 
@@ -56,7 +57,7 @@ def _local_files(params: Params) -> dict[str, Path]:
     return {key: path for key, path in files.items() if path.is_file()}
 
 
-def load_backbone(params: Params) -> tuple[Any, Callable[[list[str]], Tensor]]:
+def load_backbone(params: Params) -> tuple[Any, Tokenizer]:
     """The model (fp32, eval mode, on the device of params) and its tokenizer; ValueError when the weights or the
     config are not those of out/backbone.json."""
     if RECORD.is_file():

@@ -26,7 +26,7 @@ from pipeline.core import code
 from pipeline.core.params import Params
 from pipeline.core.paths import keep_only, new_file, writable
 from pipeline.core.trainings import Evaluation, Training, counted, stage_folder, tested_on, tests, train_folder
-from pipeline.stages.backbone import computing, device, load_backbone, use_bf16
+from pipeline.stages.backbone import Tokenizer, computing, device, load_backbone, use_bf16
 from pipeline.stages.precompute import TestImages, precompute_folder, read_classes, read_test
 from pipeline.stages.train import progress
 from pipeline.tracking import log
@@ -63,7 +63,7 @@ def evaluate_all(params: Params, jobs: list[Evaluation], folder: Path) -> str:
     with writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         keep_only(folder, [job.path for job in jobs])
-    clip = None
+    backbone = None
     made: dict[str, Record] = {}
     try:
         for found in together(jobs):
@@ -72,8 +72,8 @@ def evaluate_all(params: Params, jobs: list[Evaluation], folder: Path) -> str:
             alike = [job for job in found if not kept(job.path, digests[job])]
             if not alike:
                 continue
-            clip = clip or load_backbone(params)[0]
-            for job, groups in zip(alike, evaluate(params, clip, alike), strict=True):
+            backbone = backbone or load_backbone(params)
+            for job, groups in zip(alike, evaluate(params, *backbone, alike), strict=True):
                 record = record_of(params, job, configs[job], groups, digests[job])
                 with new_file(job.path) as path:
                     write_record(record, path)
@@ -149,7 +149,7 @@ def columns_of(dataset: str, names: list[str], trained: list[str]) -> Tensor:
     return torch.tensor([place[name] for name in names])
 
 
-def evaluate(params: Params, clip: Any, jobs: list[Evaluation]) -> list[dict[str, Group]]:
+def evaluate(params: Params, clip: Any, tokenizer: Tokenizer, jobs: list[Evaluation]) -> list[dict[str, Group]]:
     """For each of `jobs`, which are `together`, its groups."""
     protocol, dataset, name = jobs[0].protocol, jobs[0].dataset, jobs[0].training.method
     about, method = methods.part(name, "settings"), methods.part(name, "method")
@@ -162,7 +162,7 @@ def evaluate(params: Params, clip: Any, jobs: list[Evaluation]) -> list[dict[str
             model, config = artifact.load(clip, job.training.folder)
             models.append(model)
             configs.append(config)
-        classes = read_classes(dataset, configs[0].method_settings().prompts)
+        classes = read_classes(dataset, configs[0].method_settings().prompts, tokenizer)
         for group, (labels, trained) in groups_of(protocol, len(classes.names)).items():
             if not trained and not about.NEW_CLASSES:
                 continue

@@ -29,7 +29,7 @@ from heba.data.prompts import KINDS, PARTS, Kind, all_prompts, read_descriptions
 from heba.data.splits import Item, class_names, read_split
 from pipeline.core.params import Params, stage_of
 from pipeline.core.paths import OUT, new_folder, reading
-from pipeline.stages.backbone import computing, device, load_backbone, use_bf16
+from pipeline.stages.backbone import Tokenizer, computing, device, load_backbone, use_bf16
 from pipeline.stages.download import template_of, verified_folder
 
 
@@ -66,8 +66,8 @@ def read_names(dataset: str) -> list[str]:
     return names
 
 
-def read_classes(dataset: str, prompts: Kind) -> Classes:
-    """All classes, with what frozen CLIP makes of their prompts of one kind."""
+def read_classes(dataset: str, prompts: Kind, tokenizer: Tokenizer) -> Classes:
+    """All classes, with what frozen CLIP makes of their prompts of one kind; `tokenizer` is the backbone's."""
     names = read_names(dataset)
     path = precompute_folder(dataset) / "text.safetensors"
     with reading(path, stage_of("precompute", dataset)):
@@ -77,7 +77,8 @@ def read_classes(dataset: str, prompts: Kind) -> Classes:
         parts = torch.tensor([PARTS.index(part) for part in KINDS[prompts]])
         rows = torch.isin(tensors["part"], parts).nonzero().flatten()
         rows = rows[tensors["index"][rows].argsort(stable=True)]
-    return Classes(names, tensors["tokens"][rows], tensors["index"][rows], tensors["features"][rows])
+        tokens, index, features = (tensors[key][rows] for key in ("tokens", "index", "features"))
+    return Classes(names, tokens, index, features, tokenizer)
 
 
 def read_test(dataset: str, preprocess: Preprocess) -> TestImages:

@@ -23,7 +23,15 @@ from pipeline.core import code
 from pipeline.core.params import Params, ParamsError, settings_of
 from pipeline.core.paths import keep_only, main_root, new_folder, temporary_name, writable
 from pipeline.core.trainings import Training, counted, train_folder, trains
-from pipeline.stages.backbone import be_deterministic, computing, device, load_backbone, read_record, use_bf16
+from pipeline.stages.backbone import (
+    Tokenizer,
+    be_deterministic,
+    computing,
+    device,
+    load_backbone,
+    read_record,
+    use_bf16,
+)
 from pipeline.stages.download import manifest_path, verified_folder
 from pipeline.stages.precompute import precompute_folder, read_classes
 from pipeline.stages.split import read_sample, read_trainings, sample_path
@@ -59,13 +67,13 @@ def run(
     with writable(own):
         own.mkdir(parents=True, exist_ok=True)
         keep_only(own, [t.folder for t in listed])
-    clip, tracker, losses = None, log.StageLog(), dict[Training, float | None]()
+    backbone, tracker, losses = None, log.StageLog(), dict[Training, float | None]()
     try:
         for training in wanted:
             config = config_of(params, training)
             if not keep(config, training.folder):
-                clip = clip or load(params)
-                losses[training] = train(params, clip, training, config, tracker)
+                backbone = backbone or load(params)
+                losses[training] = train(params, *backbone, training, config, tracker)
     finally:
         tracker.finish()
     last = [loss for loss in losses.values() if loss is not None]
@@ -73,12 +81,12 @@ def run(
     return counted([t.folder.name for t in losses], len(wanted), "trainings") + mean
 
 
-def load(params: Params) -> Any:
+def load(params: Params) -> tuple[Any, Tokenizer]:
     if params.cuda_graphs and device(params).type != "cuda":
         raise ParamsError("cuda_graphs: needs a GPU, and this training runs on a CPU; set it to false")
     if params.deterministic:
         be_deterministic()
-    return load_backbone(params)[0]
+    return load_backbone(params)
 
 
 def labels_of(protocol: str, n_classes: int) -> range:
@@ -158,7 +166,12 @@ def progress(total: int, what: str) -> Iterator[Callable[[int], object]]:
 
 
 def train(
-    params: Params, clip: Any, training: Training, config: artifact.Config, tracker: log.StageLog
+    params: Params,
+    clip: Any,
+    tokenizer: Tokenizer,
+    training: Training,
+    config: artifact.Config,
+    tracker: log.StageLog,
 ) -> float | None:
     """Train, and write the training's folder; returns the last loss, where there is one."""
     dataset = training.dataset
@@ -167,7 +180,7 @@ def train(
     split = read_sample(dataset, training.shots, training.seed)
     labels = labels_of(training.protocol, len(class_names(split)))
     images = verified_folder(params, dataset) / "images"
-    classes = read_classes(dataset, settings.prompts).select(labels)
+    classes = read_classes(dataset, settings.prompts, tokenizer).select(labels)
     views = read_views(dataset, training.shots, training.seed) if needs_views(training.method) else {}
     parts = [labelled(split, part, images, labels, views.get(part)) for part in ("train", "val")]
     checkpoint = checkpoint_path(config)

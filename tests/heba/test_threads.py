@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from heba.clip.activation import QuickGELU
 from heba.clip.tiny import load_tiny_clip
 from heba.methods.heba.adapters import Variant
 from heba.methods.heba.model import AdaptedCLIP
@@ -91,7 +90,6 @@ def test_detaching_gives_back_the_clip_when_the_last_model_has_left(order):
     before = staying.encode_image(images)
     left.detach()
     left.detach()
-    assert isinstance(clip.visual.transformer.resblocks[0].mlp.gelu, QuickGELU)
     assert torch.equal(staying.encode_image(images), before)
     staying.detach()
     assert dict(clip.named_modules()) == modules

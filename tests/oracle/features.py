@@ -79,11 +79,17 @@ def images(features, hidden=False):
     return Images.of_features(*((nothing, features) if hidden else (features, nothing)))
 
 
+def no_tokenizer(texts):
+    raise AssertionError("a method on frozen features has no prompts of its own")
+
+
 def classes(raw):
     """The classes of raw text features [classes, prompts, dim]."""
     n, prompts, _ = raw.shape
     index = torch.arange(n).repeat_interleave(prompts)
-    return Classes([f"class {i}" for i in range(n)], torch.zeros(n * prompts, 1), index, raw.flatten(0, 1))
+    return Classes(
+        [f"class {i}" for i in range(n)], torch.zeros(n * prompts, 1), index, raw.flatten(0, 1), no_tokenizer
+    )
 
 
 def relative(found, expected):

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from heba.clip.features import raw_class_features
-from heba.fit.features import dassl_lr
-from heba.fit.loop import Schedule, make_optimizer
+from heba.fit.loop import Schedule, dassl_lr, make_optimizer
 from heba.fit.prototypes import Pool, batches_per_epoch, multipliers, train_prototypes
 from heba.fit.run import Run
 from tests.oracle import features, steps

@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from heba.clip.features import class_features
-from heba.fit.features import dassl_lr
-from heba.fit.loop import Schedule
+from heba.fit.loop import Schedule, dassl_lr
 from heba.fit.run import Run
 from heba.methods.clip_adapter import method, settings
 from tests.oracle import features, steps

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from heba.artifact import load_tensors
+from heba.clip.blocks import pack
 from heba.clip.features import class_features
 from heba.clip.openai import clip_from_openai_weights
-from heba.clip.towers import encode_text_plain, pack, text_lengths
+from heba.clip.towers import encode_text_plain, text_lengths
 from heba.data import splits
 from heba.fit.loop import cosine, make_optimizer
 from heba.methods.heba.adapters import Adapters

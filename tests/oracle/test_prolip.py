@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from heba.clip.features import Classes
 from heba.data.images import LabelledImages
 from heba.fit import features as loop
 from heba.fit.run import Run
@@ -13,8 +12,7 @@ from tests.oracle import features
 
 def classes_of(weights):
     """Classes of one prompt each, whose features are the columns of `weights`."""
-    n = weights.shape[1]
-    return Classes([f"class {i}" for i in range(n)], torch.zeros(n, 1), torch.arange(n), weights.T.contiguous())
+    return features.classes(weights.T.unsqueeze(1).contiguous())
 
 
 def settings_of(case, **more):

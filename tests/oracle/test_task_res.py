@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from heba.clip.features import cosine_logits, raw_class_features
-from heba.fit.features import dassl_lr
-from heba.fit.loop import Schedule
+from heba.fit.loop import Schedule, dassl_lr
 from heba.fit.run import Run
 from heba.methods.task_res import method, settings
 from tests.oracle import features, steps

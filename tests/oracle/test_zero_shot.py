@@ -20,8 +20,8 @@ def test_weights_and_logits(folder):
     kinds = {
         "single": features.classes(t["text.raw"][:, :1]),
         "ensemble": templates,
-        "cupl": Classes(templates.names, both[:0], described, t["descriptions.raw"]),
-        "cupl_and_templates": Classes(templates.names, both[:0], index[order], both[order]),
+        "cupl": Classes(templates.names, both[:0], described, t["descriptions.raw"], features.no_tokenizer),
+        "cupl_and_templates": Classes(templates.names, both[:0], index[order], both[order], features.no_tokenizer),
     }
     for kind, classes in kinds.items():
         model = method.build(case.clip, len(classes.names), settings.Settings(), seed=0)

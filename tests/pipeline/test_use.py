@@ -297,7 +297,7 @@ def test_the_benchmark_of_rounding_compares_base_and_novel(repo, monkeypatch):
     params = load_params()
     for method in params.methods:
         training = Training("base_to_novel", "dtd", method, 2, 1)
-        base, novel = adapter_dtype.full_and_rounded(load_backbone(params)[0], params, training)
+        base, novel = adapter_dtype.full_and_rounded(*load_backbone(params), params, training)
         evaluated = record(repo, method).groups
         assert base == (evaluated["base"].model_dump(),) * 2
         assert novel == (evaluated["novel"].model_dump(),) * 2

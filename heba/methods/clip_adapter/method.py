@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from heba.clip.features import Classes, class_features, cosine_logits
 from heba.data.images import Images, LabelledImages
-from heba.fit.features import dassl_lr, passes, shuffled, train_views
-from heba.fit.loop import Schedule, make_optimizer
+from heba.fit.features import passes, shuffled, train_views
+from heba.fit.loop import Schedule, dassl_lr, make_optimizer
 from heba.fit.run import Progress, Run, silent
 from heba.methods.clip_adapter.settings import Settings, epochs_of
 

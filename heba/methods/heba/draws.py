@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from heba.clip.blocks import Packing
 from heba.clip.features import Classes
-from heba.clip.towers import Packing, embed_tokens, text_lengths
+from heba.clip.towers import embed_tokens, text_lengths
 from heba.data.images import sample_crop
 from heba.methods.heba.model import AdaptedCLIP
 from heba.methods.heba.settings import Settings, steps_per_epoch

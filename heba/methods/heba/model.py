@@ -14,14 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heba.clip.activation import QuickGELU
+from heba.clip.blocks import Packing, pack
 from heba.clip.towers import (
-    Packing,
     Tower,
     embed_images,
     embed_tokens,
     image_blocks,
-    pack,
     run_image_blocks,
     run_text_blocks,
     text_blocks,
@@ -78,8 +76,6 @@ class AdaptedCLIP(nn.Module):
         self, clip: Any, start: int, end: int, scale: float, ratio: int = 4, *, variant: Variant = HEBA
     ) -> None:
         super().__init__()
-        import open_clip
-
         self.clip: Any = clip.requires_grad_(False).eval()
         text, visual = text_blocks(clip), image_blocks(clip)
         deepest = min(len(text.blocks), len(visual.blocks))
@@ -99,13 +95,6 @@ class AdaptedCLIP(nn.Module):
             variant=variant,
         )
         self._handles: list[Any] = []
-        self._quick: list[Any] = []  # MLPs with QuickGELU
-        for block in (*text.blocks, *visual.blocks):
-            if type(getattr(block.mlp, "gelu", None)) is open_clip.transformer.QuickGELU:
-                block.mlp.gelu = QuickGELU(block.mlp.gelu)
-            if type(getattr(block.mlp, "gelu", None)) is QuickGELU:
-                block.mlp.gelu.users += 1
-                self._quick.append(block.mlp)
         self._attach("text", text)
         self._attach("visual", visual)
 
@@ -123,11 +112,7 @@ class AdaptedCLIP(nn.Module):
         eval mode."""
         for handle in self._handles:
             handle.remove()
-        for mlp in self._quick:
-            mlp.gelu.users -= 1
-            if mlp.gelu.users == 0:
-                mlp.gelu = mlp.gelu.plain
-        self._handles, self._quick = [], []
+        self._handles = []
 
     def _hook(self, tower: str, layer: int, adapter: nn.Module) -> Any:
         def hook(module: nn.Module, inputs: Any, h: Tensor) -> Tensor | None:

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from heba.clip.towers import Packing, embed_tokens
+from heba.clip.blocks import Packing
+from heba.clip.towers import embed_tokens
 from heba.methods.heba.draws import Step, TextBank
 from heba.methods.heba.model import AdaptedCLIP
 from heba.methods.heba.settings import Settings, most_classes

@@ -91,7 +91,7 @@ def train(
     else:
         take = eager_step(model, optimizer, bank, settings.label_smoothing, run.bf16)
 
-    def run_epoch(generator: torch.Generator, done: Callable[[int], object]) -> list[float]:
+    def run_epoch(_: int, generator: torch.Generator, done: Callable[[int], object]) -> list[float]:
         losses = []
         for step in plan_epoch(labels, sizes, bank, model, settings, generator):
             batch = crop_batch([data[j] for j in step.images], step.boxes, step.flips, preprocess)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from heba.clip.features import Classes, cosine_logits, raw_class_features
 from heba.data.images import Images, LabelledImages
-from heba.fit.features import dassl_lr, passes, shuffled, train_views
-from heba.fit.loop import Schedule
+from heba.fit.features import passes, shuffled, train_views
+from heba.fit.loop import Schedule, dassl_lr
 from heba.fit.run import Progress, Run, silent
 from heba.methods.task_res.settings import Settings, epochs_of
 

@@ -91,7 +91,7 @@ def train_keys(
     per_epoch = -(-len(labels) // settings.batch_size)
     total, step = settings.epochs * per_epoch, count()
 
-    def run_epoch(generator: torch.Generator, done: Callable[[int], object]) -> list[float]:
+    def run_epoch(_: int, generator: torch.Generator, done: Callable[[int], object]) -> list[float]:
         losses = []
         for rows, i in zip(batches(generator), step, strict=False):
             optimizer.param_groups[0]["lr"] = cosine(settings.lr, i, total)
