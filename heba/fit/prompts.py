@@ -17,7 +17,7 @@ from heba.clip.context import (
     tokens_with_room,
     with_context,
 )
-from heba.clip.features import cosine_logits
+from heba.clip.features import Classes, class_features, cosine_logits
 from heba.data.prompts import spoken_class_name
 
 STD = 0.02  # of random vectors
@@ -75,6 +75,11 @@ def feature_logits(clip: Any, features: Tensor, weights: Tensor) -> Tensor:
     return cosine_logits(clip.logit_scale.exp(), F.normalize(features.float(), dim=-1), weights)
 
 
-def forgotten(features: Tensor, teachers: Tensor) -> Tensor:
-    """1 - mean_k cos(t_k, z_k), 0-dim, of text features and their teachers [n_classes, E], both normalised."""
-    return 1 - (features * teachers).sum(dim=-1).mean()
+def teachers(clip: Any, classes: Classes) -> Tensor:
+    """What frozen CLIP makes of each class's own prompts, [n_classes, E], normalised."""
+    return class_features(classes.features, classes.index, len(classes.names)).to(clip.logit_scale.device)
+
+
+def forgotten(learned: Tensor, known: Tensor) -> Tensor:
+    """1 - mean_k cos(t_k, z_k), 0-dim, of learned text features and their teachers [n_classes, E], normalised."""
+    return 1 - (learned * known).sum(dim=-1).mean()
