@@ -68,18 +68,21 @@ class Texts:
         tokens: [n, length], cut behind the last token that is read.
         embeddings: [n, length, width], theirs, without positions.
         packing: of them.
+        order: [n, length], of their tokens once the context is in; None: as they are.
     """
 
     tokens: Tensor
     embeddings: Tensor
     packing: Packing
+    order: Tensor | None = None
 
     def times(self, n: int) -> "Texts":
         """All texts `n` times, one whole list after the other."""
         lengths = (self.packing.eot + 1).tolist() * n
         context = None if self.packing.rows is not None else self.packing.length
         packing = pack(lengths, self.tokens.device, context)
-        return Texts(self.tokens.repeat(n, 1), self.embeddings.repeat(n, 1, 1), packing)
+        order = None if self.order is None else self.order.repeat(n, 1)
+        return Texts(self.tokens.repeat(n, 1), self.embeddings.repeat(n, 1, 1), packing, order)
 
 
 @torch.no_grad()
@@ -111,10 +114,12 @@ def embed_words(clip: Any, tokenizer: Tokenizer, words: str) -> Tensor:
 
 
 def with_context(texts: Texts, context: Tensor) -> Tensor:
-    """[n, length, width], the embeddings with `context` [M, width] or [n, M, width] at positions 1 to M."""
+    """[n, length, width], the embeddings with `context` [M, width] or [n, M, width] at positions 1 to M, and then
+    in their order."""
     e = texts.embeddings
     context = context.to(e.dtype).expand(len(e), -1, -1)
-    return torch.cat([e[:, :1], context, e[:, 1 + context.shape[1] :]], dim=1)
+    e = torch.cat([e[:, :1], context, e[:, 1 + context.shape[1] :]], dim=1)
+    return e if texts.order is None else e.take_along_dim(texts.order.unsqueeze(-1), dim=1)
 
 
 def encode_texts(clip: Any, texts: Texts, embeddings: Tensor, deep: Mapping[int, Tensor] = NOTHING) -> Tensor:

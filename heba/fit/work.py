@@ -14,3 +14,10 @@ class Work(NamedTuple):
 def steps_per_epoch(n_images: int, size: int) -> int:
     """Complete batches in an epoch; fewer images than a batch make one batch of all, as in Dassl's loader."""
     return max(1, n_images // size)
+
+
+def epochs_by_shots(shots: int, epochs: int, few: int, one: int) -> int:
+    """CoOp's: `epochs` with 8 images a class and more, `few` with 2 to 7, `one` with one."""
+    if shots >= 8:
+        return epochs
+    return few if shots > 1 else one
