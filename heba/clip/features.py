@@ -132,6 +132,7 @@ def raw_class_features(features: Tensor, class_index: Tensor, n_classes: int) ->
 
 
 def cosine_logits(factor: Tensor, features: Tensor, weights: Tensor) -> Tensor:
-    """factor * features @ weights.T [n, n_classes] in fp32, also under autocast; both normalised, [..., E]."""
+    """factor * features @ weights.T [..., n, n_classes] in fp32, also under autocast, of normalised `features`
+    [..., n, E] and `weights` [..., n_classes, E]."""
     with torch.autocast(features.device.type, enabled=False):
-        return factor * features.float() @ weights.float().T
+        return factor * features.float() @ weights.float().mT

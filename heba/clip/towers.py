@@ -111,6 +111,15 @@ def text_tower(clip: Any) -> Any:
     return getattr(clip, "text", clip)
 
 
+def feature_width(clip: Any) -> int:
+    """E, the width of the features of texts, and so of images."""
+    text = text_tower(clip)
+    projection = text.text_projection
+    if projection is None:
+        return text.token_embedding.embedding_dim
+    return projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
+
+
 def pool_type(text: Any) -> str:
     """Where a text is read: at the largest id (argmax), at the first `eos_id` (eos), or at its end (last)."""
     return text.text_pool_type if hasattr(text, "text_pool_type") else text.pool_type
