@@ -165,6 +165,19 @@ def embed_tokens(clip: Any, tokens: Tensor, n_blocks: int) -> Tensor:
     return x
 
 
+TEXT_BATCH = 256
+
+
+@torch.no_grad()
+def frozen_texts(clip: Any, tokens: Tensor, n_blocks: int) -> tuple[Tensor, Packing]:
+    """What enters block `n_blocks` (0-based) of the texts of `tokens` [n, context], as `run_text_blocks` takes it:
+    hidden states [n, length, width], on the device of `clip`, and their packing."""
+    where = clip.logit_scale.device
+    packing = pack(text_lengths(clip, tokens), where, whole_context(clip))
+    batches = tokens[:, : packing.length].to(where).split(TEXT_BATCH)
+    return torch.cat([embed_tokens(clip, batch, n_blocks) for batch in batches]), packing
+
+
 def _mask(text: Any, length: int) -> Tensor | None:
     return None if text.attn_mask is None else text.attn_mask[:length, :length]
 
@@ -280,5 +293,4 @@ def image_hidden(clip: Any, images: Tensor) -> Tensor | None:
 @torch.no_grad()
 def encode_text_plain(clip: Any, tokens: Tensor) -> Tensor:
     """Text features [n, E] of the frozen model without adapters."""
-    packing = pack(text_lengths(clip, tokens), tokens.device, whole_context(clip))
-    return run_text_blocks(clip, embed_tokens(clip, tokens[:, : packing.length], 0), packing, 0)
+    return run_text_blocks(clip, *frozen_texts(clip, tokens, 0), 0)

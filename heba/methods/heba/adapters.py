@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from heba.fit.gradient import scale_gradient
+
 aten = torch.ops.aten
 
 
@@ -172,21 +174,6 @@ def _tokens(x: Tensor, length: int) -> Tensor:
     return out.flatten(0, 1)
 
 
-class _ScaleGradient(torch.autograd.Function):
-    """The identity, with its gradient times `factor`, a 0-dim tensor."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(factor)
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
-        (factor,) = ctx.saved_tensors
-        return grad * factor, None
-
-
 def _causal_conv(x: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
     """Depthwise convolution over each token of `x` [..., T, C] and those before it, in its own text.
 
@@ -275,7 +262,7 @@ class BottleneckAdapter(nn.Module):
         skipped = 0 if grid is None else h.shape[1] - grid[0] * grid[1]  # CLS
         x = h if grid is None else h[:, skipped:]
         if self.gradient_scale:
-            x = _ScaleGradient.apply(x, scale)
+            x = scale_gradient(x, scale)
         hidden = F.linear(x, self.down.weight.flatten(1))
         if isinstance(self.mid, nn.Conv2d) and grid is not None:
             image = self.mid(hidden.unflatten(1, grid).permute(0, 3, 1, 2))
@@ -286,7 +273,7 @@ class BottleneckAdapter(nn.Module):
             hidden = _causal_conv(hidden, self.mid.weight, positions)
         a = scale * self.norm(x + F.linear(F.gelu(hidden), self.up.weight.flatten(1)))
         if self.gradient_scale:
-            a = _ScaleGradient.apply(a, 1 / scale)
+            a = scale_gradient(a, 1 / scale)
         # In mixed precision the LayerNorm is in fp32; the stream keeps its type, as the other blocks expect it.
         return h + F.pad(a.to(h.dtype), (0, 0, skipped, 0))
 
