@@ -14,3 +14,10 @@ class Work(NamedTuple):
 def steps_per_epoch(n_images: int, size: int) -> int:
     """Complete batches in an epoch; fewer images than a batch make one batch of all, as in Dassl's loader."""
     return max(1, n_images // size)
+
+
+def most_classes(n_classes: int, batch_size: int, neg_ratio: int | None) -> int:
+    """The largest number of classes that a step of `batch_size` images can have (`draws.step_classes`)."""
+    if n_classes <= batch_size or neg_ratio is None:
+        return n_classes
+    return min(n_classes, batch_size * (1 + neg_ratio))
