@@ -6,7 +6,7 @@ last block runs for the token that is read alone, as it does in an image tower t
 towers run as the model runs them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,10 +148,20 @@ def text_lengths(clip: Any, tokens: Tensor) -> list[int]:
     return (tokens.argmax(dim=-1) + 1).tolist()  # EOT is the largest id of CLIP's vocabulary
 
 
-def cut_texts(clip: Any, tokens: Tensor) -> Tensor:
-    """`tokens` [n, context] without those that no feature depends on: under a causal mask, what is behind the last
-    token that is read."""
-    return tokens if whole_context(clip) else tokens[:, : max(text_lengths(clip, tokens))]
+def cut_texts(clip: Any, tokens: Tensor, reach: int = 0) -> Tensor:
+    """`tokens` [n, context] without those that no feature depends on: under a causal mask, what is `reach` behind
+    the last token that is read."""
+    return tokens if whole_context(clip) else tokens[:, : max(text_lengths(clip, tokens)) + reach]
+
+
+def padded_texts(clip: Any, tokens: Tensor, reach: int, tokenizer: Callable[[list[str]], Tensor]) -> Tensor:
+    """`tokens` [n, length] of texts that may be cut (`cut_texts`), with as much of the padding of `tokenizer` as
+    features depend on that reach so far behind the token that is read, within the context."""
+    missing = min(max(text_lengths(clip, tokens)) + reach, text_tower(clip).context_length) - tokens.shape[1]
+    if missing <= 0:
+        return tokens
+    padding = tokenizer([""])[0, -1].to(tokens)  # the last token of an empty text
+    return torch.cat([tokens, padding.expand(len(tokens), missing)], dim=1)
 
 
 def embed_tokens(clip: Any, tokens: Tensor, n_blocks: int) -> Tensor:

@@ -21,3 +21,10 @@ def epochs_by_shots(shots: int, epochs: int, few: int, one: int) -> int:
     if shots >= 8:
         return epochs
     return few if shots > 1 else one
+
+
+def most_classes(n_classes: int, batch_size: int, neg_ratio: int | None) -> int:
+    """The largest number of classes that a step of `batch_size` images can have (`draws.step_classes`)."""
+    if n_classes <= batch_size or neg_ratio is None:
+        return n_classes
+    return min(n_classes, batch_size * (1 + neg_ratio))
