@@ -36,6 +36,10 @@ class Learner(nn.Module):
         embedded = with_context(texts, self.learned["ctx"])
         return F.normalize(encode_texts(self.clip, texts, embedded).float(), dim=-1)
 
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """The same of `tokens` [n, context] that have room for the context."""
+        return self.encode(embed_texts(self.clip, tokens))
+
 
 def build_learner(clip: Any, method: str, shape: tuple[int, ...], seed: int) -> Learner:
     """With a context [*shape, width] at random; `begin_with` puts words into its place.

@@ -4,11 +4,13 @@ from typing import NamedTuple
 
 
 class Work(NamedTuple):
-    """steps: of the training. images, prompts: that a step takes forward and backward through the towers."""
+    """steps: of the training. images, prompts: that a step takes forward and backward through the towers.
+    tested: prompts of its own that each test image takes through the text tower."""
 
     steps: int
     images: int
     prompts: int
+    tested: int = 0
 
 
 def steps_per_epoch(n_images: int, size: int) -> int:

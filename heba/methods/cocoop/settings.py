@@ -55,4 +55,4 @@ def problems(settings: Settings, depth: int | None, width: int | None) -> dict[s
 def work(settings: Settings, n_images: int, n_classes: int) -> Work:
     steps = settings.epochs * steps_per_epoch(n_images, settings.batch_size)
     images = 0 if settings.views else settings.batch_size
-    return Work(steps, images, settings.batch_size * n_classes)
+    return Work(steps, images, settings.batch_size * n_classes, tested=n_classes)
