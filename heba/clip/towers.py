@@ -169,6 +169,7 @@ def embed_tokens(clip: Any, tokens: Tensor, n_blocks: int) -> Tensor:
     text = text_tower(clip)
     dtype = text.transformer.get_cast_dtype()
     length = tokens.shape[1]
+    tokens = tokens.to(text.positional_embedding.device)
     x = text.token_embedding(tokens).to(dtype) + text.positional_embedding[:length].to(dtype)
     for block in text.transformer.resblocks[:n_blocks]:
         x = block(x, attn_mask=_mask(text, length))

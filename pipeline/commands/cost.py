@@ -54,7 +54,8 @@ def table(params: Params, tflops: float, overhead_ms: float, text_length: int) -
     if params.suite != "real" or params.backbone.name == "tiny":
         raise ParamsError("suite: cost is for the real benchmarks; try it after `python -m pipeline preset paper`")
     catalog = load_catalog()
-    clip = build(read_architecture(params.backbone.name, main_root()))
+    with torch.device("meta"):  # shapes are enough
+        clip = build(read_architecture(params.backbone.name, main_root()))
     per_second = tflops * 1e12
 
     def hours(tests: list[Benchmark], flops: Flops) -> float:
@@ -78,7 +79,8 @@ def table(params: Params, tflops: float, overhead_ms: float, text_length: int) -
             if not own:
                 continue
             settings = settings_of(params, method, protocol)
-            model = part.build(clip, 2, settings, seed=0)
+            with torch.device("meta"):
+                model = part.build(clip, 2, settings, seed=0)
             flops = count_flops(clip, model, text_length)
             part.detach(model)
             steps, seconds = 0, 0.0

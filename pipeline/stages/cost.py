@@ -1,4 +1,4 @@
-"""Stage `cost`: the operations of a method, counted by torch, with random weights.
+"""Stage `cost`: the operations of a method, counted by torch, without weights.
 
 out/cost/<method>.json   `Cost`
 """
@@ -39,7 +39,7 @@ def count_flops(clip: Any, model: Any, text_length: int) -> Flops:
     tokens = torch.zeros(1, text.context_length, dtype=torch.long)
     last = text.token_embedding.num_embeddings - 1
     tokens[0, text_length - 1] = eos_id(text) if pool_type(text) == "eos" else last
-    image = torch.zeros(1, 3, size, size)
+    image = torch.zeros(1, 3, size, size, device=clip.logit_scale.device)
     clip.requires_grad_(False)
 
     def count(encode: Any, value: torch.Tensor, train: bool) -> int:
@@ -64,8 +64,9 @@ def run(params: Params, method: str) -> str:
     protocol = next(name for name, p in PROTOCOLS.items() if p.trained_as == name and trains(method, name))
     settings = settings_of(params, method, protocol)
     about, part = methods.part(method, "settings"), methods.part(method, "method")
-    clip = build(read_architecture(params.backbone.name, main_root()))
-    model = part.build(clip, CLASSES, settings, seed=0)
+    with torch.device("meta"):  # shapes are enough
+        clip = build(read_architecture(params.backbone.name, main_root()))
+        model = part.build(clip, CLASSES, settings, seed=0)
     flops = count_flops(clip, model, TEXT_LENGTH)
     part.detach(model)
     work = about.work(settings, CLASSES * IMAGES, CLASSES)

@@ -93,7 +93,7 @@ class _Adapt(torch.autograd.Function):
         scale: Tensor,
         grid: tuple[int, int] | None,
     ) -> Tensor:
-        kind = h.device.type
+        kind = "cpu" if h.is_meta else h.device.type  # operations are counted on tensors without values
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
         with torch.autocast(kind, enabled=False):
             x = h.to(dtype).flatten(0, -2)  # [tokens, D]
