@@ -93,7 +93,7 @@ def ways_of(
     run = Run(seed=1, bf16=precision == "bf16")
     training: Training = method.training_of(model, n, classes, settings, run)
     learned = method.trained(model)
-    loss = prompt_plain.LOSSES[name](clip, learned, classes.names, classes.tokenizer, settings)
+    loss = prompt_plain.LOSSES[name](clip, learned, classes, settings)
 
     def plain_step() -> Tensor:
         with autocast(device, precision):
