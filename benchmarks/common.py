@@ -33,13 +33,18 @@ Workers = Annotated[int, typer.Option(min=0, help="Processes of the plain path's
 Classes = Annotated[int, typer.Option(min=2, help="Number of classes.")]
 
 
-def make_model(backbone: str, device: str, start: int = 1, end: int | None = None) -> AdaptedCLIP:
-    """`backbone` with random weights and adapters in all blocks, or in `start` to `end`."""
+def make_clip(backbone: str, device: str) -> Any:
+    """`backbone` with random weights."""
     import open_clip
 
     logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of random weights
     torch.manual_seed(0)
-    clip: Any = open_clip.create_model(backbone, load_weights=False, pretrained=None)
+    return open_clip.create_model(backbone, load_weights=False, pretrained=None).to(device).eval()
+
+
+def make_model(backbone: str, device: str, start: int = 1, end: int | None = None) -> AdaptedCLIP:
+    """`backbone` with random weights and adapters in all blocks, or in `start` to `end`."""
+    clip = make_clip(backbone, device)
     text = getattr(clip, "text", clip)
     deepest = min(len(text.transformer.resblocks), len(clip.visual.transformer.resblocks))
     return AdaptedCLIP(clip, start, end or deepest, 0.025).to(device).eval()
