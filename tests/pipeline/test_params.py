@@ -44,7 +44,7 @@ def test_all_problems_are_listed_at_once(tmp_path):
         raw["heba"]["overrides"]["cross_dataset"]["lr"] = "1e-3"
         raw["seeds"] = [1, 1]
         raw["heba"]["overrides"]["few_shot"] = {"start": 6}
-        raw["methods"].append("coop")
+        raw["methods"].append("nonsense")
         del raw["precision"]
 
     with pytest.raises(ParamsError) as error:
@@ -60,7 +60,7 @@ def test_all_problems_are_listed_at_once(tmp_path):
         "seeds: 1 is listed twice",
         "precision: missing",
         "heba.overrides.few_shot.start: 6 is above end 5",
-        "methods: there is no method 'coop'; known are ",
+        "methods: there is no method 'nonsense'; known are ",
         "heba.ratio: 1000 leaves nothing of the width 128 of the backbone",
     ):
         assert part in text
@@ -93,7 +93,7 @@ def test_all_problems_are_listed_at_once(tmp_path):
         ("heba.overrides.cross_dataset.scale", -1.0, "heba.overrides.cross_dataset.scale: .* greater than"),
         ("heba.overrides.cross_dataset.end", 5, "heba.overrides.cross_dataset.end: 5 is beyond the last layer, 4"),
         ("heba.overrides.cross_dataset.typo", 1, "heba.overrides.cross_dataset.typo: unknown key"),
-        ("methods", ["heba", "coop"], "methods: there is no method 'coop'; known are "),
+        ("methods", ["heba", "coop"], "methods: there is no method 'nonsense'; known are "),
         ("methods", ["heba", "heba"], "methods: 'heba' is listed twice"),
         ("methods", [], "methods: .* at least 1 item"),
         ("methods", [1], "methods.0: .* valid string"),
@@ -228,9 +228,11 @@ def test_the_traps_of_yaml_are_problems_with_a_name(tmp_path, text, problem):
 
 def test_an_anchor_that_is_used_with_measure_is_taken(tmp_path):
     text = (ROOT / "params.yaml").read_text()
-    head, tail = text.split("  overrides:\n    cross_dataset:\n")
-    head = head.replace("\nheba:\n", "\nheba:\n  <<: &block\n    momentum: 0.5\n").replace("  momentum: 0.9\n", "")
-    changed = f"{head}  overrides:\n    cross_dataset:\n      <<: *block\n{tail}"
+    before, block = text.split("\nheba:\n")
+    block = block.replace("  momentum: 0.9\n", "").replace(
+        "cross_dataset:\n", "cross_dataset:\n      <<: *block\n", 1
+    )
+    changed = f"{before}\nheba:\n  <<: &block\n    momentum: 0.5\n{block}"
     (tmp_path / "params.yaml").write_text(changed)
     params = load_params(tmp_path / "params.yaml")
     for protocol, scale in (("base_to_novel", 0.1), ("cross_dataset", 0.05)):
