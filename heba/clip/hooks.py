@@ -38,13 +38,13 @@ class Call:
     Attributes:
         model: that was called. tower: text or visual.
         scales: one s per adapted block.
-        positions: [tokens], of packed texts, where an adapter mixes the tokens of a text.
+        packing: of texts.
     """
 
     model: "HookedCLIP"
     tower: str
     scales: Scales
-    positions: Tensor | None = None
+    packing: Packing | None = None
 
 
 # Each thread has its own value, and so has a call within a call.
@@ -84,7 +84,7 @@ class HookedCLIP(nn.Module):
         clip: open_clip.CLIP or open_clip.CustomTextCLIP with transformer towers.
         adapters: with `text_adapter` and `visual_adapter` (`at_places`). An adapter gets what it adapts,
             [..., width], and s, a 0-dim tensor; of images also `grid`, the rows and columns of the patches, which
-            are the last tokens; of texts that lie end to end `positions` [tokens], of each token in its text.
+            are the last tokens; of texts that lie end to end, [tokens, width], their `packing`.
         start, end: first and last adapted block, 1-based and inclusive.
         scale: s, used when a call gives no scales.
         mixes: whether the adapters of texts mix tokens.
@@ -141,8 +141,8 @@ class HookedCLIP(nn.Module):
             if call is None or call.model is not self or call.tower != tower:
                 return None
             s = call.scales[layer - self.start]
-            if tower == "text":
-                return adapter(h, s, positions=call.positions if h.dim() == 2 else None)
+            if tower == "text":  # a block that runs as a whole has each text in a row
+                return adapter(h, s, packing=call.packing if h.dim() == 2 else None)
             return adapter(h, s, self.grid)
 
         return hook
@@ -191,8 +191,8 @@ class HookedCLIP(nn.Module):
         (`embed_tokens(clip, tokens, start - 1)`)."""
         if scales is None or isinstance(scales, (int, float)):
             scales = self.fixed_scales(scales)
-        # In the last block EOT's own MLP is not enough for an adapter that reads other tokens.
-        with going_on(Call(self, "text", scales, packing.positions() if self.mixes else None)):
+        with going_on(Call(self, "text", scales, packing)):
+            # In the last block EOT's own MLP is not enough for an adapter that reads other tokens.
             return run_text_blocks(self.clip, hidden, packing, self.start - 1, whole=self.mixes)
 
     def logit_factor(self) -> Tensor:

@@ -18,6 +18,7 @@ from heba import artifact
 from heba.clip import backbone
 from heba.clip.architecture import depth, read_architecture
 from heba.clip.features import encode_prompts
+from heba.clip.hooks import Call, going_on
 from heba.clip.preprocess import Preprocess, preprocess_of
 from heba.clip.towers import check_towers, cut_texts, encode_text_plain, image_blocks, text_lengths
 from heba.data.prompts import tokenize
@@ -26,6 +27,7 @@ from heba.fit.run import Run
 from heba.methods.heba.model import AdaptedCLIP
 from heba.methods.heba.settings import Settings
 from heba.methods.heba.training import train
+from heba.methods.lweib import method as lweib
 from tests.heba import artifacts
 
 VISION = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2}
@@ -135,6 +137,19 @@ def test_gradients_reach_every_adapter_that_can_have_one(family, make):
         dead = cls_only and name.startswith("visual_adapter.2.mlp_conv")
         assert (parameter.grad is None) == dead, name
         assert dead or parameter.grad.any(), name
+
+
+@torch.no_grad()
+def test_convolutions_over_texts_that_are_cut_and_packed_are_those_over_the_whole_context(make):
+    """By open_clip's own forward with the same hooks."""
+    clip = make()
+    images, tokens = batch(clip)
+    model = lweib.build(clip, 2, lweib.Settings(start=1, end=2, scale=0.9), seed=1)
+    with going_on(Call(model, "text", model.fixed_scales())):
+        expected = clip.encode_text(tokens)
+    torch.testing.assert_close(model.encode_text(tokens), expected, atol=1e-5, rtol=1e-4)
+    assert (expected - clip.encode_text(tokens)).abs().max() > 1e-2
+    assert (model.encode_image(images) - clip.encode_image(images)).abs().max() > 1e-2
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from heba.predict import load
 from tests.heba import artifacts
 from tests.heba.test_model import batch, make_clip
 
-# The second has an adapter that reads the positions of packed tokens, which are another call's state too.
+# The second has an adapter that reads the packing of texts, which is another call's state too.
 VARIANTS = [Variant(), Variant(text_block="conv1d")]
 
 

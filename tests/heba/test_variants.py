@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from heba import artifact
 from heba.artifact import ADAPTER_FILE, CONFIG_FILE
+from heba.clip.blocks import pack
 from heba.clip.features import encode_prompts
 from heba.clip.hooks import Call, going_on
 from heba.clip.towers import embed_images, encode_text_plain, run_image_blocks
@@ -67,9 +68,9 @@ def test_outputs_and_gradients(visual, gradient_scale, blocks):
     scale, lengths = torch.tensor(0.3, dtype=torch.double), [4, 1, 2]
     h = torch.randn(2, 7, 8, dtype=torch.double) if visual else torch.randn(7, 8, dtype=torch.double)
     weight, grid = torch.randn_like(h), GRID if visual else None
-    positions = None if visual else torch.tensor([0, 1, 2, 3, 0, 0, 1])
+    packing = None if visual else pack(lengths, torch.device("cpu"))
     h.requires_grad_()
-    out, expected = adapter(h, scale, grid, positions), by_hand(adapter, h, scale, grid, lengths)
+    out, expected = adapter(h, scale, grid, packing), by_hand(adapter, h, scale, grid, lengths)
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-12)
     names, parameters = zip(*adapter.named_parameters(), strict=True)
     got = torch.autograd.grad((out * weight).sum(), [h, *parameters])

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from heba.clip.convolution import over_tokens
+from heba.clip.blocks import Packing
 from heba.clip.hooks import at_places
 from heba.fit.gradient import scale_gradient
 
@@ -176,6 +176,21 @@ def _tokens(x: Tensor, length: int) -> Tensor:
     return out.flatten(0, 1)
 
 
+def _causal_conv(x: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
+    """Depthwise convolution over each token of `x` [..., T, C] and those before it, in its own text.
+
+    Args:
+        weight: [C, 1, kernel], the last of the kernel for the token itself.
+        positions: [T], of each token in its text. Texts lie end to end, so the first tokens of a text are the only
+            ones whose predecessors are another text's; they get zeros instead.
+    """
+    taps = weight[:, 0].to(x.dtype).unbind(dim=1)[::-1]
+    out = x * taps[0]
+    for back, tap in enumerate(taps[1:], start=1):
+        out = out + x.roll(back, dims=-2) * (positions >= back).unsqueeze(-1) * tap
+    return out
+
+
 class BottleneckAdapter(nn.Module):
     """One adapter, for the image tower (`visual=True`) or the text tower.
 
@@ -223,7 +238,7 @@ class BottleneckAdapter(nn.Module):
         h: Tensor,
         scale: Tensor,
         grid: tuple[int, int] | None = None,
-        positions: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """Return h + s * A(h) for every token of `h`.
 
@@ -236,15 +251,15 @@ class BottleneckAdapter(nn.Module):
                 adapter leaves as they are, and the patches row by row.
             scale: s, a 0-dim tensor.
             grid: (rows, columns) of the patches, for images.
-            positions: [tokens], of each token in its text, where texts lie end to end. None: each row is a text.
+            packing: of texts that lie end to end. None: each row is a text.
         """
         if not self.fused:
-            return self._plain(h, scale, grid, positions)
+            return self._plain(h, scale, grid, packing)
         mid = None if self.mid is None else self.mid.weight
         down, up, norm = self.down.weight.flatten(1), self.up.weight.flatten(1), self.norm
         return _Adapt.apply(h, down, mid, up, norm.weight, norm.bias, norm.eps, scale, grid)
 
-    def _plain(self, h: Tensor, scale: Tensor, grid: tuple[int, int] | None, positions: Tensor | None) -> Tensor:
+    def _plain(self, h: Tensor, scale: Tensor, grid: tuple[int, int] | None, packing: Packing | None) -> Tensor:
         """`forward` with autograd's own backward, for every variant."""
         skipped = 0 if grid is None else h.shape[1] - grid[0] * grid[1]  # CLS
         x = h if grid is None else h[:, skipped:]
@@ -255,7 +270,8 @@ class BottleneckAdapter(nn.Module):
             image = self.mid(hidden.unflatten(1, grid).permute(0, 3, 1, 2))
             hidden = image.flatten(2).transpose(1, 2)
         elif isinstance(self.mid, nn.Conv1d):
-            hidden = over_tokens(hidden, self.mid.weight, positions)
+            positions = torch.arange(h.shape[-2], device=h.device) if packing is None else packing.positions()
+            hidden = _causal_conv(hidden, self.mid.weight, positions)
         a = scale * self.norm(x + F.linear(F.gelu(hidden), self.up.weight.flatten(1)))
         if self.gradient_scale:
             a = scale_gradient(a, 1 / scale)
