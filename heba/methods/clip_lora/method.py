@@ -1,18 +1,18 @@
 """CLIP-LoRA (Zanella and Ben Ayed 2024): changes of low rank in the attentions of both towers, as the official
 code has them.
 
-A projection W z + b of an attention, of its queries, keys and values, and if asked for the last one, becomes
+The projections of an attention to queries, keys and values, and if asked for the one after it, become
 
     W z + b + s B A drop(z),    s = alpha / sqrt(r)
 
-with A [r, width] and B [width, r], which begins at 0, and dropout of its own for each projection and step. W
-itself sees all of z, and stays as it is. The logits of an image are 100 cos(image, w_k), whatever the
-temperature of the backbone, with w_k the feature of "a photo of a {name}." for every data set. The loss is the
-cross-entropy over all classes. The number of steps is fixed by the shots; batches go through epochs with all
-images, and the last epoch is cut where the steps are done. Without dropout too, the gradients are the true ones;
-the official code's then lack B A. What the official code merges into W for a test is added to W z here, r /
-width of the work, so that CLIP's weights are not written. Its own few-shot samples, which repeat images of a
-class that has too few, are not taken.
+with A [r, width] and B [width, r], which begins at 0; each projection has dropout of its own. The logits of an
+image are 100 cos(image, w_k), whatever the temperature of the backbone, with w_k the feature of "a photo of a
+{name}." for every data set. The loss is the cross-entropy over all classes. The shots fix the number of steps:
+an epoch goes through all images, and the last one is cut.
+
+The official code merges s B A into W for tests; here it stays beside W, which is never written, at r / width of
+the work. Its gradients without dropout lack B A; ours are the true ones. Its few-shot samples, which repeat
+images of a class that has too few, are not taken.
 """
 
 import math
@@ -58,7 +58,8 @@ def dropout(rate: float, seed: int, device: torch.device) -> Drop:
     if not rate:
         return whole
     generator = torch.Generator(device).manual_seed(seed)
-    return lambda z: z * torch.empty_like(z).bernoulli_(1 - rate, generator=generator).div_(1 - rate)
+    # Twice as fast on a CPU as torch's own dropout.
+    return lambda z: z * torch.rand(z.shape, generator=generator, device=device).ge_(rate).div_(1 - rate)
 
 
 class Lora(nn.Module):
