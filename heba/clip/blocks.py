@@ -16,18 +16,20 @@ from heba.clip.activation import quick_gelu
 class Change:
     """What a method changes inside a block, whose weights stay as they are; None leaves that part alone.
 
-    A function gets packed [T, width] of texts, or [n, length, width] of images. In the last block `out` and
+    A function gets packed [T, width] of texts, or [n, length, width] of images. In the last block `q`, `out` and
     `beside` get the tokens that are read alone, [n, width].
 
     Attributes:
         tokens: what enters the block, to what enters instead (deep prompts).
-        qkv: the normed input of the attention, to what is added to its queries, keys and values, [..., 3 * width].
+        q, k, v: the normed input of the attention, to what is added to its queries, keys or values.
         out: the input of the attention's last projection, to what is added to its output.
         beside: the normed input of the attention, to what is added to the output of the whole block.
     """
 
     tokens: Callable[[Tensor], Tensor] | None = None
-    qkv: Callable[[Tensor], Tensor] | None = None
+    q: Callable[[Tensor], Tensor] | None = None
+    k: Callable[[Tensor], Tensor] | None = None
+    v: Callable[[Tensor], Tensor] | None = None
     out: Callable[[Tensor], Tensor] | None = None
     beside: Callable[[Tensor], Tensor] | None = None
 
@@ -104,6 +106,14 @@ def _enter(block: Any, x: Tensor, change: Change) -> tuple[Tensor, Tensor]:
     return x, block.ln_1(x)
 
 
+def _add(x: Tensor, h: Tensor, *functions: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """`x`, with what each function makes of `h` added to its own part of the channels."""
+    if not any(functions):
+        return x
+    parts = zip(x.chunk(len(functions), dim=-1), functions, strict=True)
+    return torch.cat([part if function is None else part + function(h) for part, function in parts], dim=-1)
+
+
 def _leave(block: Any, x: Tensor, y: Tensor, h: Tensor, change: Change) -> Tensor:
     """The output of a block from its stream `x`, the attention's values `y` and its normed input `h`, token by
     token."""
@@ -138,9 +148,7 @@ def run_block(
         return block(x) if packing is None else packing.pack(block(packing.unpack(x), attn_mask=mask))
     attn: nn.MultiheadAttention = block.attn
     x, h = _enter(block, x, change)
-    qkv = F.linear(h, attn.in_proj_weight, attn.in_proj_bias)
-    if change.qkv is not None:
-        qkv = qkv + change.qkv(h)
+    qkv = _add(F.linear(h, attn.in_proj_weight, attn.in_proj_bias), h, change.q, change.k, change.v)
     if packing is not None:
         qkv = packing.unpack(qkv)
     q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [n, heads, length, head width]
@@ -180,17 +188,12 @@ def run_last_block(
     attn: nn.MultiheadAttention = block.attn
     width, weight, bias = x.shape[-1], attn.in_proj_weight, attn.in_proj_bias
     x, h = _enter(block, x, change)
-    kv = F.linear(h, weight[width:], bias[width:])
-    added = None if change.qkv is None else change.qkv(h)
-    if added is not None:
-        kv = kv + added[..., width:]
+    kv = _add(F.linear(h, weight[width:], bias[width:]), h, change.k, change.v)
     if packing is not None:
         kv = packing.unpack(kv)
     k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [n, heads, length, head width]
     h, x = (h[:, 0], x[:, 0]) if read is None else (h[read], x[read])
-    q = F.linear(h, weight[:width], bias[:width])
-    if added is not None:
-        q = q + (added[:, 0] if read is None else added[read])[..., :width]
+    q = _add(F.linear(h, weight[:width], bias[:width]), h, change.q)
     q = q.unflatten(-1, (attn.num_heads, 1, -1))
     allowed = None if seen is None else seen[:, None, None]
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).flatten(1)

@@ -132,7 +132,7 @@ def raw_class_features(features: Tensor, class_index: Tensor, n_classes: int) ->
     return total / torch.bincount(class_index, minlength=n_classes).unsqueeze(1)
 
 
-def cosine_logits(factor: Tensor, features: Tensor, weights: Tensor) -> Tensor:
+def cosine_logits(factor: Tensor | float, features: Tensor, weights: Tensor) -> Tensor:
     """factor * features @ weights.T [..., n, n_classes] in fp32, also under autocast, of normalised `features`
     [..., n, E] and `weights` [..., n_classes, E]."""
     with torch.autocast(features.device.type, enabled=False):

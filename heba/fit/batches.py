@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,19 +16,19 @@ from heba.fit.loop import History, Schedule, finite, train_epochs, update
 from heba.fit.run import Run
 
 # The batches of an epoch (0-based) with their labels, with all draws from the generator.
-Source = Callable[[int, torch.Generator], Iterator[tuple[Tensor, Tensor]]]
+Source = Callable[[int, torch.Generator], Iterator[tuple[Any, Tensor]]]
 
 
-def crops(clip: Any, train: LabelledImages, size: int, run: Run) -> Source:
+def crops(clip: Any, train: LabelledImages, size: int, run: Run, keep_last: bool = False) -> Source:
     """Batches of preprocessed crops [b, 3, height, width], drawn anew in every epoch: of 0.08 to 1 of the area,
-    mirrored half of the time."""
+    mirrored half of the time. `keep_last`: also of what is left over, as in `shuffled`."""
     where, preprocess = clip.logit_scale.device, preprocess_of(clip)
     with run.progress(len(train.files), "decode training images") as done:
         images = [image.to(where) for image in decode_all(train.files, done)]
     labels = torch.tensor(train.labels, device=where)
 
     def epoch(_: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        for rows in shuffled(len(images), size, generator):
+        for rows in shuffled(len(images), size, generator, keep_last):
             chosen = [images[row] for row in rows.tolist()]
             boxes = [sample_crop(image.shape[1], image.shape[2], generator) for image in chosen]
             flips = (torch.rand(len(chosen), generator=generator) < 0.5).tolist()
@@ -67,12 +68,12 @@ def frozen_features(clip: Any, train: LabelledImages, size: int, views: bool, ru
 
 
 def descend(
-    module: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[Tensor, Tensor], Tensor], bf16: bool
-) -> Callable[[Tensor, Tensor], Tensor]:
+    module: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[Any, Tensor], Tensor], bf16: bool
+) -> Callable[[Any, Tensor], Tensor]:
     """A function of a batch and its labels that takes a step down the gradient of `loss`, 0-dim; returns it."""
 
-    def take(x: Tensor, labels: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+    def take(x: Any, labels: Tensor) -> Tensor:
+        with torch.autocast(labels.device.type, torch.bfloat16, enabled=bf16):
             value = loss(x, labels)
         update(module, optimizer, value)
         return value.detach()
@@ -95,7 +96,7 @@ class Training:
     module: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: Schedule
-    take: Callable[[Tensor, Tensor], Tensor]
+    take: Callable[[Any, Tensor], Tensor]
     step_lr: Callable[[int], float] | None = None
     end: Callable[[int], object] = lambda epoch: None
     remedy: str = "lower lr, or set precision to fp32"
@@ -107,9 +108,10 @@ def train_batches(training: Training, source: Source, run: Run) -> History:
 
     def run_epoch(epoch: int, generator: torch.Generator, done: Callable[[int], object]) -> list[float]:
         losses: list[Tensor] = []
-        for x, labels in source(epoch, generator):
+        before = epoch * training.schedule.steps
+        for x, labels in islice(source(epoch, generator), training.schedule.total() - before):
             if training.step_lr is not None:
-                lr = training.step_lr(epoch * training.schedule.steps + len(losses))
+                lr = training.step_lr(before + len(losses))
                 for group in training.optimizer.param_groups:
                     group["lr"] = lr
             losses.append(training.take(x, labels))

@@ -18,10 +18,12 @@ def passes(augmented: Tensor, plain: Tensor) -> Tensor:
     return augmented if len(augmented) else plain[None]
 
 
-def shuffled(n: int, size: int, generator: torch.Generator) -> list[Tensor]:
-    """The batches of an epoch, rows [size] of n in a fresh order, without what is left over; fewer rows than a
-    batch make one batch of all, as in Dassl's loader."""
+def shuffled(n: int, size: int, generator: torch.Generator, keep_last: bool = False) -> list[Tensor]:
+    """The batches of an epoch, rows [size] of n in a fresh order, without what is left over unless `keep_last`;
+    fewer rows than a batch make one batch of all, as in Dassl's loader."""
     order = torch.randperm(n, generator=generator)
+    if keep_last:
+        return list(order.split(size))
     return list(order[: max(1, n // size) * size].split(size))
 
 

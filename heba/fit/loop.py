@@ -52,11 +52,17 @@ def finite(losses: list[Tensor]) -> list[float]:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to train: `epochs` of so many `steps`; `lr` is an epoch's learning rate (epochs count from 0)."""
+    """How long to train: `epochs` of so many `steps`, the last one perhaps cut short by `most`, the steps of all;
+    `lr` is an epoch's learning rate (epochs count from 0)."""
 
     epochs: int
     steps: int
     lr: Callable[[int], float]
+    most: int | None = None
+
+    def total(self) -> int:
+        """The steps of all epochs."""
+        return self.epochs * self.steps if self.most is None else self.most
 
 
 def dassl_lr(lr: float, epoch: int, epochs: int) -> float:
@@ -94,8 +100,8 @@ def train_epochs(
     history: History = []
     if run.checkpoint is not None and run.checkpoint.exists():
         history = load_checkpoint(run.checkpoint, parameters, optimizer, generator)
-    with run.progress(schedule.epochs * schedule.steps, "train") as done:
-        done(len(history) * schedule.steps)
+    with run.progress(schedule.total(), "train") as done:
+        done(min(len(history) * schedule.steps, schedule.total()))
         for record in history:
             run.on_epoch(record)
         for epoch in range(len(history), schedule.epochs):

@@ -3,7 +3,7 @@
 Uses every case in $HEBA_SHARED/oracle/methods (default ../shared), which is not in this repository.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import open_clip
@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from heba.clip.features import Classes
 from heba.clip.openai import clip_from_openai_weights
 from heba.fit.batches import train_batches
-from heba.fit.run import Run
 from tests.oracle.features import SHARED, read
 from tests.oracle.prompts import close
 
@@ -60,11 +59,11 @@ class Case:
         return self.about["trajectory"]["steps"]
 
     def source(self, per_epoch):
-        """The batches of the training, `per_epoch` in each epoch but perhaps the last."""
+        """The batches of the training, `per_epoch` in each epoch; after the last one they begin again."""
 
         def epoch(number, generator):
-            for step in self.steps[number * per_epoch : (number + 1) * per_epoch]:
-                yield self.batch(step)
+            for step in range(number * per_epoch, (number + 1) * per_epoch):
+                yield self.batch(self.steps[step % len(self.steps)])
 
         return epoch
 
@@ -92,8 +91,8 @@ def check_gradients(method, module, loss, expected, tensors):
     module.zero_grad()
 
 
-def check_training(method, case, training, source, shots=16):
-    """Take the recorded steps and compare their losses, learning rates and what they end with."""
+def check_training(method, case, training, source, final, run):
+    """Take the recorded steps and compare their losses, learning rates and the parameters that they end with."""
     losses, lrs, take = [], [], training.take
 
     def recorded(x, labels):
@@ -101,11 +100,9 @@ def check_training(method, case, training, source, shots=16):
         losses.append(take(x, labels).item())
         return torch.tensor(losses[-1])
 
-    object.__setattr__(training, "take", recorded)
-    train_batches(training, source, Run(seed=1, shots=shots))
+    train_batches(replace(training, take=recorded), source, run)
     close(method, "learning rate", lrs, [step["lr"] for step in case.steps], 1e-9)
     close(method, "losses of steps", losses, [step["loss"] for step in case.steps], LOSSES)
-    final = case.part("final")
     assert set(training.module.state_dict()) == set(final)
     for name, parameter in training.module.named_parameters():
         close(method, "trained parameters", parameter.detach(), final[name], PARAMETERS)
