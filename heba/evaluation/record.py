@@ -34,6 +34,7 @@ class Record(_Strict):
         source: the data set of the training where that is another one.
         suite, backbone: what it was made with; backbone as in params.yaml.
         settings: those of the method that only an evaluation reads.
+        trained_parameters: numbers that the training changed. adapter_bytes: of the file that it left.
         adapter_sha256, inputs_sha256: of the training. evaluated_sha256: of all that this record depends on.
         groups: base and novel, or all.
     """
@@ -47,6 +48,8 @@ class Record(_Strict):
     suite: str
     backbone: dict[str, str]
     settings: dict[str, Any]
+    trained_parameters: Annotated[int, Field(ge=0)]
+    adapter_bytes: Annotated[int, Field(ge=0)]
     adapter_sha256: str
     inputs_sha256: str
     evaluated_sha256: str

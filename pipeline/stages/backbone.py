@@ -81,6 +81,12 @@ def device(params: Params) -> torch.device:
     return torch.device(params.device)
 
 
+def device_name(params: Params) -> str:
+    """What it runs on, in words: the GPU's name, or CPU."""
+    where = device(params)
+    return torch.cuda.get_device_name(where) if where.type == "cuda" else "CPU"
+
+
 def be_deterministic() -> None:
     """From here on the same work gives the same bytes on a GPU too; to be called before the first work on it."""
     # cuBLAS reads it when it starts; its kernels may add up in any order without it.

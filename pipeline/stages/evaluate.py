@@ -73,8 +73,8 @@ def evaluate_all(params: Params, jobs: list[Evaluation], folder: Path) -> str:
             if not alike:
                 continue
             backbone = backbone or load_backbone(params)
-            for job, groups in zip(alike, evaluate(params, *backbone, alike), strict=True):
-                record = record_of(params, job, configs[job], groups, digests[job])
+            for job, (trained, groups) in zip(alike, evaluate(params, *backbone, alike), strict=True):
+                record = record_of(params, job, configs[job], trained, groups, digests[job])
                 with new_file(job.path) as path:
                     write_record(record, path)
                 made[job.path.relative_to(folder).with_suffix("").as_posix()] = record
@@ -149,8 +149,10 @@ def columns_of(dataset: str, names: list[str], trained: list[str]) -> Tensor:
     return torch.tensor([place[name] for name in names])
 
 
-def evaluate(params: Params, clip: Any, tokenizer: Tokenizer, jobs: list[Evaluation]) -> list[dict[str, Group]]:
-    """For each of `jobs`, which are `together`, its groups."""
+def evaluate(
+    params: Params, clip: Any, tokenizer: Tokenizer, jobs: list[Evaluation]
+) -> list[tuple[int, dict[str, Group]]]:
+    """For each of `jobs`, which are `together`, the number of trained parameters and its groups."""
     protocol, dataset, name = jobs[0].protocol, jobs[0].dataset, jobs[0].training.method
     about, method = methods.part(name, "settings"), methods.part(name, "method")
     test, where = read_test(dataset, preprocess_of(clip)), device(params)
@@ -184,11 +186,21 @@ def evaluate(params: Params, clip: Any, tokenizer: Tokenizer, jobs: list[Evaluat
     finally:
         for model in models:
             method.detach(model)
-    return found
+    return [(trained_parameters(method.trained(model)), g) for model, g in zip(models, found, strict=True)]
+
+
+def trained_parameters(module: Any) -> int:
+    """The number of parameters of a trained module; what it keeps besides, such as a cache, is no parameter."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def record_of(
-    params: Params, job: Evaluation, config: artifact.Config, groups: dict[str, Group], digest: str
+    params: Params,
+    job: Evaluation,
+    config: artifact.Config,
+    trained: int,
+    groups: dict[str, Group],
+    digest: str,
 ) -> Record:
     training = job.training
     evaluation = methods.part(training.method, "settings").EVALUATION
@@ -202,6 +214,8 @@ def record_of(
         suite=params.suite,
         backbone=params.backbone.model_dump(),
         settings={key: config.settings[key] for key in sorted(evaluation)},
+        trained_parameters=trained,
+        adapter_bytes=(training.folder / artifact.ADAPTER_FILE).stat().st_size,
         adapter_sha256=artifact.sha256(training.folder),
         inputs_sha256=config.inputs_sha256 or "",
         evaluated_sha256=digest,

@@ -28,6 +28,7 @@ from pipeline.stages.backbone import (
     be_deterministic,
     computing,
     device,
+    device_name,
     load_backbone,
     read_record,
     use_bf16,
@@ -188,7 +189,7 @@ def train(
     if checkpoint.exists():
         print(f"resuming from {checkpoint}", file=sys.stderr)
     history: list[dict[str, float]] = []
-    tracker.begin(config)
+    tracker.begin(config, device_name(params))
 
     def on_epoch(record: dict[str, float]) -> None:
         history.append(record)

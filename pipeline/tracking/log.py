@@ -28,6 +28,8 @@ from pipeline.tracking.models import find_run, log_model, share_adapter
 from pipeline.tracking.store import INPUTS_TAG, SHA_TAG, client, experiment_id
 
 EVALUATION_TAG = "heba.evaluation"
+DEVICE_TAG = "heba.device"
+SECONDS = "training_seconds"  # a metric: of a whole training; those of an epoch are `seconds`
 
 
 def run_name(config: dict[str, Any]) -> str:
@@ -66,14 +68,15 @@ class StageLog:
     """The MLflow runs of a stage's trainings, logged by one process beside it, which starts with the first."""
 
     def __init__(self) -> None:
-        self.previous = time.monotonic()
+        self.began = self.previous = time.monotonic()
         self.log: Background | None = None
 
-    def begin(self, config: artifact.Config) -> None:
-        """Open the run of a training."""
-        self.previous = time.monotonic()
+    def begin(self, config: artifact.Config, device: str) -> None:
+        """Open the run of a training on `device`."""
+        self.began = self.previous = time.monotonic()
         self.log = self.log or Background()
-        self.log.send("begin", {"config": config.model_dump(exclude={"class_names"}), "time": time.time()})
+        told = {"config": config.model_dump(exclude={"class_names"}), "device": device, "time": time.time()}
+        self.log.send("begin", told)
 
     def epoch(self, record: dict[str, float]) -> None:
         """Log an epoch's loss, learning rate and wall time in seconds."""
@@ -82,8 +85,9 @@ class StageLog:
         self._send("epoch", record | {"seconds": seconds, "time": time.time()})
 
     def outs(self, folder: Path) -> None:
-        """Log the adapter and its hash, and close the run."""
-        self._send("outs", str(folder.resolve()))
+        """Log the adapter, its hash and the seconds that the training took, and close the run."""
+        seconds = time.monotonic() - self.began
+        self._send("outs", {"folder": str(folder.resolve()), "seconds": seconds})
 
     def finish(self) -> None:
         """Wait until all is logged, `background.PATIENCE` at most. A training without `outs` has failed."""
@@ -110,15 +114,17 @@ class Logger:
     def begin(self, trainings: list[dict[str, Any]]) -> None:
         for training in trainings:
             self.run = begin_run(self.store, training["config"], training["time"])
+            self.store.set_tag(self.run.id, DEVICE_TAG, training["device"])
 
     def epochs(self, records: list[dict[str, float]]) -> None:
         if self.run:
             log_epochs(self.store, self.run.id, records)
 
-    def outs(self, folders: list[str]) -> None:
-        for folder in folders:
+    def outs(self, trained: list[dict[str, Any]]) -> None:
+        for training in trained:
             if self.run:
-                log_outs(self.store, self.run.id, Path(folder))
+                self.store.log_metric(self.run.id, SECONDS, training["seconds"])
+                log_outs(self.store, self.run.id, Path(training["folder"]))
                 self.run.end()
                 self.run = None
 

@@ -18,6 +18,8 @@ def record(method, dataset, seed, accuracies, protocol="base_to_novel", **about)
         "suite": "embedded",
         "backbone": {"name": "tiny", "pretrained": "embedded"},
         "settings": {},
+        "trained_parameters": 0,
+        "adapter_bytes": 16,
         "adapter_sha256": "0",
         "inputs_sha256": "0",
         "evaluated_sha256": "0",

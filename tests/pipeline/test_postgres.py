@@ -25,7 +25,7 @@ from pipeline.tracking.log import StageLog
 from tests.pipeline.test_tracking import CONFIG
 
 log = StageLog()
-log.begin(CONFIG.model_copy(update={"seed": int(sys.argv[1]), "inputs_sha256": sys.argv[1]}))
+log.begin(CONFIG.model_copy(update={"seed": int(sys.argv[1]), "inputs_sha256": sys.argv[1]}), "CPU")
 for epoch in range(int(sys.argv[2])):
     log.epoch({"epoch": epoch, "loss": 1 / (epoch + 1), "lr": 0.1})
 folder = Path("adapter")

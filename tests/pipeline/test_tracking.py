@@ -39,7 +39,7 @@ EPOCH = {"epoch": 0, "loss": 1.0, "lr": 0.1}
 def begun():
     """What a stage logs its trainings by, with one that has begun."""
     log = tracking.StageLog()
-    log.begin(CONFIG)
+    log.begin(CONFIG, "CPU")
     return log
 
 
@@ -66,6 +66,8 @@ def evaluation(**about):
         "suite": CONFIG.suite,
         "backbone": {"name": "tiny", "pretrained": "embedded"},
         "settings": {"prompts": "descriptions"},
+        "trained_parameters": 0,
+        "adapter_bytes": 16,
         "adapter_sha256": "of its adapter",
         "inputs_sha256": CONFIG.inputs_sha256,
         "evaluated_sha256": "of its evaluation",
@@ -192,7 +194,7 @@ def test_the_trainings_of_a_stage_are_runs_of_their_own_and_the_one_without_outs
     log = tracking.StageLog()
     processes = set()
     for seed in (1, 2, 3):
-        log.begin(CONFIG.model_copy(update={"seed": seed, "inputs_sha256": f"of seed {seed}"}))
+        log.begin(CONFIG.model_copy(update={"seed": seed, "inputs_sha256": f"of seed {seed}"}), "CPU")
         processes.add(log.log.process.pid)
         for epoch in range(seed):
             log.epoch(EPOCH | {"epoch": epoch})
