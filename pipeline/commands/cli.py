@@ -320,9 +320,22 @@ def cost(
     tflops: Annotated[float, typer.Option(min=0.001, help="Sustained arithmetic of the device, TFLOP/s.")] = 60.0,
     overhead_ms: Annotated[float, typer.Option(min=0, help="Launches and Python of one training step.")] = 20.0,
     text_length: Annotated[int, typer.Option(min=2, max=77, help="Tokens of a prompt.")] = 32,
+    measured: Annotated[
+        bool, typer.Option("--measured", help="Write the seconds of the trainings in MLflow to timings.csv.")
+    ] = False,
 ) -> None:
-    """Estimate compute and disk of params.yaml on the real benchmarks; nothing is run or fetched."""
+    """Estimate compute and disk of params.yaml on the real benchmarks; nothing is run or fetched.
+
+    With --measured, take the seconds that its trainings took from MLflow, for the report.
+    """
     params = _params()
+    if measured:
+        from pipeline.commands import timings
+
+        lines = timings.collect(params)
+        timings.write(lines)
+        print(f"{lines.to_string(index=False)}\n\nThey are in timings.csv; `dvc repro report` shows them.")
+        return
     from pipeline.commands import cost
 
     print(cost.markdown(params, tflops, overhead_ms, text_length))

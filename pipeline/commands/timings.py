@@ -31,15 +31,16 @@ def collect(params: Params) -> pd.DataFrame:
         for training in trainings(params):
             run = find_run(store, training.folder) if training.folder.is_dir() else None
             if run and SECONDS in run.data.metrics:
-                times = run.data.metrics[SECONDS], step_seconds(store, run, params, training)
-                found[run.data.tags[DEVICE_TAG], training.method].append(times)
+                key = run.data.tags[DEVICE_TAG], training.method
+                found[key].append((run.data.metrics[SECONDS], step_seconds(store, run, params, training)))
     if not found:
         raise ValueError(f"{shown_uri()} has no training of params.yaml with its seconds; run `dvc repro` first")
     rows = []
     for (device, method), times in sorted(found.items(), key=lambda item: place(params, *item[0])):
         steps = [step for _, step in times if step is not None]
-        row = (params.suite, params.backbone.name, device, method, len(times), round(mean(t for t, _ in times), 2))
-        rows.append((*row, round(1e3 * median(steps), 2) if steps else None))
+        seconds, step = mean(whole for whole, _ in times), 1e3 * median(steps) if steps else float("nan")
+        about = (params.suite, params.backbone.name, device, method, len(times))
+        rows.append((*about, round(seconds, 2), round(step, 2)))
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 

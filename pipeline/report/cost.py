@@ -18,8 +18,8 @@ COLUMNS = ("suite", "backbone", "device", "method", "trainings", "seconds", "ste
 SHOWN = ("method", "trained_parameters", "adapter_bytes", "gflop_step", "gflop_image", "step_ms", "seconds")
 NOTES = (
     "Trained parameters and the size of an adapter are means over the trainings that were evaluated.",
-    f"GFLOP are counted for {CLASSES} classes of {IMAGES} images each: of a training step through the towers (– for a "
-    "method on frozen features), and of a test image with the image tower.",
+    f"GFLOP are counted for {CLASSES} classes of {IMAGES} images each: of a training step through the towers (– for "
+    "a method on frozen features), and of a test image with the image tower.",
 )
 
 
@@ -82,7 +82,7 @@ def notes(timings: pd.DataFrame) -> list[str]:
     """Sentences for under the table."""
     devices = ", ".join(dict.fromkeys(timings["device"]))
     measured = (
-        f"Seconds are those of MLflow's runs on {devices}: the mean of a training, and the median epoch by its steps."
+        f"Seconds are those of MLflow's runs on {devices}: the mean training, and the median epoch by its steps."
         if len(timings)
         else "Seconds are not measured yet: `python -m pipeline cost --measured` takes them from MLflow's runs."
     )
