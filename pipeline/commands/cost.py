@@ -11,6 +11,10 @@ method runs on one of each. Everything else is products of counts in params.yaml
                 texts that it has for each image
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -31,21 +35,31 @@ PROMPTS_PER_CLASS = 20
 FROZEN = "frozen features"
 
 
-def trained_parameters(params: Params, method: str, protocol: str, clip: Any) -> int:
-    """Numbers that a training of a method leaves; `clip` may be without its weights."""
+@cache
+def without_weights(name: str, root: Path) -> Any:
+    """The backbone `name`, whose tensors have shapes and nothing else."""
+    with torch.device("meta"):
+        return build(read_architecture(name, root))
+
+
+@contextmanager
+def built(params: Params, method: str, protocol: str) -> Iterator[Any]:
+    """The model of a method for two classes, without weights."""
     part = methods.part(method, "method")
-    model = part.build(clip, 2, settings_of(params, method, protocol), seed=0)
-    found = sum(t.numel() for t in part.trained(model).state_dict().values())
-    part.detach(model)
-    return found
+    clip = without_weights(params.backbone.name, main_root())
+    with torch.device("meta"):
+        model = part.build(clip, 2, settings_of(params, method, protocol), seed=0)
+    try:
+        yield model
+    finally:
+        part.detach(model)
 
 
 def adapter_bytes(params: Params, training: Training) -> int:
-    """What a training leaves on the disk; the model is made without its weights."""
-    with torch.device("meta"):
-        clip = build(read_architecture(params.backbone.name, main_root()))
-        found = trained_parameters(params, training.method, training.protocol, clip)
-    return found * (2 if params.adapter_dtype == "fp16" else 4)
+    """What a training leaves on the disk."""
+    with built(params, training.method, training.protocol) as model:
+        tensors = methods.part(training.method, "method").trained(model).state_dict()
+    return sum(t.numel() for t in tensors.values()) * (2 if params.adapter_dtype == "fp16" else 4)
 
 
 def table(params: Params, tflops: float, overhead_ms: float, text_length: int) -> pd.DataFrame:
@@ -54,8 +68,7 @@ def table(params: Params, tflops: float, overhead_ms: float, text_length: int) -
     if params.suite != "real" or params.backbone.name == "tiny":
         raise ParamsError("suite: cost is for the real benchmarks; try it after `python -m pipeline preset paper`")
     catalog = load_catalog()
-    with torch.device("meta"):  # shapes are enough
-        clip = build(read_architecture(params.backbone.name, main_root()))
+    clip = without_weights(params.backbone.name, main_root())
     per_second = tflops * 1e12
 
     def hours(tests: list[Benchmark], flops: Flops) -> float:
@@ -71,18 +84,21 @@ def table(params: Params, tflops: float, overhead_ms: float, text_length: int) -
     rows: dict[tuple[str, str], dict[str, float]] = {}
     tests = dict.fromkeys([*params.datasets, *params.transfer.variants])
     frozen = count_flops(clip, None, text_length)
+    counted: dict[tuple[str, str], Flops] = {}  # by method and settings, which several protocols may share
     for method in params.methods:
-        about, part = methods.part(method, "settings"), methods.part(method, "method")
+        about = methods.part(method, "settings")
         for protocol in dict.fromkeys(p.trained_as for p in PROTOCOLS.values()):
             own = [t for t in trainings(params) if (t.method, t.protocol) == (method, protocol)]
             own = [t for t in own if t.dataset in catalog]
             if not own:
                 continue
             settings = settings_of(params, method, protocol)
-            with torch.device("meta"):
-                model = part.build(clip, 2, settings, seed=0)
-            flops = count_flops(clip, model, text_length)
-            part.detach(model)
+            same = (method, settings.model_dump_json())
+            if same not in counted:
+                with built(params, method, protocol) as model:
+                    towers = hasattr(model, "encode_image") or hasattr(model, "encode_text")
+                    counted[same] = count_flops(clip, model, text_length) if towers else frozen
+            flops = counted[same]
             steps, seconds = 0, 0.0
             for training in own:
                 classes = catalog[training.dataset].classes

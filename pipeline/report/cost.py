@@ -18,8 +18,8 @@ COLUMNS = ("suite", "backbone", "device", "method", "trainings", "seconds", "ste
 SHOWN = ("method", "trained_parameters", "adapter_bytes", "gflop_step", "gflop_image", "step_ms", "seconds")
 NOTES = (
     "Trained parameters and the size of an adapter are means over the trainings that were evaluated.",
-    f"GFLOP are counted for {CLASSES} classes of {IMAGES} images each: of a training step through the towers (– for "
-    "a method on frozen features), and of a test image with the image tower.",
+    f"GFLOP are counted for {CLASSES} classes of {IMAGES} images each: of a training step through the towers, "
+    "which a method on frozen features does not have, and of a test image with the image tower.",
 )
 
 
