@@ -6,16 +6,22 @@ Uses every case in $HEBA_SHARED/oracle/methods (default ../shared), which is not
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from heba.clip import backbone
+from heba.clip.architecture import read_architecture
 from heba.clip.features import Classes
 from heba.clip.openai import clip_from_openai_weights
 from heba.fit.batches import train_batches
 from heba.fit.run import Run
+from pipeline.commands.cost import trained_parameters
+from pipeline.commands.presets import FOLDER
+from pipeline.core.params import load_params
 from tests.oracle.features import SHARED, read, relative
 
 # The tolerances of the oracle's README.
@@ -143,8 +149,17 @@ def check_training(method, case, training, source, rename=lambda name: name):
 
     object.__setattr__(training, "take", recorded)
     train_batches(training, source, Run(seed=1, shots=FEW_SHOTS))
-    assert lrs == [step["lr"] for step in case.variant["steps"]]
+    assert lrs == pytest.approx([step["lr"] for step in case.variant["steps"]], rel=1e-12, abs=0)
     close(method, "losses of steps", losses, case.steps(), LOSSES)
     final = {rename(name): tensor for name, tensor in case.part("final").items()}
     for name, parameter in training.module.named_parameters():
         close(method, "trained parameters", parameter.detach(), final[name], PARAMETERS)
+
+
+def check_parameters(method, case, protocols):
+    """The counts at ViT-B/16 with the paper preset in these `protocols`, which are in the oracle's order."""
+    params = load_params(FOLDER / "paper.yaml")
+    with torch.device("meta"):
+        clip = backbone.build(read_architecture(params.backbone.name, Path()))
+        found = [trained_parameters(params, method, protocol, clip) for protocol in protocols]
+    assert found == [counts["trainable"] for counts in case.about["parameters_at_vit_b16"].values()]
