@@ -164,6 +164,13 @@ def encode_texts(clip: Any, texts: Texts, embeddings: Tensor, deep: Mapping[int,
     return run_text_blocks(clip, hidden, texts.packing, 0, changes=changes)
 
 
+def encode_deep_texts(clip: Any, texts: Texts, prompts: Sequence[Tensor]) -> Tensor:
+    """Text features [n, E], not normalised, of `texts` with a context of its own in each of the first blocks.
+
+    `prompts`: [M, width] each; the first enters with the tokens, the others before blocks 1, 2, ... (0-based)."""
+    return encode_texts(clip, texts, with_context(texts, prompts[0]), dict(enumerate(prompts[1:], 1)))
+
+
 def _into_texts(packing: Packing, vectors: Tensor, x: Tensor) -> Tensor:
     """Packed texts [T, width] with `vectors` [M, width] or [n, M, width] at positions 1 to M of each."""
     n, m = len(packing.eot), vectors.shape[-2]

@@ -138,8 +138,8 @@ def check_gradients(method, case, module, value, rename=lambda name: name):
     module.zero_grad()
 
 
-def check_training(method, case, training, source, rename=lambda name: name):
-    """Take the recorded steps and compare losses, learning rates and final parameters."""
+def check_training(method, case, training, source, rename=lambda name: name, last="final"):
+    """Take the recorded steps and compare losses, learning rates and the last parameters, which are below `last`."""
     losses, lrs, take = [], [], training.take
 
     def recorded(x, labels):
@@ -151,7 +151,7 @@ def check_training(method, case, training, source, rename=lambda name: name):
     train_batches(training, source, Run(seed=1, shots=FEW_SHOTS))
     assert lrs == pytest.approx([step["lr"] for step in case.variant["steps"]], rel=1e-12, abs=0)
     close(method, "losses of steps", losses, case.steps(), LOSSES)
-    final = {rename(name): tensor for name, tensor in case.part("final").items()}
+    final = {rename(name): tensor for name, tensor in case.part(last).items()}
     for name, parameter in training.module.named_parameters():
         close(method, "trained parameters", parameter.detach(), final[name], PARAMETERS)
 

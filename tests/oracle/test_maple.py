@@ -50,7 +50,7 @@ def test_maple(case):
         case.shared["images"],
         case.shared["labels"].long(),
     )
-    image, text = model.encode_image(pixels), model.encode_texts(texts)
+    image, text = model.encode_image(pixels), model.encode_text(texts.tokens)
     prompts.close("maple", "features", image.detach(), case.own["image_features"], prompts.FEATURES)
     prompts.close("maple", "features", text.detach(), case.own["text_features"], prompts.FEATURES)
     found = model.logits(image, model.weights(texts))
@@ -69,7 +69,7 @@ def test_maple(case):
         prompts.close("maple", "logits after training", logits_of(classes, True), expected, prompts.FINAL_LOGITS)
     if "novel.logits" in case.own:
         novel, expected = case.classes(novel=True), case.own["novel.logits"]
-        found = model.encode_texts(method.texts_of(clip, novel, ours)).detach()
+        found = model.encode_text(method.texts_of(clip, novel, ours).tokens).detach()
         # Of parameters that a training has left.
         prompts.close("maple", "features of new classes", found, case.own["novel.text_features"], 5e-5)
         prompts.close("maple", "logits of new classes", logits_of(novel, False), expected, prompts.FINAL_LOGITS)

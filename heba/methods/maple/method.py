@@ -25,15 +25,14 @@ from heba.clip.context import (
     check_text_context,
     draw_prompts,
     embed_texts,
+    encode_deep_texts,
     encode_embedded,
-    encode_texts,
+    encode_images,
     image_width,
     text_width,
     texts_with_room,
-    with_context,
 )
 from heba.clip.features import Classes, cosine_logits
-from heba.clip.towers import embed_images
 from heba.data.images import Images, LabelledImages
 from heba.data.prompts import spoken_class_name
 from heba.fit.batches import Training, crops, descend, train_batches
@@ -69,19 +68,15 @@ class Model(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Features [n, E], not normalised, of preprocessed `images` [n, 3, size, size]."""
-        return encode_embedded(self.clip, embed_images(self.clip, images, 0), self.learned.image())
+        return encode_images(self.clip, images, self.learned.image())
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Features [n, E], not normalised, of `tokens` [n, context], those at 1 to M without effect."""
-        return self.encode_texts(embed_texts(self.clip, tokens))
-
-    def encode_texts(self, texts: Texts) -> Tensor:
-        first, *later = self.learned.text
-        return encode_texts(self.clip, texts, with_context(texts, first), dict(enumerate(later, 1)))
+        return encode_deep_texts(self.clip, embed_texts(self.clip, tokens), list(self.learned.text))
 
     def weights(self, texts: Texts) -> Tensor:
         """[n, E], the normalised features of `texts`."""
-        return F.normalize(self.encode_texts(texts).float(), dim=-1)
+        return F.normalize(encode_deep_texts(self.clip, texts, list(self.learned.text)).float(), dim=-1)
 
     def logits(self, features: Tensor, weights: Tensor) -> Tensor:
         """[n, n_classes], of image `features` [n, E] and the classes' `weights` [n_classes, E]."""
