@@ -139,7 +139,7 @@ def check_gradients(method, case, module, value, rename=lambda name: name):
 
 
 def check_training(method, case, training, source, rename=lambda name: name, last="final"):
-    """Take the recorded steps and compare losses, learning rates and the last parameters, which are below `last`."""
+    """Take the recorded steps and compare losses, learning rates and the parameters after them, below `last`."""
     losses, lrs, take = [], [], training.take
 
     def recorded(x, labels):

@@ -45,11 +45,8 @@ def test_maple(case):
     prompts.load(model.learned, initial)
     for j, found in enumerate(model.learned.image()):
         prompts.close("maple", "features", found.detach(), case.own[f"visual_prompts.{j}"], prompts.FEATURES)
-    texts, pixels, labels = (
-        method.texts_of(clip, classes, ours),
-        case.shared["images"],
-        case.shared["labels"].long(),
-    )
+    texts = method.texts_of(clip, classes, ours)
+    pixels, labels = case.shared["images"], case.shared["labels"].long()
     image, text = model.encode_image(pixels), model.encode_text(texts.tokens)
     prompts.close("maple", "features", image.detach(), case.own["image_features"], prompts.FEATURES)
     prompts.close("maple", "features", text.detach(), case.own["text_features"], prompts.FEATURES)
@@ -65,14 +62,14 @@ def test_maple(case):
         n_images = case.about["batches_per_epoch"] * ours.batch_size
         training = method.training_of(model, n_images, classes, ours, prompts.Run(seed=1))
         prompts.check_training("maple", case, training, case.source(), renamed)
-        expected = case.own["final_logits"]
-        prompts.close("maple", "logits after training", logits_of(classes, True), expected, prompts.FINAL_LOGITS)
+        found, expected = logits_of(classes, True), case.own["final_logits"]
+        prompts.close("maple", "logits after training", found, expected, prompts.FINAL_LOGITS)
     if "novel.logits" in case.own:
-        novel, expected = case.classes(novel=True), case.own["novel.logits"]
-        found = model.encode_text(method.texts_of(clip, novel, ours).tokens).detach()
-        # Of parameters that a training has left.
-        prompts.close("maple", "features of new classes", found, case.own["novel.text_features"], 5e-5)
-        prompts.close("maple", "logits of new classes", logits_of(novel, False), expected, prompts.FINAL_LOGITS)
+        novel = case.classes(novel=True)
+        found, expected = method.classifier(model, novel, ours, False)["weights"], case.own["novel.text_features"]
+        prompts.close("maple", "features of new classes", found, F.normalize(expected, dim=-1), prompts.FEATURES)
+        found, expected = logits_of(novel, False), case.own["novel.logits"]
+        prompts.close("maple", "logits of new classes", found, expected, prompts.FINAL_LOGITS)
 
 
 @prompts.variants("maple")
@@ -84,5 +81,5 @@ def test_the_start(case):
     assert all(torch.equal(weight, later[0]) for weight in later)
     assert not any(torch.equal(weight, first) for weight in later)
     vectors = torch.cat([vectors.detach().flatten() for vectors in learned.text])
-    assert abs(vectors.std() / 0.02 - 1) < 0.2
+    assert abs(vectors.std() / 0.02 - 1) < 0.4
     prompts.check_parameters("maple", case, ["base_to_novel", "cross_dataset"])

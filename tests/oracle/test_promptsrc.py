@@ -79,13 +79,13 @@ def test_promptsrc(case):
         found, expected = logits_of(classes, True), case.own["final_logits"]
         prompts.close("promptsrc", "logits after training", found, expected, prompts.FINAL_LOGITS)
     if "novel.logits" in case.own:
-        novel, expected = case.classes(novel=True), case.own["novel.logits"]
-        found = model.encode_text(method.texts_of(clip, novel, ours).tokens).detach()
-        # Of parameters that a training has left.
-        prompts.close("promptsrc", "features of new classes", found, case.own["novel.text_features"], 5e-5)
+        novel = case.classes(novel=True)
+        found, expected = method.classifier(model, novel, ours, False)["weights"], case.own["novel.text_features"]
         prompts.close(
-            "promptsrc", "logits of new classes", logits_of(novel, False), expected, prompts.FINAL_LOGITS
+            "promptsrc", "features of new classes", found, F.normalize(expected, dim=-1), prompts.FEATURES
         )
+        found, expected = logits_of(novel, False), case.own["novel.logits"]
+        prompts.close("promptsrc", "logits of new classes", found, expected, prompts.FINAL_LOGITS)
 
 
 @prompts.variants("promptsrc")
