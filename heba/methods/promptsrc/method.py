@@ -9,8 +9,8 @@ and Q_j of images,
     p = exp(logit_scale) cos(I(x), T_k)
 
 for the normalised features I(x) of an image and T_k of the text of a class. P_0 begins as the first tokens of
-`words`, all others as N(0, 0.02^2). With I0(x) of the frozen tower, Z_k the normalised mean of what frozen CLIP makes
-of the texts of an ensemble (not normalised before the mean), and q = exp(logit_scale) cos(I0(x), Z_k), the loss is
+`words`, all others as N(0, 0.02^2). With I0(x) of the frozen tower, Z_k the normalised mean of its features of an
+ensemble of texts (not normalised before the mean), and q = exp(logit_scale) cos(I0(x), Z_k), the loss is
 
     CE(p) + text_weight mean|T - Z| + image_weight mean|I - I0| + KL(softmax(q) || softmax(p)) / n_classes
 
