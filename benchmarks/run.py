@@ -32,8 +32,8 @@ from heba.clip.preprocess import decode, preprocess_of
 from heba.clip.towers import text_lengths
 from heba.data.images import for_each_image, open_packed, pack_images
 from heba.data.splits import base_labels
+from heba.fit.draws import TextBank, step_classes
 from heba.fit.run import Run
-from heba.methods.heba.draws import TextBank, step_classes
 from heba.methods.heba.settings import Settings
 from heba.methods.heba.training import train
 

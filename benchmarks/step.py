@@ -21,9 +21,9 @@ from benchmarks.common import (
 )
 from heba.clip.preprocess import normalise, preprocess_of
 from heba.clip.towers import text_lengths
+from heba.fit.adapters import step_loss
+from heba.fit.draws import Step, TextBank
 from heba.fit.loop import make_optimizer, update
-from heba.methods.heba.draws import Step, TextBank
-from heba.methods.heba.training import step_loss
 
 
 def main(

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from heba.clip.blocks import Change, Packing, pack
 from heba.clip.towers import (
@@ -27,7 +27,6 @@ from heba.clip.towers import (
 )
 
 Tokenizer = Callable[[list[str]], Tensor]
-STD = 0.02  # of vectors that begin at random
 NOTHING: Mapping[int, Tensor] = {}
 
 
@@ -39,11 +38,6 @@ def text_width(clip: Any) -> int:
 def image_width(clip: Any) -> int:
     """The width of an image tower that can have learned tokens (`check_image_context`)."""
     return clip.visual.class_embedding.shape[0]
-
-
-def draw_prompts(blocks: int, tokens: int, width: int) -> nn.ParameterList:
-    """Learned vectors [tokens, width] for each of so many blocks, N(0, 0.02^2)."""
-    return nn.ParameterList([torch.empty(tokens, width).normal_(std=STD) for _ in range(blocks)])
 
 
 def check_text_context(clip: Any, method: str, blocks: int = 1, context: int = 1) -> None:
@@ -84,18 +78,21 @@ class Texts:
         tokens: [n, length], cut behind the last token that is read.
         embeddings: [n, length, width], theirs, without positions.
         packing: of them.
+        order: [n, length], of their tokens once the context is in; None: as they are.
     """
 
     tokens: Tensor
     embeddings: Tensor
     packing: Packing
+    order: Tensor | None = None
 
     def times(self, n: int) -> "Texts":
         """All texts `n` times, one whole list after the other."""
         lengths = (self.packing.eot + 1).tolist() * n
         context = None if self.packing.rows is not None else self.packing.length
         packing = pack(lengths, self.tokens.device, context)
-        return Texts(self.tokens.repeat(n, 1), self.embeddings.repeat(n, 1, 1), packing)
+        order = None if self.order is None else self.order.repeat(n, 1)
+        return Texts(self.tokens.repeat(n, 1), self.embeddings.repeat(n, 1, 1), packing, order)
 
 
 @torch.no_grad()
@@ -126,29 +123,13 @@ def embed_words(clip: Any, tokenizer: Tokenizer, words: str) -> Tensor:
     return embed_texts(clip, tokens).embeddings[0, 1 : 1 + m].clone()
 
 
-@torch.no_grad()
-def begin_with_words(clip: Any, tokenizer: Tokenizer, words: str, context: Tensor) -> None:
-    """Let `context` [M, width] begin as the embeddings of the first M tokens of `words`; ValueError where these
-    are fewer."""
-    embedded = embed_words(clip, tokenizer, words)
-    if len(embedded) < len(context):
-        raise ValueError(f"a context of {len(context)} tokens begins as {words!r}, which has {len(embedded)}")
-    context.copy_(embedded[: len(context)])
-
-
-def texts_with_room(clip: Any, tokenizer: Tokenizer, names: list[str], words: str | None, room: int) -> Texts:
-    """The texts "<words> <name>." of the spoken `names`; without words, "<name>." behind `room` free places."""
-    ends = [f"{name}." for name in names]
-    if words:
-        return embed_texts(clip, tokenizer([f"{words} {end}" for end in ends]))
-    return embed_texts(clip, tokens_with_room(tokenizer, ends, room))
-
-
 def with_context(texts: Texts, context: Tensor) -> Tensor:
-    """[n, length, width], the embeddings with `context` [M, width] or [n, M, width] at positions 1 to M."""
+    """[n, length, width], the embeddings with `context` [M, width] or [n, M, width] at positions 1 to M, and then
+    in their order."""
     e = texts.embeddings
     context = context.to(e.dtype).expand(len(e), -1, -1)
-    return torch.cat([e[:, :1], context, e[:, 1 + context.shape[1] :]], dim=1)
+    e = torch.cat([e[:, :1], context, e[:, 1 + context.shape[1] :]], dim=1)
+    return e if texts.order is None else e.take_along_dim(texts.order.unsqueeze(-1), dim=1)
 
 
 def encode_texts(clip: Any, texts: Texts, embeddings: Tensor, deep: Mapping[int, Tensor] = NOTHING) -> Tensor:

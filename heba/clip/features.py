@@ -85,18 +85,19 @@ def encode_prompts(
     device: torch.device,
     batch_size: int | None = None,
     progress: Callable[[int], object] = lambda n: None,
+    reach: int = 0,
 ) -> Tensor:
     """Text features [n, E] (fp32, on the CPU, not normalised) of `tokens` [n, context].
 
-    Equal prompts are encoded once, and prompts of like length together, cut after the longest, where the tower
-    of `clip` allows it.
+    Equal prompts are encoded once, and prompts of like length together, cut `reach` behind the longest, where the
+    tower of `clip` allows it.
     """
     different, which = torch.unique(tokens, dim=0, return_inverse=True)
     lengths = torch.tensor(text_lengths(clip, different))
     order = lengths.argsort(stable=True)
     features = []
     for part in order.split(batch_size or BATCH_SIZE.get(device.type, 256)):
-        batch = cut_texts(clip, different[part]).to(device)
+        batch = cut_texts(clip, different[part], reach).to(device)
         features.append(encode(batch).float())
         progress(len(part))
     back = torch.empty_like(order)
@@ -132,6 +133,7 @@ def raw_class_features(features: Tensor, class_index: Tensor, n_classes: int) ->
 
 
 def cosine_logits(factor: Tensor, features: Tensor, weights: Tensor) -> Tensor:
-    """factor * features @ weights.T [n, n_classes] in fp32, also under autocast; both normalised, [..., E]."""
+    """factor * features @ weights.T [..., n, n_classes] in fp32, also under autocast, of normalised `features`
+    [..., n, E] and `weights` [..., n_classes, E]."""
     with torch.autocast(features.device.type, enabled=False):
-        return factor * features.float() @ weights.float().T
+        return factor * features.float() @ weights.float().mT

@@ -6,7 +6,7 @@ last block runs for the token that is read alone, as it does in an image tower t
 towers run as the model runs them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +111,15 @@ def text_tower(clip: Any) -> Any:
     return getattr(clip, "text", clip)
 
 
+def feature_width(clip: Any) -> int:
+    """E, the width of the features of texts, and so of images."""
+    text = text_tower(clip)
+    projection = text.text_projection
+    if projection is None:
+        return text.token_embedding.embedding_dim
+    return projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
+
+
 def pool_type(text: Any) -> str:
     """Where a text is read: at the largest id (argmax), at the first `eos_id` (eos), or at its end (last)."""
     return text.text_pool_type if hasattr(text, "text_pool_type") else text.pool_type
@@ -139,10 +148,20 @@ def text_lengths(clip: Any, tokens: Tensor) -> list[int]:
     return (tokens.argmax(dim=-1) + 1).tolist()  # EOT is the largest id of CLIP's vocabulary
 
 
-def cut_texts(clip: Any, tokens: Tensor) -> Tensor:
-    """`tokens` [n, context] without those that no feature depends on: under a causal mask, what is behind the last
-    token that is read."""
-    return tokens if whole_context(clip) else tokens[:, : max(text_lengths(clip, tokens))]
+def cut_texts(clip: Any, tokens: Tensor, reach: int = 0) -> Tensor:
+    """`tokens` [n, context] without those that no feature depends on: under a causal mask, what is `reach` behind
+    the last token that is read."""
+    return tokens if whole_context(clip) else tokens[:, : max(text_lengths(clip, tokens)) + reach]
+
+
+def padded_texts(clip: Any, tokens: Tensor, reach: int, tokenizer: Callable[[list[str]], Tensor]) -> Tensor:
+    """`tokens` [n, length] of texts that may be cut (`cut_texts`), with as much of the padding of `tokenizer` as
+    features depend on that reach so far behind the token that is read, within the context."""
+    missing = min(max(text_lengths(clip, tokens)) + reach, text_tower(clip).context_length) - tokens.shape[1]
+    if missing <= 0:
+        return tokens
+    padding = tokenizer([""])[0, -1].to(tokens)  # the last token of an empty text
+    return torch.cat([tokens, padding.expand(len(tokens), missing)], dim=1)
 
 
 def embed_tokens(clip: Any, tokens: Tensor, n_blocks: int) -> Tensor:
@@ -154,6 +173,19 @@ def embed_tokens(clip: Any, tokens: Tensor, n_blocks: int) -> Tensor:
     for block in text.transformer.resblocks[:n_blocks]:
         x = block(x, attn_mask=_mask(text, length))
     return x
+
+
+TEXT_BATCH = 256
+
+
+@torch.no_grad()
+def frozen_texts(clip: Any, tokens: Tensor, n_blocks: int) -> tuple[Tensor, Packing]:
+    """What enters block `n_blocks` (0-based) of the texts of `tokens` [n, context], as `run_text_blocks` takes it:
+    hidden states [n, length, width], on the device of `clip`, and their packing."""
+    where = clip.logit_scale.device
+    packing = pack(text_lengths(clip, tokens), where, whole_context(clip))
+    batches = tokens[:, : packing.length].to(where).split(TEXT_BATCH)
+    return torch.cat([embed_tokens(clip, batch, n_blocks) for batch in batches]), packing
 
 
 def _mask(text: Any, length: int) -> Tensor | None:
@@ -271,5 +303,4 @@ def image_hidden(clip: Any, images: Tensor) -> Tensor | None:
 @torch.no_grad()
 def encode_text_plain(clip: Any, tokens: Tensor) -> Tensor:
     """Text features [n, E] of the frozen model without adapters."""
-    packing = pack(text_lengths(clip, tokens), tokens.device, whole_context(clip))
-    return run_text_blocks(clip, embed_tokens(clip, tokens[:, : packing.length], 0), packing, 0)
+    return run_text_blocks(clip, *frozen_texts(clip, tokens, 0), 0)

@@ -65,6 +65,11 @@ def dassl_lr(lr: float, epoch: int, epochs: int) -> float:
     return 1e-5 if epoch == 0 else cosine(lr, epoch - 1, epochs)
 
 
+def dassl_schedule(lr: float, epochs: int, steps: int) -> Schedule:
+    """`epochs` of so many `steps` with the learning rates of Dassl."""
+    return Schedule(epochs, steps, lambda epoch: dassl_lr(lr, epoch, epochs))
+
+
 def train_epochs(
     parameters: nn.Module,
     optimizer: torch.optim.Optimizer,

@@ -17,7 +17,8 @@ method.py     the method; its docstring has the equations
     classifier(model, classes, settings, trained) -> tensors  what is kept of some class names
     logits(model, classifier, images) -> Tensor [n, classes]  images to logits
     detach(model)                                             leave CLIP as it was
-    A model that reads pixels has encode_image and encode_text, by which the command `cost` counts operations.
+    A model has encode_image (preprocessed images to features) and encode_text (tokens to features) where a tower
+    is not the frozen one; their operations are counted.
     Models of several seeds may be on one CLIP at once. One that leaves the first blocks of the image tower as they
     are goes on from `images.after_blocks(clip, n)`, which is computed once for all of them.
 ablations.py, convert.py     where it has ablations, or official checkpoints

@@ -112,6 +112,15 @@ def precompute(dataset: Dataset) -> None:
     _say(f"precompute {dataset}", precompute.run(params, dataset))
 
 
+@app.command(hidden=True)
+def count(method: Annotated[str, typer.Option(help="A method of params.yaml.")]) -> None:
+    """Count the operations of a method's training step and test image; the command `cost` shows them."""
+    params = _params()
+    from pipeline.stages import cost
+
+    _say(f"cost {method}", cost.run(params, method))
+
+
 @app.command()
 def views(dataset: Dataset) -> None:
     """Encode the few-shot images of a data set, and random crops of them, for the methods on frozen features."""

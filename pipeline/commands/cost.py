@@ -7,62 +7,28 @@ method runs on one of each. Everything else is products of counts in params.yaml
     step      = (images per step * image_train + prompts per step * text_train) / throughput + overhead
     training  = steps * step
     test pass = (test images * image + 20 prompts per class * text) / throughput, once per training and test set;
-                a method on frozen features needs those alone, which are computed once per data set
+                a method on frozen features needs those alone, which are computed once per data set, and the
+                texts that it has for each image
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from heba import methods
 from heba.clip.architecture import read_architecture
 from heba.clip.backbone import build
-from heba.clip.preprocess import preprocess_of
-from heba.clip.towers import encode_text_plain, eos_id, pool_type, text_tower
 from heba.data.protocols import PROTOCOLS
 from heba.data.splits import base_labels
 from heba.sources.catalog import Benchmark, load_catalog
 from pipeline.core.params import Params, ParamsError, settings_of
 from pipeline.core.paths import main_root
 from pipeline.core.trainings import Training, evaluations, trainings
+from pipeline.stages.cost import Flops, count_flops
 
 PROMPTS_PER_CLASS = 20
 FROZEN = "frozen features"
-
-
-class Flops(NamedTuple):
-    """Operations of one image and one prompt: in a test pass, and with the backward in a training step."""
-
-    image: int
-    text: int
-    image_train: int
-    text_train: int
-
-
-def count_flops(clip: Any, encode_image: Any, encode_text: Any, text_length: int) -> Flops:
-    """Run the two functions on one image and one prompt of `text_length` tokens and count."""
-    text = text_tower(clip)
-    size = preprocess_of(clip).size
-    tokens = torch.zeros(1, text.context_length, dtype=torch.long)
-    last = text.token_embedding.num_embeddings - 1
-    tokens[0, text_length - 1] = eos_id(text) if pool_type(text) == "eos" else last
-    image = torch.zeros(1, 3, size, size)
-
-    def count(encode: Any, value: torch.Tensor, train: bool) -> int:
-        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
-            features = encode(value)
-            if train and features.requires_grad:  # not where a tower is left plain
-                features.sum().backward()
-        return int(counter.get_total_flops())
-
-    return Flops(
-        count(encode_image, image, False),
-        count(encode_text, tokens, False),
-        count(encode_image, image, True),
-        count(encode_text, tokens, True),
-    )
 
 
 def trained_parameters(params: Params, method: str, protocol: str, clip: Any) -> int:
@@ -96,9 +62,14 @@ def table(params: Params, tflops: float, overhead_ms: float, text_length: int) -
         tested = sum(b.counts.test * flops.image + PROMPTS_PER_CLASS * b.classes * flops.text for b in tests)
         return tested / per_second / 3600
 
+    def text_hours(tests: list[Benchmark], flops: Flops, about: Any, settings: Any) -> float:
+        """Of the texts that a method has for each test image."""
+        texts = sum(b.counts.test * about.work(settings, b.classes, b.classes).tested for b in tests)
+        return texts * flops.text / per_second / 3600
+
     rows: dict[tuple[str, str], dict[str, float]] = {}
     tests = dict.fromkeys([*params.datasets, *params.transfer.variants])
-    frozen = count_flops(clip, clip.encode_image, lambda tokens: encode_text_plain(clip, tokens), text_length)
+    frozen = count_flops(clip, None, text_length)
     for method in params.methods:
         about, part = methods.part(method, "settings"), methods.part(method, "method")
         for protocol in dict.fromkeys(p.trained_as for p in PROTOCOLS.values()):
@@ -108,9 +79,7 @@ def table(params: Params, tflops: float, overhead_ms: float, text_length: int) -
                 continue
             settings = settings_of(params, method, protocol)
             model = part.build(clip, 2, settings, seed=0)
-            flops = frozen
-            if about.READS == "pixels":
-                flops = count_flops(clip, model.encode_image, model.encode_text, text_length)
+            flops = count_flops(clip, model, text_length)
             part.detach(model)
             steps, seconds = 0, 0.0
             for training in own:
@@ -129,7 +98,9 @@ def table(params: Params, tflops: float, overhead_ms: float, text_length: int) -
                 "Trainings": len(own),
                 "Steps": steps,
                 "Training, h": seconds / 3600,
-                "Test passes, h": hours(tested, flops) if about.READS == "pixels" else 0.0,
+                "Test passes, h": (
+                    hours(tested, flops) if about.READS == "pixels" else text_hours(tested, flops, about, settings)
+                ),
                 "Adapters, GB": len(own) * adapter_bytes(params, own[0]) / 1e9,
             }
     rows[FROZEN, "all"] = {

@@ -13,7 +13,7 @@ ROOT = Path(heba.__file__).parents[1]
 MODEL = ("heba/clip", "heba/data", "pipeline/stages/backbone.py")
 TRAIN = (*MODEL, "heba/artifact.py", "heba/fit", "pipeline/stages/train.py")
 VIEWS = (*MODEL, "pipeline/stages/views.py")
-EVALUATE = (*MODEL, "heba/artifact.py", "heba/evaluation", "pipeline/stages/evaluate.py")
+EVALUATE = (*MODEL, "heba/artifact.py", "heba/evaluation", "heba/fit", "pipeline/stages/evaluate.py")
 
 
 def of_method(method: str) -> str:

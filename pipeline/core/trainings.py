@@ -54,6 +54,11 @@ def train_folder(dataset: str) -> Path:
     return OUT / "train" / dataset
 
 
+def cost_path(method: str) -> Path:
+    """What a method's operations are counted in."""
+    return OUT / "cost" / f"{method}.json"
+
+
 def stage_folder(protocol: str) -> Path:
     """What the evaluation stages of a protocol write, for all data sets and seeds."""
     return OUT / "evaluate-transfer" / protocol if PROTOCOLS[protocol].transfer else OUT / "evaluate"

@@ -21,8 +21,8 @@ from heba.clip.features import encode_prompts
 from heba.clip.preprocess import Preprocess, preprocess_of
 from heba.clip.towers import check_towers, cut_texts, encode_text_plain, image_blocks, text_lengths
 from heba.data.prompts import tokenize
+from heba.fit.draws import TextBank
 from heba.fit.run import Run
-from heba.methods.heba.draws import TextBank
 from heba.methods.heba.model import AdaptedCLIP
 from heba.methods.heba.settings import Settings
 from heba.methods.heba.training import train

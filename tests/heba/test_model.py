@@ -12,9 +12,9 @@ from heba import artifact
 from heba.artifact import ADAPTER_FILE
 from heba.clip.features import class_features, encode_prompts
 from heba.data.images import Images
+from heba.fit.draws import step_classes
 from heba.methods.heba import method
 from heba.methods.heba.adapters import BottleneckAdapter
-from heba.methods.heba.draws import step_classes
 from heba.methods.heba.model import AdaptedCLIP
 from heba.methods.heba.settings import Settings
 from tests.heba import artifacts
@@ -187,9 +187,9 @@ def test_exactly_one_negative_class_works():
 
 def test_no_batch_class_is_missing_or_doubled():
     generator = torch.Generator().manual_seed(0)
-    for ratio in (0, 1, 5):
+    for ratio in (None, 0, 1, 5):
         selected, targets = step_classes([7, 3, 7, 1], 12, ratio, generator)
-        assert len(set(selected)) == len(selected) == {0: 12, 1: 6, 5: 12}[ratio]
+        assert len(set(selected)) == len(selected) == {None: 12, 0: 3, 1: 6, 5: 12}[ratio]
         assert [selected[t] for t in targets] == [7, 3, 7, 1]
 
 

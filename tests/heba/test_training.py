@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from heba.clip.towers import cut_texts, text_lengths
+from heba.fit.draws import TextBank
 from heba.fit.run import Run
-from heba.methods.heba.draws import TextBank
+from heba.fit.static import masked_cross_entropy
 from heba.methods.heba.model import AdaptedCLIP
 from heba.methods.heba.settings import Settings
-from heba.methods.heba.static import masked_cross_entropy
 from heba.methods.heba.training import train
 from tests.heba.test_model import batch, make_clip
 

@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 from heba import artifact
 from heba.artifact import ADAPTER_FILE, CONFIG_FILE
 from heba.clip.features import encode_prompts
+from heba.clip.hooks import Call, going_on
 from heba.clip.towers import embed_images, encode_text_plain, run_image_blocks
+from heba.fit.draws import TextBank
 from heba.fit.loop import make_optimizer, update
 from heba.fit.run import Run
 from heba.methods.heba.adapters import HEBA, BottleneckAdapter, Variant
-from heba.methods.heba.draws import TextBank
-from heba.methods.heba.model import AdaptedCLIP, _Call, _going_on
+from heba.methods.heba.model import AdaptedCLIP
 from heba.methods.heba.settings import Settings
 from heba.methods.heba.training import train
 from tests.heba import artifacts
@@ -126,7 +127,7 @@ def test_conv1d_on_packed_texts_is_that_of_each_text_alone(layout):
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(encode_prompts(model.clip, tokens, model.encode_text, torch.device("cpu")), alone)
     # The whole context, by open_clip's own forward with the same hooks: no cut, no packing.
-    with _going_on(_Call(model, "text", model._fixed_scales(None))):
+    with going_on(Call(model, "text", model.fixed_scales())):
         torch.testing.assert_close(model.clip.encode_text(tokens), alone, rtol=1e-4, atol=1e-5)
     linear = AdaptedCLIP(make_clip(layout), 1, 2, 0.5)
     assert not torch.allclose(linear.encode_text(tokens), together, atol=1e-3)

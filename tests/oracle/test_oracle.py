@@ -20,12 +20,12 @@ from heba.clip.features import class_features
 from heba.clip.openai import clip_from_openai_weights
 from heba.clip.towers import encode_text_plain, text_lengths
 from heba.data import splits
+from heba.fit.adapters import eager_step, step_loss
+from heba.fit.draws import Step, TextBank, step_classes
 from heba.fit.loop import cosine, make_optimizer
 from heba.methods.heba.adapters import Adapters
-from heba.methods.heba.draws import Step, TextBank, step_classes
 from heba.methods.heba.model import AdaptedCLIP
 from heba.methods.heba.settings import Settings
-from heba.methods.heba.training import eager_step, step_loss
 
 SHARED = Path(os.environ.get("HEBA_SHARED", Path(__file__).parents[3] / "shared"))
 SUBSET = Path(__file__).parent / "data"
@@ -217,7 +217,9 @@ def test_class_selection_follows_the_recorded_permutation(name, monkeypatch):
         monkeypatch.setattr(
             torch, "randperm", lambda n, generator=None, r=record: torch.tensor(r["randperm_full"])
         )
-        selected, targets = step_classes(labels, case["n_classes"], case["neg_sampling_ratio"], torch.Generator())
+        selected, targets = step_classes(
+            labels, case["n_classes"], case["neg_sampling_ratio"] or None, torch.Generator()
+        )
         assert selected == record["selected_classes"]
         assert targets == record["labels_in_selection"]
 

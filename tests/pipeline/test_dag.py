@@ -39,7 +39,6 @@ LEFT_OUT_BY_STAGE = {
     "evaluate": {
         "pipeline/stages/precompute.py": "reads",
         "pipeline/stages/train.py": "shows progress",
-        "heba/fit": "trains",
     },
     "report": {
         "heba/clip": "checks params",

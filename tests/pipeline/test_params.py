@@ -44,7 +44,7 @@ def test_all_problems_are_listed_at_once(tmp_path):
         raw["heba"]["overrides"]["cross_dataset"]["lr"] = "1e-3"
         raw["seeds"] = [1, 1]
         raw["heba"]["overrides"]["few_shot"] = {"start": 6}
-        raw["methods"].append("coop")
+        raw["methods"].append("flamingo")
         del raw["precision"]
 
     with pytest.raises(ParamsError) as error:
@@ -60,7 +60,7 @@ def test_all_problems_are_listed_at_once(tmp_path):
         "seeds: 1 is listed twice",
         "precision: missing",
         "heba.overrides.few_shot.start: 6 is above end 5",
-        "methods: there is no method 'coop'; known are ",
+        "methods: there is no method 'flamingo'; known are ",
         "heba.ratio: 1000 leaves nothing of the width 128 of the backbone",
     ):
         assert part in text
@@ -93,7 +93,7 @@ def test_all_problems_are_listed_at_once(tmp_path):
         ("heba.overrides.cross_dataset.scale", -1.0, "heba.overrides.cross_dataset.scale: .* greater than"),
         ("heba.overrides.cross_dataset.end", 5, "heba.overrides.cross_dataset.end: 5 is beyond the last layer, 4"),
         ("heba.overrides.cross_dataset.typo", 1, "heba.overrides.cross_dataset.typo: unknown key"),
-        ("methods", ["heba", "coop"], "methods: there is no method 'coop'; known are "),
+        ("methods", ["heba", "flamingo"], "methods: there is no method 'flamingo'; known are "),
         ("methods", ["heba", "heba"], "methods: 'heba' is listed twice"),
         ("methods", [], "methods: .* at least 1 item"),
         ("methods", [1], "methods.0: .* valid string"),

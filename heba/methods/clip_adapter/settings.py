@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from heba.data.prompts import Kind
-from heba.fit.work import Work
+from heba.fit.work import Work, epochs_by_shots
 
 TITLE = "CLIP-Adapter"
 READS = "features"
@@ -47,9 +47,7 @@ class Settings(BaseModel):
 
 
 def epochs_of(settings: Settings, shots: int) -> int:
-    if shots >= 8:
-        return settings.epochs
-    return settings.epochs_few if shots > 1 else settings.epochs_one
+    return epochs_by_shots(shots, settings.epochs, settings.epochs_few, settings.epochs_one)
 
 
 def problems(settings: Settings, depth: int | None, width: int | None) -> dict[str, str]:

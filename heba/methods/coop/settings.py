@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from heba.data.prompts import Kind
-from heba.fit.work import Work, steps_per_epoch
+from heba.fit.work import Work, epochs_by_shots, steps_per_epoch
 
 TITLE = "CoOp"
 READS = "features"
@@ -53,9 +53,7 @@ class Settings(BaseModel):
 
 def epochs_of(settings: Settings, shots: int) -> int:
     """The epochs of a training with so many images a class."""
-    if shots >= 8:
-        return settings.epochs
-    return settings.epochs_few if shots > 1 else settings.epochs_one
+    return epochs_by_shots(shots, settings.epochs, settings.epochs_few, settings.epochs_one)
 
 
 def problems(settings: Settings, depth: int | None, width: int | None) -> dict[str, str]:

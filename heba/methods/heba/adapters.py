@@ -17,6 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from heba.clip.convolution import over_tokens
+from heba.clip.hooks import at_places
+from heba.fit.gradient import scale_gradient
+
 aten = torch.ops.aten
 
 
@@ -172,36 +176,6 @@ def _tokens(x: Tensor, length: int) -> Tensor:
     return out.flatten(0, 1)
 
 
-class _ScaleGradient(torch.autograd.Function):
-    """The identity, with its gradient times `factor`, a 0-dim tensor."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(factor)
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
-        (factor,) = ctx.saved_tensors
-        return grad * factor, None
-
-
-def _causal_conv(x: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
-    """Depthwise convolution over each token of `x` [..., T, C] and those before it, in its own text.
-
-    Args:
-        weight: [C, 1, kernel], the last of the kernel for the token itself.
-        positions: [T], of each token in its text. Texts lie end to end, so the first tokens of a text are the only
-            ones whose predecessors are another text's; they get zeros instead.
-    """
-    taps = weight[:, 0].to(x.dtype).unbind(dim=1)[::-1]
-    out = x * taps[0]
-    for back, tap in enumerate(taps[1:], start=1):
-        out = out + x.roll(back, dims=-2) * (positions >= back).unsqueeze(-1) * tap
-    return out
-
-
 class BottleneckAdapter(nn.Module):
     """One adapter, for the image tower (`visual=True`) or the text tower.
 
@@ -275,18 +249,16 @@ class BottleneckAdapter(nn.Module):
         skipped = 0 if grid is None else h.shape[1] - grid[0] * grid[1]  # CLS
         x = h if grid is None else h[:, skipped:]
         if self.gradient_scale:
-            x = _ScaleGradient.apply(x, scale)
+            x = scale_gradient(x, scale)
         hidden = F.linear(x, self.down.weight.flatten(1))
         if isinstance(self.mid, nn.Conv2d) and grid is not None:
             image = self.mid(hidden.unflatten(1, grid).permute(0, 3, 1, 2))
             hidden = image.flatten(2).transpose(1, 2)
         elif isinstance(self.mid, nn.Conv1d):
-            if positions is None:
-                positions = torch.arange(h.shape[-2], device=h.device)
-            hidden = _causal_conv(hidden, self.mid.weight, positions)
+            hidden = over_tokens(hidden, self.mid.weight, positions)
         a = scale * self.norm(x + F.linear(F.gelu(hidden), self.up.weight.flatten(1)))
         if self.gradient_scale:
-            a = _ScaleGradient.apply(a, 1 / scale)
+            a = scale_gradient(a, 1 / scale)
         # In mixed precision the LayerNorm is in fp32; the stream keeps its type, as the other blocks expect it.
         return h + F.pad(a.to(h.dtype), (0, 0, skipped, 0))
 
@@ -315,18 +287,9 @@ class Adapters(nn.Module):
         super().__init__()
 
         def tower(widths: tuple[int, int], visual: bool) -> nn.ModuleDict:
-            return nn.ModuleDict(
-                {
-                    str(layer): nn.ModuleDict(
-                        {
-                            "att_conv": BottleneckAdapter(widths[0], visual, ratio, variant),
-                            "mlp_conv": BottleneckAdapter(widths[1], visual, ratio, variant),
-                        }
-                    )
-                    for layer in range(start, end + 1)
-                    if variant.towers in ("both", "image" if visual else "text")
-                }
-            )
+            if variant.towers not in ("both", "image" if visual else "text"):
+                return nn.ModuleDict()
+            return at_places(widths, start, end, lambda width: BottleneckAdapter(width, visual, ratio, variant))
 
         self.text_adapter = tower(text_widths, visual=False)
         self.visual_adapter = tower(visual_widths, visual=True)

@@ -6,7 +6,7 @@ With h the output of a block's first norm, or of the first linear layer of its M
 
 on the patches of images, where `mid` is a depthwise 3x3 convolution, and on the tokens of texts, without `mid`
 (`adapters.py`). The logits of an image are exp(logit_scale) cos(image, w_k), with w_k the normalised mean of the
-normalised features of the prompts of class k (`training.py` has the loss and the draws).
+normalised features of the prompts of class k (`heba.fit.adapters` has the loss, `heba.fit.draws` the draws).
 """
 
 from typing import Any
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from heba.clip.features import Classes, class_features, cosine_logits, encode_prompts
 from heba.data.images import Images, LabelledImages, decode_all
+from heba.fit.draws import text_bank
 from heba.fit.run import Progress, Run, silent
 from heba.methods.heba.adapters import Variant
-from heba.methods.heba.draws import text_bank
 from heba.methods.heba.model import AdaptedCLIP
 from heba.methods.heba.settings import Settings
 from heba.methods.heba.training import train as train_adapters

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from heba.data.prompts import Kind
-from heba.fit.work import Work
+from heba.fit.work import Work, most_classes, steps_per_epoch
 
 TITLE = "HeBA"
 READS = "pixels"
@@ -78,18 +78,12 @@ def problems(settings: Settings, depth: int | None, width: int | None) -> dict[s
     return found
 
 
-def steps_per_epoch(n_images: int, settings: Settings) -> int:
-    """Complete batches in an epoch; fewer images than a batch make one batch of all, as in CoOp's loader."""
-    return max(1, n_images // settings.batch_size)
-
-
-def most_classes(n_classes: int, batch_size: int, neg_ratio: int) -> int:
-    """The largest number of classes that a step of `batch_size` images can have (`training.select_classes`)."""
-    if n_classes <= batch_size or neg_ratio == 0:
-        return n_classes
-    return min(n_classes, batch_size * (1 + neg_ratio))
+def negatives(settings: Settings) -> int | None:
+    """The classes drawn per class of the batch; None: all classes."""
+    return settings.neg_ratio or None
 
 
 def work(settings: Settings, n_images: int, n_classes: int) -> Work:
-    prompts = most_classes(n_classes, settings.batch_size, settings.neg_ratio)
-    return Work(settings.epochs * steps_per_epoch(n_images, settings), settings.batch_size, prompts)
+    prompts = most_classes(n_classes, settings.batch_size, negatives(settings))
+    steps = settings.epochs * steps_per_epoch(n_images, settings.batch_size)
+    return Work(steps, settings.batch_size, prompts)

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from heba.clip.blocks import Packing
+from heba.clip.hooks import HookedCLIP
 from heba.clip.towers import embed_tokens
-from heba.methods.heba.draws import Step, TextBank
-from heba.methods.heba.model import AdaptedCLIP
-from heba.methods.heba.settings import Settings, most_classes
+from heba.fit.draws import Recipe, Step, TextBank
+from heba.fit.work import most_classes
 
 LENGTH_STEP = 8  # text lengths are rounded up to its multiples: a graph each
 
@@ -38,15 +38,15 @@ class StaticStep:
     """
 
     def __init__(
-        self, model: AdaptedCLIP, bank: TextBank, batch_size: int, size: int, settings: Settings, bf16: bool
+        self, model: HookedCLIP, bank: TextBank, batch_size: int, size: int, recipe: Recipe, bf16: bool
     ) -> None:
         from open_clip.transformer import VisionTransformer
 
         if type(model.clip.visual) is not VisionTransformer:
             raise ValueError("cuda_graphs: only with an image tower of open_clip, not of timm; set it to false")
-        self.model, self.bank, self.settings, self.bf16 = model, bank, settings, bf16
+        self.model, self.bank, self.recipe, self.bf16 = model, bank, recipe, bf16
         device = model.logit_factor().device
-        n, blocks = most_classes(bank.n_classes, batch_size, settings.neg_ratio), model.end - model.start + 1
+        n, blocks = most_classes(bank.n_classes, batch_size, recipe.neg_ratio), model.end - model.start + 1
         self.images = torch.zeros(batch_size, 3, size, size, device=device)
         self.targets = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.prompts, self.eot = (torch.zeros(n, dtype=torch.long, device=device) for _ in range(2))
@@ -111,6 +111,6 @@ class StaticStep:
             image = F.normalize(model.encode_image(self.images, self.visual_scales).float(), dim=-1)
             text = F.normalize(model.encode_text_from(hidden, packing, self.text_scales).float(), dim=-1)
             logits = model.logit_factor() * image @ text.T
-            loss = masked_cross_entropy(logits, self.targets, self.valid, self.settings.label_smoothing)
+            loss = masked_cross_entropy(logits, self.targets, self.valid, self.recipe.label_smoothing)
         loss.backward()
         self.loss.copy_(loss.detach())

@@ -1,4 +1,4 @@
-"""The random draws of HeBA's training, in the order of the official code.
+"""The random draws of a training with adapters in both towers, in the order of the official code.
 
 All random choices of an epoch are drawn ahead as a list of `Step`s, so that a recorded plan can be replayed and
 nothing waits for the GPU inside an epoch.
@@ -12,12 +12,35 @@ from torch import Tensor
 
 from heba.clip.blocks import Packing
 from heba.clip.features import Classes
-from heba.clip.towers import embed_tokens, text_lengths
+from heba.clip.hooks import HookedCLIP
+from heba.clip.towers import embed_tokens, padded_texts, text_lengths
 from heba.data.images import sample_crop
-from heba.methods.heba.model import AdaptedCLIP
-from heba.methods.heba.settings import Settings, steps_per_epoch
+from heba.fit.work import steps_per_epoch
 
 TEXT_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How adapters in both towers are trained.
+
+    Attributes:
+        epochs, batch_size, lr, momentum, weight_decay: of SGD, with a cosine per epoch and drop_last.
+        label_smoothing: of the cross-entropy.
+        scale_factor, slow_ratio: slow-fast; s times the factor, with probability 1 - slow_ratio, per block and
+            step.
+        neg_ratio: classes drawn besides the batch's own, as a multiple of their number; None: all classes.
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float
+    weight_decay: float
+    label_smoothing: float
+    scale_factor: float
+    slow_ratio: float
+    neg_ratio: int | None
 
 
 @dataclass(frozen=True)
@@ -41,18 +64,19 @@ class TextBank:
         return len(self.offsets) - 1
 
 
-def text_bank(model: AdaptedCLIP, classes: Classes) -> TextBank:
+def text_bank(model: HookedCLIP, classes: Classes) -> TextBank:
     """The prompts of `classes` on the model's device, with their frozen states below its first adapted block."""
     clip, where = model.clip, model.logit_factor().device
+    tokens = padded_texts(clip, classes.tokens, model.reach, classes.tokenizer)
     hidden = None
     if model.start > 1:
         with torch.no_grad():
-            batches = classes.tokens.split(TEXT_BATCH)
+            batches = tokens.split(TEXT_BATCH)
             hidden = torch.cat([embed_tokens(clip, b.to(where), model.start - 1).float() for b in batches])
     counts = torch.bincount(classes.index, minlength=len(classes.names))
     return TextBank(
-        tokens=classes.tokens.to(where),
-        lengths=text_lengths(clip, classes.tokens),
+        tokens=tokens.to(where),
+        lengths=text_lengths(clip, tokens),
         offsets=[0, *counts.cumsum(0).tolist()],
         hidden=hidden,
     )
@@ -81,15 +105,15 @@ class Step:
 
 
 def step_classes(
-    labels: list[int], n_classes: int, neg_ratio: int, generator: torch.Generator
+    labels: list[int], n_classes: int, neg_ratio: int | None, generator: torch.Generator
 ) -> tuple[list[int], list[int]]:
     """The classes of a step in the order of the logit columns, and each label's column.
 
     The sorted classes of the batch come first; when there are more classes than images, min(#others,
-    neg_ratio * #positives) random others follow, in the order drawn. With neg_ratio 0 all classes are used.
+    neg_ratio * #positives) random others follow, in the order drawn. With neg_ratio None all classes are used.
     """
     positives = sorted(set(labels))
-    if n_classes <= len(labels) or neg_ratio == 0:
+    if n_classes <= len(labels) or neg_ratio is None:
         selected = list(range(n_classes))
     else:
         others = sorted(set(range(n_classes)) - set(positives))
@@ -99,18 +123,18 @@ def step_classes(
     return selected, [column[label] for label in labels]
 
 
-def draw_scales(n_blocks: int, scale: float, settings: Settings, generator: torch.Generator) -> Tensor:
+def draw_scales(n_blocks: int, scale: float, recipe: Recipe, generator: torch.Generator) -> Tensor:
     """Slow-fast scales [n_blocks]: s * scale_factor where a uniform draw exceeds slow_ratio, else s."""
-    fast = torch.rand(n_blocks, generator=generator) > settings.slow_ratio
-    return torch.where(fast, scale * settings.scale_factor, scale)
+    fast = torch.rand(n_blocks, generator=generator) > recipe.slow_ratio
+    return torch.where(fast, scale * recipe.scale_factor, scale)
 
 
 def plan_epoch(
     labels: list[int],
     sizes: Sequence[tuple[int, int]],
     bank: TextBank,
-    model: AdaptedCLIP,
-    settings: Settings,
+    model: HookedCLIP,
+    recipe: Recipe,
     generator: torch.Generator,
 ) -> list[Step]:
     """Draw one epoch: a permutation of the images cut into batches (drop_last), then per step the
@@ -123,14 +147,12 @@ def plan_epoch(
     order = torch.randperm(len(labels), generator=generator).tolist()
     n_blocks = model.end - model.start + 1
     steps = []
-    batch_size = min(settings.batch_size, len(order))
-    for step in range(steps_per_epoch(len(order), settings)):
+    batch_size = min(recipe.batch_size, len(order))
+    for step in range(steps_per_epoch(len(order), recipe.batch_size)):
         images = order[step * batch_size : (step + 1) * batch_size]
         boxes = [sample_crop(sizes[j][0], sizes[j][1], generator) for j in images]
         flips = (torch.rand(len(images), generator=generator) < 0.5).tolist()
-        selected, targets = step_classes(
-            [labels[j] for j in images], bank.n_classes, settings.neg_ratio, generator
-        )
+        selected, targets = step_classes([labels[j] for j in images], bank.n_classes, recipe.neg_ratio, generator)
         draws = torch.rand(len(selected), generator=generator).tolist()
         prompts = [
             bank.offsets[c] + int(u * (bank.offsets[c + 1] - bank.offsets[c]))
@@ -144,8 +166,8 @@ def plan_epoch(
                 targets=torch.tensor(targets, device=device),
                 prompts=torch.tensor(prompts, device=device),
                 packing=model.pack([bank.lengths[p] for p in prompts]),
-                text_scales=draw_scales(n_blocks, model.scale, settings, generator).to(device),
-                visual_scales=draw_scales(n_blocks, model.scale, settings, generator).to(device),
+                text_scales=draw_scales(n_blocks, model.scale, recipe, generator).to(device),
+                visual_scales=draw_scales(n_blocks, model.scale, recipe, generator).to(device),
             )
         )
     return steps

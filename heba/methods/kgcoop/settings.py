@@ -1,0 +1,53 @@
+"""The settings of KgCoOp: a block of params.yaml."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from heba.data.prompts import Kind
+from heba.fit.work import Work, steps_per_epoch
+
+TITLE = "KgCoOp"
+READS = "features"
+NEW_CLASSES = True
+DRAWS = True
+EVALUATION: frozenset[str] = frozenset()
+
+Positive = Annotated[float, Field(ge=1e-9, le=1e6, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+Below1 = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Words = Annotated[str, Field(min_length=1, max_length=400, pattern=r"\S")]
+
+
+class Settings(BaseModel):
+    """KgCoOp for ViT-B/16 (vit_b16_ep100_ctxv1.yaml and the scripts), the same in every protocol.
+
+    Attributes:
+        prompts: whose features the learned texts keep near to; officially the data set's template.
+        words: where the context begins, one vector a word.
+        weight: of the distance from these features in the loss.
+        epochs, batch_size, lr, momentum, weight_decay: of SGD, with Dassl's schedule per epoch and drop_last.
+        views: train on the views that are there already, in place of crops drawn anew in every epoch.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    prompts: Kind = "template"
+    words: Words = "a photo of a"
+    weight: NotNegative = 8.0
+    epochs: Count = 100
+    batch_size: Count = 128
+    lr: Positive = 0.002
+    momentum: Below1 = 0.9
+    weight_decay: NotNegative = 0.0005
+    views: bool = False
+
+
+def problems(settings: Settings, depth: int | None, width: int | None) -> dict[str, str]:
+    return {}
+
+
+def work(settings: Settings, n_images: int, n_classes: int) -> Work:
+    images = 0 if settings.views else settings.batch_size
+    return Work(settings.epochs * steps_per_epoch(n_images, settings.batch_size), images, n_classes)
