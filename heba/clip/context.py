@@ -35,9 +35,14 @@ def text_width(clip: Any) -> int:
     return text_tower(clip).token_embedding.embedding_dim
 
 
-def check_text_context(clip: Any, method: str, blocks: int = 1) -> None:
-    """Raise ValueError, in the words of `method`, where the texts of `clip` cannot have a context in their first
-    `blocks` blocks."""
+def image_width(clip: Any) -> int:
+    """The width of an image tower that can have learned tokens (`check_image_context`)."""
+    return clip.visual.class_embedding.shape[0]
+
+
+def check_text_context(clip: Any, method: str, blocks: int = 1, context: int = 1) -> None:
+    """Raise ValueError, in the words of `method`, where the texts of `clip` cannot have a context, of so many
+    tokens, in their first `blocks` blocks."""
     text = text_tower(clip)
     if pool_type(text) == "last":
         raise ValueError(
@@ -47,6 +52,11 @@ def check_text_context(clip: Any, method: str, blocks: int = 1) -> None:
     depth = len(text.transformer.resblocks)
     if blocks > depth:
         raise ValueError(f"{method}: prompts in {blocks} blocks, and the text tower has {depth}")
+    if context + 3 > text.context_length:  # the first token, one of a class name, and EOT
+        raise ValueError(
+            f"{method}: a context of {context} tokens leaves no place for a class name in a text, which has "
+            f"{text.context_length}"
+        )
     if blocks > 1:
         check_text_inside(clip, method)
 
@@ -133,6 +143,13 @@ def encode_texts(clip: Any, texts: Texts, embeddings: Tensor, deep: Mapping[int,
         block: Change(tokens=partial(_into_texts, texts.packing, vectors)) for block, vectors in deep.items()
     }
     return run_text_blocks(clip, hidden, texts.packing, 0, changes=changes)
+
+
+def encode_deep_texts(clip: Any, texts: Texts, prompts: Sequence[Tensor]) -> Tensor:
+    """Text features [n, E], not normalised, of `texts` with a context of its own in each of the first blocks.
+
+    `prompts`: [M, width] each; the first enters with the tokens, the others before blocks 1, 2, ... (0-based)."""
+    return encode_texts(clip, texts, with_context(texts, prompts[0]), dict(enumerate(prompts[1:], 1)))
 
 
 def _into_texts(packing: Packing, vectors: Tensor, x: Tensor) -> Tensor:
