@@ -46,6 +46,12 @@ def test_the_official_number_of_steps_in_epochs_of_which_the_last_is_cut():
     assert lora_settings.work(chosen, 37 * 16, 37).steps == 8000
 
 
+def counted_in(counted):
+    """The steps of a training that were announced, and those that were counted."""
+    [start] = [i for i, value in enumerate(counted) if isinstance(value, tuple) and value[1] == "train"]
+    return [counted[start][0], sum(counted[start + 1 :])]
+
+
 def test_an_epoch_has_all_images_and_the_last_step_is_the_last_one(tmp_path):
     files = [tmp_path / f"{i}.png" for i in range(5)]
     for file in files:
@@ -59,11 +65,14 @@ def test_an_epoch_has_all_images_and_the_last_step_is_the_last_one(tmp_path):
         counted.append((total, what))
         yield lambda n: counted.append(n)
 
-    run = Run(seed=1, shots=1, on_epoch=taken.append, progress=progress)
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    run = Run(seed=1, shots=1, on_epoch=taken.append, progress=progress, checkpoint=checkpoint)
     clip_lora.fit(model, train, train, classes_of(2), chosen, run)
     assert len(taken) == 3  # of 3, 3 and 1 steps
-    assert (7, "train") in counted
-    assert sum(counted[counted.index((7, "train")) + 1 :]) == 7
+    assert counted_in(counted) == [7, 7]
+    counted.clear()
+    clip_lora.fit(model, train, train, classes_of(2), chosen, run)  # nothing is left of it
+    assert counted_in(counted) == [7, 7]
     sizes = [len(labels) for _, labels in crops(model.clip, train, 2, run, keep_last=True)(0, torch.Generator())]
     assert sizes == [2, 2, 1]
 
@@ -112,6 +121,16 @@ def test_dropout_leaves_the_mean_and_is_that_of_its_seed():
     assert not torch.equal(first, second)
     assert torch.equal(same(z), first)
     assert not torch.equal(other(z), first)
+
+
+def test_each_step_has_a_seed_of_its_own_from_the_generator_of_the_training():
+    source = clip_lora.with_seeds(lambda epoch, generator: iter([(torch.zeros(1), torch.zeros(1))] * 3))
+
+    def seeds(seed):
+        return [batch[1] for batch, _ in source(0, torch.Generator().manual_seed(seed))]
+
+    assert len(set(seeds(1))) == 3
+    assert seeds(1) == seeds(1) != seeds(2)
 
 
 def test_blocks_that_a_tower_lacks_are_refused():

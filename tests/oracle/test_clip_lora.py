@@ -35,10 +35,11 @@ def settings_of(case, dropout=0.0):
     """The settings of a case; its training is without dropout."""
     args = case.about["case"]["args"]
     first, last = POSITIONS[args["position"]]
+    deepest = max(case.about["case"]["clip"][depth] for depth in ("vlayers", "tlayers"))
     return settings.Settings(
         towers=TOWERS[args["encoder"]],
         start=first + 1,
-        end=None if last is None else last + 1,
+        end=None if last is None or last + 1 >= deepest else last + 1,
         projections=["out" if name == "o" else name for name in args["params"]],
         rank=args["r"],
         alpha=float(args["alpha"]),
