@@ -1,7 +1,7 @@
 """The figures of the report, as SVG. The same numbers give the same bytes.
 
-A method's colour is its family's; its marker, full or hollow, is its own, also in grey. Names stand at the curves and
-points, so that twenty methods can be told apart.
+A method's colour is its family's; its marker, full or hollow, is its own, also in grey. Names stand at the curves
+and points, so that twenty methods can be told apart.
 """
 
 import io
@@ -24,7 +24,7 @@ from pipeline.report.leaderboard import Board
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#56B4E9", "#D55E00", "#009E73")
 MARKERS = "osD^v<>PX*dph"
 LINES = ("-", "--", "-.")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "report",  # the ids are random without one
     "svg.fonttype": "none",
     "font.size": 9,
@@ -104,7 +104,8 @@ def _curves(axes: Axes, part: pd.DataFrame, names: list[str]) -> dict[str, tuple
 def scatter(board: Board, names: list[str]) -> Drawn:
     """Average base against novel accuracy, with lines of equal H."""
     base, novel = (board.column(board.score[0], group) for group in ("base", "novel"))
-    points = {n: (base["accuracy"][n], novel["accuracy"][n]) for n in names if n in base.index and n in novel.index}
+    there = [name for name in names if name in base.index and name in novel.index]
+    points = {name: (base["accuracy"][name], novel["accuracy"][name]) for name in there}
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for name, (x, y) in points.items():
@@ -163,8 +164,8 @@ def differences(board: Board, names: list[str]) -> Drawn:
 
 
 def ranks(board: Board, names: list[str]) -> Drawn:
-    """The critical-difference diagram: average ranks, the best on the right; a bar joins methods that ranks do not tell
-    apart."""
+    """The critical-difference diagram: average ranks, the best on the right; a bar joins methods that ranks do not
+    tell apart."""
     if board.friedman is None:
         return {}
     ranking = board.ranking()["rank"].sort_values(kind="stable")
@@ -227,7 +228,7 @@ def _colour(name: str) -> str:
 
 
 def _style(name: str, names: list[str]) -> dict[str, Any]:
-    """How a method is drawn: the colour of its family, a marker and a line of its own; the reference is the last."""
+    """How a method is drawn: the colour of its family, a marker of its own; the last one is the reference."""
     i, last = names.index(name), name == names[-1]
     hollow = i // len(MARKERS) % 2 == 1
     return {

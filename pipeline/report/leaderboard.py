@@ -1,5 +1,6 @@
-"""The leaderboards, one per protocol: averages over the benchmarks, places, and the comparison with one method, the
-reference. A comparison is paired: on a data set, over the seeds that both methods have."""
+"""The leaderboards, one per protocol: averages over the benchmarks, ranks, and the comparison with one method, the
+reference. It is paired: on a data set, over the seeds that both methods have.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,14 +12,13 @@ from heba.data.datasets import TABLE, order
 from heba.evaluation.metrics import harmonic_mean
 from pipeline.report import statistics
 from pipeline.report.statistics import ALPHA, FEWEST, RESAMPLES, Friedman
-from pipeline.report.tables import AVERAGE, GAP, HEADS, Block, able, groups_of, method_title, number
+from pipeline.report.tables import AVERAGE, GAP, HEADS, Block, Bold, able, groups_of, method_title, number
 
 COLUMNS = (
     *("protocol", "shots", "group", "method", "family", "accuracy", "std", "datasets", "seeds", "rank"),
     *("reference", "wins", "ties", "losses", "difference", "low", "high", "p", "p_holm", "bold", "parameters"),
 )
 Parameters = Mapping[tuple[str, str, str, int], int]  # trained ones, by protocol, data set, method and shots
-Bold = Mapping[tuple[int, str], set[str]]  # by shots and group, the methods whose average is bold
 
 
 class Board(NamedTuple):
@@ -26,8 +26,8 @@ class Board(NamedTuple):
 
     Attributes:
         protocol, reference: what it is of, and the method that the others are compared with.
-        rows: a row per number of shots, group and method that has all data sets: COLUMNS, where `bold` is whether no
-            test tells the method from the best; NaN where there are too few data sets for a test.
+        rows: a row per number of shots, group and method that has all data sets: COLUMNS, where `bold` says if the
+            average is shown so (`best`); NaN where there are too few data sets for a test.
         score: the shots and the group that it is sorted by: H, or the accuracy with the most shots.
         scores: the accuracies behind that, [data sets] x [methods].
         friedman: the test of these; None where there are too few data sets or methods.
@@ -108,7 +108,7 @@ def scores(frame: pd.DataFrame, group: str, names: list[str]) -> pd.DataFrame:
     own = frame[[(g, name) for g in groups for name in names]]
     means = own.dropna().groupby("dataset", sort=False).mean()
     if group != "h":
-        return means[group]
+        return pd.DataFrame(means[group])
     pairs = {name: zip(means["base"][name], means["novel"][name], strict=True) for name in names}
     return pd.DataFrame({name: [harmonic_mean(*pair) for pair in of] for name, of in pairs.items()}, means.index)
 
@@ -159,8 +159,8 @@ def _corrected(differences: Mapping[str, Sequence[float]]) -> list[float]:
 
 
 def best(means: "pd.Series[float]", differences: Mapping[str, Sequence[float]]) -> set[str]:
-    """The best method and those that no test tells from it, whose `differences` to it are given; none where the test
-    tells nobody from it, for a difference within the noise is not bold."""
+    """The best method and those that the test does not tell from it, whose `differences` to it are given; none
+    where it tells nobody from it, for a difference within the noise is not bold."""
     told = {n for n, p in zip(differences, _corrected(differences), strict=True) if p < ALPHA}
     return {str(name) for name in means.index} - told if told else set()
 
@@ -172,26 +172,26 @@ def blocks(board: Board, names: list[str]) -> list[Block]:
     """The leaderboard, sorted by its score, and the comparison with the reference."""
     listed = [str(name) for name in board.ranking().index]
     listed += [name for name in names if name not in listed]
-    return [_averages(board, listed), _against(board, [n for n in listed if n != board.reference])]
+    compared = board.ranking().dropna(subset="difference")
+    return [_averages(board, listed), *([_against(board, compared)] if len(compared) else [])]
 
 
 def _averages(board: Board, listed: list[str]) -> Block:
-    columns, bold, ranking = list(board.bold()), board.bold(), board.ranking()
+    bold = board.bold()
+    columns = {key: board.column(*key).reindex(listed).to_dict("index") for key in bold}
+    ranking = board.ranking().reindex(listed).to_dict("index")
     counted = not board.rows["parameters"].isna().all()
     cells, ranks = [], []
     for name in listed:
         row = {"Method": method_title(name), "Family": methods.part(name, "settings").FAMILY}
-        for key in columns:
-            of = board.column(*key)
-            value = number(of["accuracy"][name], of["std"][name]) if name in of.index else ""
+        for key, of in columns.items():
+            value = number(of[name]["accuracy"], of[name]["std"])
             row[_head(board, *key)] = value if able(name, board.protocol, key[1]) else GAP
-        of = ranking.loc[name] if name in ranking.index else None
-        row["Rank"] = "" if of is None else f"{of['rank']:.2f}"
-        there = of is not None and not pd.isna(of["wins"])
-        row[_record(board)] = f"{of['wins']:.0f}/{of['ties']:.0f}/{of['losses']:.0f}" if there else ""
+        own = ranking[name]
+        row["Rank"] = number(own["rank"])
+        row["W/T/L"] = "" if pd.isna(own["wins"]) else "{wins:.0f}/{ties:.0f}/{losses:.0f}".format(**own)
         if counted:
-            trained = float("nan") if of is None else of["parameters"]
-            row["Trained"] = "" if pd.isna(trained) else f"{trained:,.0f}"
+            row["Trained"] = "" if pd.isna(own["parameters"]) else f"{own['parameters']:,.0f}"
         cells.append(row)
         marks = [int(name in bold[key]) for key in columns]
         ranks.append([0, 0, *marks, *[0] * (len(row) - 2 - len(marks))])
@@ -199,15 +199,13 @@ def _averages(board: Board, listed: list[str]) -> Block:
     return Block("Leaderboard", frame, pd.DataFrame(ranks, columns=frame.columns))
 
 
-def _against(board: Board, listed: list[str]) -> Block:
-    ranking = board.ranking()
+def _against(board: Board, compared: pd.DataFrame) -> Block:
     rows = []
-    for name in [name for name in listed if name in ranking.index]:
-        of = ranking.loc[name]
+    for name, of in compared.to_dict("index").items():
         tested = not pd.isna(of["p"])
         rows.append(
             {
-                "Method": method_title(name),
+                "Method": method_title(str(name)),
                 f"Δ {_score(board)}": number(of["difference"], sign=True),
                 "95 % interval": f"{of['low']:+.2f} to {of['high']:+.2f}" if tested else "",
                 "p": f"{of['p']:.3f}" if tested else "",
@@ -225,47 +223,50 @@ def _head(board: Board, shots: int, group: str) -> str:
     return HEADS.get(group, "Accuracy")
 
 
-def _record(board: Board) -> str:
-    return f"W/T/L against {method_title(board.reference)}"
-
-
 def _score(board: Board) -> str:
     return "H" if board.score[1] == "h" else "accuracy"
 
 
+def reading(reference: str) -> list[str]:
+    """What the columns and the tests of all leaderboards mean, a sentence each."""
+    other = method_title(reference)
+    return [
+        "Rank: the mean of a method's places on the data sets, 1 the best. W/T/L: on how many data sets it is "
+        f"above, level with (in two decimals) and below {other}.",
+        "Bold: the best average of a column, and all that a signed-rank test over data sets, with Holm's "
+        "correction, does not tell from it. As the test looks at each data set, it may tell a method from the "
+        "best and a lower one not. Where it tells none, nothing is bold.",
+        f"Δ: the mean over data sets of the difference to {other}, on each over the seeds that both have. 95 % "
+        f"interval: of this mean, from data sets drawn anew {RESAMPLES:,} times (bootstrap); with 0 inside, the "
+        "direction is open.",
+        "p: the chance of differences at least this one-sided if their signs were random (Wilcoxon's signed-rank "
+        "test over data sets, exact). p (Holm) is corrected for the number of methods; below "
+        f"{ALPHA} counts as a difference.",
+        "Friedman's test: whether the ranks of all methods could be chance. Where it says no, two methods whose "
+        "ranks are less than the critical difference apart (Nemenyi) still cannot be told apart.",
+    ]
+
+
 def notes(board: Board) -> list[str]:
-    """Sentences under the leaderboard: what its columns are, what the tests mean, and when they can say nothing."""
+    """What a leaderboard is of, what Friedman's test gave, and when the tests can say nothing."""
     n, k = board.scores.shape
     sets = f"{n} data set{'s' if n > 1 else ''}"
-    reference = method_title(board.reference)
     what = _score(board) + (f" with {board.score[0]} shots" if board.protocol == "few_shot" else "")
-    found = [
-        f"Averages over {sets}; ± is the sample standard deviation over seeds. Rank, W/T/L and the tests are of "
-        f"{what}. Rank: the mean of a method's places on the data sets, of {k} methods. W/T/L: on how many data sets "
-        f"a method is above, level with (in two decimals) and below {reference}.",
-        "Bold: the best average of a column, and all that a signed-rank test over data sets, with Holm's correction, "
-        "does not tell from it, be they lower than one that it tells. Where it tells none, nothing is bold.",
-    ]
+    found = [f"Averages over {sets}. Rank, W/T/L and tests: of {what}, {k} method{'s' if k > 1 else ''}."]
     seeds = board.rows["seeds"].max()
     if seeds == 1:
         found.append(
-            "One seed: how much a few-shot sample and a training vary is not measured; the tests know the spread over "
-            "data sets alone."
+            "One seed: how much few-shot samples and trainings vary is not measured; the tests know the spread "
+            "over data sets alone."
         )
     elif seeds == 2:
         found.append("Two seeds: ± is a rough guess of their spread.")
     if n < FEWEST:
-        return [*found, f"Too few data sets for a test: {n}; with fewer than {FEWEST} none can reach p < {ALPHA}."]
-    found.append(
-        "p: the chance of differences at least this one-sided if their signs were random (Wilcoxon's signed-rank test "
-        "over data sets, exact). p (Holm) is corrected for the number of methods; below "
-        f"{ALPHA} counts as a difference. 95 % interval: of the mean difference, from data sets drawn anew "
-        f"{RESAMPLES:,} times; with 0 inside, the direction is open."
-    )
+        return [*found, f"Too few data sets for a test: with fewer than {FEWEST} none can reach p < {ALPHA}."]
     smallest = min(1.0, (k - 1) * statistics.least_p(n))
     if smallest >= ALPHA:
         found.append(
-            f"With {sets} and {k - 1} comparisons p (Holm) can't fall below {smallest:.2f}: these tests can show "
+            f"With {sets} and {k - 1} comparisons p (Holm) cannot fall below {smallest:.2f}: these tests can show "
             "nothing here."
         )
     return found + _friedman_note(board)
@@ -275,10 +276,7 @@ def _friedman_note(board: Board) -> list[str]:
     test = board.friedman
     if test is None:
         return ["Friedman's test needs three methods."]
-    asked = f"Are all methods alike? Friedman's test: χ² = {test.statistic:.1f}, p = {test.p:.2g}"
+    told = f"Friedman's test: χ² = {test.statistic:.1f}, p = {test.p:.2g}; "
     if test.p >= ALPHA:
-        return [f"{asked}: they may be, and ranks tell none from another."]
-    return [
-        f"{asked}: they are not. Ranks less than {test.critical:.2f} apart (Nemenyi's critical difference at {ALPHA}) "
-        "are not told apart."
-    ]
+        return [f"{told}the ranks may be chance and tell no method from another."]
+    return [f"{told}critical difference of ranks: {test.critical:.2f}."]

@@ -68,8 +68,7 @@ def evaluations(records: list[Record]) -> pd.DataFrame:
     """A row per evaluation and group of test classes: COLUMNS, the hashes as in the tags heba.adapter_sha256 and
     heba.inputs_sha256 of the training's run."""
     rows = [
-        (r.protocol, r.dataset, r.method, r.shots, r.seed, name, group.accuracy, group.n)
-        + (r.adapter_sha256, r.inputs_sha256)
+        r.model_dump(include=set(COLUMNS)) | {"group": name, "accuracy": group.accuracy, "n": group.n}
         for r in records
         for name, group in r.groups.items()
     ]

@@ -1,7 +1,7 @@
 """Tests over data sets. Each takes numbers alone and gives the same for the same numbers.
 
-The samples are data sets, a number each: the few seeds of a data set share its test images and are no samples of their
-own. J. Demsar, "Statistical comparisons of classifiers over multiple data sets", JMLR 7 (2006).
+The samples are data sets, a number each: the few seeds of a data set share its test images and are no samples of
+their own. J. Demsar, "Statistical comparisons of classifiers over multiple data sets", JMLR 7 (2006).
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ RESAMPLES = 10_000
 
 
 def wilcoxon(differences: Sequence[float]) -> float:
-    """The two-sided p of Wilcoxon's signed-rank test: of the sums of signed ranks that all choices of signs give, the
-    share that is as far from 0 as this one. Differences of 0 are left out, and equal ones share their mean rank.
+    """The two-sided p of Wilcoxon's signed-rank test: of the sums of signed ranks that all choices of signs give,
+    the share that is as far from 0 as this one. Differences of 0 are left out; equal ones share their mean rank.
 
     The null distribution is exact with ties too, where scipy's is an approximation.
     """
@@ -48,7 +48,7 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def bootstrap(differences: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the mean difference: percentiles of the means of data sets drawn anew with replacement."""
+    """The 95 % interval of the mean difference: percentiles of its values on data sets drawn with replacement."""
     values = np.asarray(differences, float)
     drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
     low, high = np.percentile(values[drawn].mean(axis=1), [100 * ALPHA / 2, 100 - 100 * ALPHA / 2])
