@@ -282,7 +282,8 @@ def apart(values: Sequence[float], gap: float) -> list[float]:
 def svg(figure: Figure, title: str) -> str:
     """A figure as the element <svg>, which fits into a page."""
     buffer = io.StringIO()
-    # The date and the library's version would change the bytes of the report.
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Title": title})
+    # The date and the library's version would change the bytes of the report; nobody reads the rest.
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(buffer, format="svg", metadata=nothing | {"Title": title})
     text = buffer.getvalue()
     return text[text.index("<svg") :]

@@ -189,7 +189,7 @@ def _averages(board: Board, listed: list[str]) -> Block:
             row[_head(board, *key)] = value if able(name, board.protocol, key[1]) else GAP
         own = ranking[name]
         row["Rank"] = number(own["rank"])
-        row["W/T/L"] = "" if pd.isna(own["wins"]) else "{wins:.0f}/{ties:.0f}/{losses:.0f}".format(**own)
+        row["W/T/L"] = "" if pd.isna(own["wins"]) else f"{own['wins']:.0f}/{own['ties']:.0f}/{own['losses']:.0f}"
         if counted:
             row["Trained"] = "" if pd.isna(own["parameters"]) else f"{own['parameters']:,.0f}"
         cells.append(row)

@@ -138,7 +138,7 @@ def write_table(out: Path, name: str, title: str, table: pd.DataFrame, parts: Se
             typeset += [formats.latex(block)]
         text += _markdown_notes(below)
         # Not comments: the notes must go where the table goes.
-        typeset += [f"{{\\footnotesize {formats.latex_text(note)}\\par}}\n" for note in below]
+        typeset += [f"{{\\footnotesize\\sloppy {formats.latex_text(note)}\\par}}\n" for note in below]
     (out / f"{name}.md").write_text("\n".join(text), encoding="utf-8")
     (out / f"{name}.tex").write_text("\n".join(typeset), encoding="utf-8")
     table.round(4).to_csv(out / f"{name}.csv", index=False)

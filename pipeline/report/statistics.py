@@ -71,9 +71,8 @@ class Friedman(NamedTuple):
 def friedman(scores: np.ndarray) -> Friedman:
     """Of scores [data sets, methods], at least three methods."""
     n, k = scores.shape
-    statistic, p = stats.friedmanchisquare(*scores.T)
-    if np.isnan(p):  # all methods alike on every data set
-        statistic, p = 0.0, 1.0
+    alike_everywhere = bool((scores == scores[:, :1]).all())  # of which scipy makes 0 / 0
+    statistic, p = (0.0, 1.0) if alike_everywhere else stats.friedmanchisquare(*scores.T)
     quantile = stats.studentized_range.ppf(1 - ALPHA, k, np.inf) / np.sqrt(2)
     return Friedman(float(statistic), float(p), float(quantile * np.sqrt(k * (k + 1) / (6 * n))))
 
