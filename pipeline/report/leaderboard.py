@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from heba import methods
-from heba.data.datasets import TABLE, order
+from heba.data.datasets import TABLE
 from heba.evaluation.metrics import harmonic_mean
 from pipeline.report import statistics
 from pipeline.report.statistics import ALPHA, FEWEST, RESAMPLES, Friedman
@@ -69,6 +69,7 @@ def leaderboard(
         parameters: numbers of trained parameters, of which the mean over data sets is shown.
     """
     averages = table[table["dataset"] == AVERAGE].dropna(subset="accuracy")
+    benchmarks = table[table["dataset"].isin(TABLE)]
     part = data[(data["protocol"] == protocol) & data["dataset"].isin(TABLE)]
     rows: list[dict[str, Any]] = []
     means, score = pd.DataFrame(), (0, "")
@@ -77,12 +78,13 @@ def leaderboard(
         frame = part[part["shots"] == shots].pivot_table(
             index=["dataset", "seed"], columns=["group", "method"], values="accuracy"
         )
-        frame = frame.loc[sorted(frame.index, key=lambda key: order(key[0]))]
         for group in groups_of(protocol):
             found = averages[(averages["shots"] == shots) & (averages["group"] == group)].set_index("method")
             there = [name for name in names if name in found.index]
             if there:
-                means, score = scores(frame, group, there), (shots, group)
+                own = benchmarks[(benchmarks["shots"] == shots) & (benchmarks["group"] == group)]
+                means = own.pivot_table(index="dataset", columns="method", values="accuracy", sort=False)[there]
+                score = (shots, group)
                 of_all = {"protocol": protocol, "shots": shots, "group": group, "datasets": len(means)}
                 compared = _compared(frame, group, there, reference, means)
                 rows += [
@@ -101,27 +103,24 @@ def leaderboard(
     return Board(protocol, reference, pd.DataFrame(rows, columns=list(COLUMNS)), score, means, test)
 
 
-def scores(frame: pd.DataFrame, group: str, names: list[str]) -> pd.DataFrame:
-    """[data sets] x [methods], the means over the seeds that all methods `names` have on a data set; of `h`, the
-    harmonic means of those."""
+def paired(frame: pd.DataFrame, group: str, one: str, other: str) -> list[float]:
+    """The differences of two methods on the data sets, each of the means over the seeds that both have there; of
+    `h`, of the harmonic means of those. Rounded, so that equal ones are equal."""
     groups = ("base", "novel") if group == "h" else (group,)
-    own = frame[[(g, name) for g in groups for name in names]]
-    means = own.dropna().groupby("dataset", sort=False).mean()
-    if group != "h":
-        return pd.DataFrame(means[group])
-    pairs = {name: zip(means["base"][name], means["novel"][name], strict=True) for name in names}
-    return pd.DataFrame({name: [harmonic_mean(*pair) for pair in of] for name, of in pairs.items()}, means.index)
+    means = frame[[(g, name) for name in (one, other) for g in groups]].dropna().groupby("dataset").mean()
+    rows = means.to_numpy().reshape(len(means), 2, len(groups))
+    found = [[harmonic_mean(*of) if group == "h" else of[0] for of in row] for row in rows]
+    return [round(float(a - b), 6) for a, b in found]
 
 
 def _compared(
     frame: pd.DataFrame, group: str, names: list[str], reference: str, means: pd.DataFrame
 ) -> dict[str, dict[str, Any]]:
-    """By method, its mean rank, whether it is bold, and the comparison with the reference where that is there."""
+    """By method, its mean rank, whether it is bold, and the comparison with the reference where there is one."""
 
     def differences(other: str) -> dict[str, list[float]]:
-        # Rounded, so that equal differences are equal.
-        pairs = {name: scores(frame, group, [name, other]) for name in names if name != other}
-        return {name: list((of[name] - of[other]).round(6)) for name, of in pairs.items()}
+        found = {name: paired(frame, group, name, other) for name in names if name != other}
+        return {name: of for name, of in found.items() if of}
 
     ranks = means.round(2).rank(axis=1, ascending=False).mean()
     bold = best(means.mean(), differences(str(means.mean().idxmax())))
@@ -180,7 +179,8 @@ def _averages(board: Board, listed: list[str]) -> Block:
     bold = board.bold()
     columns = {key: board.column(*key).reindex(listed).to_dict("index") for key in bold}
     ranking = board.ranking().reindex(listed).to_dict("index")
-    counted = not board.rows["parameters"].isna().all()
+    counts = board.rows.groupby("method")["parameters"].last()  # with the most shots
+    counted = counts.notna().any()
     cells, ranks = [], []
     for name in listed:
         row = {"Method": method_title(name), "Family": methods.part(name, "settings").FAMILY}
@@ -191,7 +191,8 @@ def _averages(board: Board, listed: list[str]) -> Block:
         row["Rank"] = number(own["rank"])
         row["W/T/L"] = "" if pd.isna(own["wins"]) else f"{own['wins']:.0f}/{own['ties']:.0f}/{own['losses']:.0f}"
         if counted:
-            row["Trained"] = "" if pd.isna(own["parameters"]) else f"{own['parameters']:,.0f}"
+            trained = counts.get(name, float("nan"))
+            row["Trained"] = "" if pd.isna(trained) else f"{trained:,.0f}"
         cells.append(row)
         marks = [int(name in bold[key]) for key in columns]
         ranks.append([0, 0, *marks, *[0] * (len(row) - 2 - len(marks))])

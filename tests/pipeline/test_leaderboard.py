@@ -137,6 +137,15 @@ def test_a_pair_has_the_seeds_that_both_have():
     assert board_of(raised).column(16, "h").loc["zero_shot", "difference"] == pytest.approx(-10)
 
 
+def test_methods_without_a_common_seed_are_not_compared():
+    records = [r for r in made(6) if (r.seed == 2) == (r.method == "gda")]
+    board = board_of(records)
+    assert board.column(16, "h")["rank"].notna().all()
+    assert list(leaderboard.blocks(board, NAMES)[1].cells["Method"]) == ["CLIP"]
+    alone = [r for r in records if r.method != "zero_shot"]
+    assert len(leaderboard.blocks(board_of(alone, names=["gda", "heba"]), ["gda", "heba"])) == 1
+
+
 def test_a_method_that_lacks_a_data_set_has_no_rank():
     records = [r for r in made(8) if (r.method, r.dataset) != ("gda", "sun397")]
     board = board_of(records)
