@@ -3,6 +3,7 @@
 settings.py   what the pipeline must know without running the method; imports no torch
     class Settings(BaseModel)     its block in params.yaml; `prompts` among them says what names a class
     TITLE                         its name in tables
+    FAMILY                        what it does to CLIP, a word of FAMILIES; figures colour methods by it
     READS                         "features": frozen image features, in training too (`LabelledImages.views`);
                                   "pixels": images through the towers
     NEW_CLASSES                   whether it classifies classes that it was not trained on
@@ -27,6 +28,15 @@ ablations.py, convert.py     where it has ablations, or official checkpoints
 import pkgutil
 from importlib import import_module
 from types import ModuleType
+
+FAMILIES = {
+    "frozen": "CLIP as it is, with words alone",
+    "cache": "similarity to stored features of the training images",
+    "linear": "a linear classifier on frozen image features",
+    "adapter": "a module or matrix after the towers, on their features",
+    "tower": "modules or low-rank updates in the blocks of the towers",
+    "prompt": "learned tokens in the text or image input",
+}
 
 
 def names() -> list[str]:

@@ -187,7 +187,7 @@ def protocols() -> None:
 @app.command()
 def report() -> None:
     """Render reports/ from the evaluations that params.yaml asks for and print the summary."""
-    from pipeline.report import ablation, render, selection
+    from pipeline.report import ablation, provenance, render, selection
 
     params = _params()
     records, left_out = selection.select(params)
@@ -195,7 +195,7 @@ def report() -> None:
         print(selection.left_out_text(left_out), file=sys.stderr)
     with new_folder(Path("reports")) as folder:
         ablations = ablation.read(ablation.FILE, params.suite)
-        real, below = params.suite == "real", selection.settings(params)
+        real, below = params.suite == "real", provenance.lines(params, records)
         render.render_report(records, params.methods, folder, real, ablations, below)
     print(render.summary_text(records, params.methods))
     _say("report", f"{len(records)} evaluations in reports/")

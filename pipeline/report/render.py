@@ -1,19 +1,20 @@
-"""reports/: Markdown, CSV, LaTeX, one HTML page that needs no network, and metrics.json for DVC."""
+"""reports/: Markdown, CSV, LaTeX, figures, one HTML page that needs no network, and metrics.json for DVC."""
 
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from jinja2 import Template
 
+from heba import methods
 from heba.data.datasets import title
 from heba.data.protocols import PROTOCOLS
 from heba.evaluation.record import Record
-from pipeline.report import ablation, formats, tables
-from pipeline.report.figures import figures
+from pipeline.report import ablation, figures, formats, leaderboard, provenance, tables
+from pipeline.report.leaderboard import Board, Parameters
 from pipeline.report.tables import Block
 
 EMBEDDED = (
@@ -26,11 +27,13 @@ H_NOTE = (
     "is the harmonic mean of the averaged base and novel, as in the papers. ± is the sample standard deviation "
     "over seeds."
 )
-MARKS = "The best of a column is bold, the second underlined."
+MARKS = "The best of a column is bold, the second underlined"
+AVERAGES = "; an average is bold by the rule of the leaderboard"
 # Fixed, so that dvc.yaml can list them; a table without results says so in its files.
-FILES = ["README.md", "index.html", "metrics.json", "overview.csv", "overview.tex"] + [
-    f"{name}.{e}" for name in (*PROTOCOLS, "ablation") for e in ("md", "csv", "tex")
+FILES = ["README.md", "index.html", "metrics.json", "evaluations.csv", "overview.csv", "overview.tex"] + [
+    f"{name}.{e}" for name in (*PROTOCOLS, "leaderboard", "ablation") for e in ("md", "csv", "tex")
 ]
+FIGURES = "figures"  # a folder: which figures there are depends on the results
 
 
 def notes(records: list[Record], table: pd.DataFrame, protocol: str, names: list[str]) -> list[str]:
@@ -66,26 +69,53 @@ body { font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem aut
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
+.sortable th { cursor: pointer }
+.sortable th[aria-sort=ascending]::after { content: " ▲" }
+.sortable th[aria-sort=descending]::after { content: " ▼" }
 .wide { overflow-x: auto }
 .warning { background: #fff3cd; padding: .6rem 1rem; border-left: 4px solid #d9a400 }
 .note { color: #555; font-size: 13px }
 summary { cursor: pointer }
-img { max-width: 100% }
+svg { max-width: 100%; height: auto; display: block; margin: 1rem 0 }
 </style>
 <h1>HeBA: results</h1>
 {% if embedded %}<p class="warning">{{ embedded }}</p>{% endif %}
 {% for s in sections %}
 <h2>{{ s.title }}</h2>
-{% for t in s.open %}<div class="wide">{{ t.html }}</div>{% endfor %}
+{% for t in s.open %}{% if t.title %}<h3>{{ t.title }}</h3>{% endif %}<div class="wide">{{ t.html }}</div>
+{% endfor %}
 {% for t in s.folded %}<details><summary>{{ t.title }}</summary><div class="wide">{{ t.html }}</div></details>
 {% endfor %}
 {% for n in s.notes %}<p class="note">{{ n }}</p>{% endfor %}
-{% for f in s.figures %}<p><img alt="{{ s.title }}" src="data:image/png;base64,{{ f }}"></p>{% endfor %}
+{% for f in s.figures %}{{ f }}{% endfor %}
+{% if s.figures %}<p class="note">Colours:{% for name, colour in families %}
+<span style="color:{{ colour }}">■</span> {{ name }}{% endfor %}.</p>{% endif %}
 {% endfor %}
+<script>{{ script }}</script>
 </html>
 """,
     autoescape=False,
 )
+# Sorts by a click on a heading, the highest first, and the other way by the next. Cells without a value stay last.
+SCRIPT = """
+document.querySelectorAll("table.sortable th").forEach((head) => {
+  head.tabIndex = 0;
+  head.onkeydown = (event) => { if (event.key === "Enter") head.onclick(); };
+  head.onclick = () => {
+    const body = head.closest("table").tBodies[0], column = head.cellIndex;
+    const text = (row) => row.cells[column].textContent.trim().replaceAll(",", "");
+    const value = (row) => parseFloat(text(row));
+    const rows = [...body.rows], empty = (row) => ["", "–"].includes(text(row));
+    const numbers = rows.some((row) => !empty(row)) && rows.every((row) => empty(row) || !isNaN(value(row)));
+    const down = head.ariaSort ? head.ariaSort === "ascending" : numbers;
+    const compare = (a, b) => numbers ? value(a) - value(b) : text(a).localeCompare(text(b));
+    rows.sort((a, b) => empty(a) - empty(b) || (empty(a) ? 0 : (down ? -1 : 1) * compare(a, b)));
+    [...head.parentNode.cells].forEach((cell) => { cell.ariaSort = null; });
+    head.ariaSort = down ? "descending" : "ascending";
+    body.append(...rows);
+  };
+});
+"""
 
 
 def no_table(out: Path, name: str, columns: tuple[str, ...]) -> None:
@@ -95,20 +125,27 @@ def no_table(out: Path, name: str, columns: tuple[str, ...]) -> None:
     (out / f"{name}.csv").write_text(",".join(columns) + "\n")
 
 
-def write_table(
-    out: Path, name: str, title: str, table: pd.DataFrame, blocks: list[Block], below: list[str]
-) -> None:
-    """Write the numeric `table` as CSV, and what is shown of it, with the notes `below`, as Markdown and LaTeX."""
-    text = [f"# {title}", ""]
-    for block in blocks:
-        text += [f"## {formats.MARKDOWN[0](block.title)}", ""] if block.title else []
-        text += [formats.markdown(block), ""]
-    text += [f"{note}\n".replace("* ", "\\* ", 1) for note in below]  # "* " at the start would be a bullet
+Part = tuple[Sequence[Block], Sequence[str]]  # tables, and the sentences below them
+
+
+def write_table(out: Path, name: str, title: str, table: pd.DataFrame, parts: Sequence[Part]) -> None:
+    """Write the numeric `table` as CSV, and what is shown of it as Markdown and LaTeX."""
+    text, typeset = [f"# {title}", ""], []
+    for blocks, below in parts:
+        for block in blocks:
+            text += [f"## {formats.MARKDOWN[0](block.title)}", ""] if block.title else []
+            text += [formats.markdown(block), ""]
+            typeset += [formats.latex(block)]
+        text += _markdown_notes(below)
+        # Not comments: the notes must go where the table goes.
+        typeset += [f"{{\\footnotesize\\sloppy {formats.latex_text(note)}\\par}}\n" for note in below]
     (out / f"{name}.md").write_text("\n".join(text), encoding="utf-8")
+    (out / f"{name}.tex").write_text("\n".join(typeset), encoding="utf-8")
     table.round(4).to_csv(out / f"{name}.csv", index=False)
-    # Not comments: the notes must go where the table goes.
-    typeset = "".join(f"\n\\par\\footnotesize {formats.latex_text(note)}\n" for note in below)
-    (out / f"{name}.tex").write_text("\n".join(map(formats.latex, blocks)) + typeset, encoding="utf-8")
+
+
+def _markdown_notes(below: Sequence[str]) -> list[str]:
+    return [f"{note}\n".replace("* ", "\\* ", 1) for note in below]  # "* " at the start would be a bullet
 
 
 def tidied(records: list[Record], names: list[str]) -> dict[str, pd.DataFrame]:
@@ -124,7 +161,9 @@ def render_report(
     out: Path,
     published: bool,
     ablations: pd.DataFrame | None = None,
-    settings: Mapping[str, str] | None = None,
+    made: Mapping[str, Sequence[str]] | None = None,
+    reference: str | None = None,
+    parameters: Parameters | None = None,
 ) -> None:
     """Write all report files into `out`.
 
@@ -132,86 +171,121 @@ def render_report(
         names: of the methods, in the order of the tables.
         published: whether published figures appear, as rows of their own.
         ablations: lines of ablation.csv.
-        settings: by protocol, a line about the trainings for under its table.
+        made: by protocol, sentences for under its tables about where they come from.
+        reference: the method that the others are compared with; None: the last of `names`.
+        parameters: numbers of trained parameters; None: they are not shown.
     """
     suites = {r.suite for r in records} | set([] if ablations is None else ablations["suite"])
-    embedded = "embedded" in suites
-    found = tidied(records, names)
-    numbers, whole = tables.overview(found, names)
+    embedded, reference = "embedded" in suites, reference or names[-1]
+    data, found = tables.long_table(records), tidied(records, names)
+    boards = {p: leaderboard.leaderboard(data, t, p, names, reference, parameters) for p, t in found.items()}
+    ranked = {protocol: board for protocol, board in boards.items() if board is not None}
+    numbers, whole = tables.overview(found, names, {protocol: board.bold() for protocol, board in ranked.items()})
+    reading = leaderboard.reading(reference)
     sections: list[dict[str, Any]] = []
     text = ["# Results", ""] + ([f"**{EMBEDDED}**", ""] if embedded else [])
     if whole.cells.empty:
         (out / "overview.tex").write_text("% no results\n")
     else:
-        below = [f"Averages over the benchmarks, in percent. {MARKS}"]
-        text += [formats.markdown(whole), "", *below, ""]
+        below = ["Averages over the benchmarks, in percent.", *reading]
+        text += [formats.markdown(whole), "", *_markdown_notes(below)]
         (out / "overview.tex").write_text(formats.latex(whole), encoding="utf-8")
-        sections.append({"title": "Overview", "open": [_shown(whole)], "notes": below})
+        sections.append(_page_section("Overview", [whole], [], below))
     numbers.round(4).to_csv(out / "overview.csv")
+    provenance.evaluations(records).round(4).to_csv(out / "evaluations.csv", index=False)
+    write_leaderboards(out, ranked, names, [*reading, *([EMBEDDED] if embedded else [])], made or {})
+    (out / FIGURES).mkdir()
     for protocol, about in PROTOCOLS.items():
         if protocol not in found:
             no_table(out, protocol, tables.TIDY)
             continue
-        table = found[protocol]
+        table, board = found[protocol], ranked.get(protocol)
         compared = published and bool(tables.benchmarks(table))
-        blocks = tables.blocks(table, protocol, names, embedded, compared)
-        below = [settings[protocol]] if settings and protocol in settings else []
-        below += [*notes(records, table, protocol, names), MARKS]
+        blocks = tables.blocks(table, protocol, names, embedded, compared, board.bold() if board else None)
+        below = [*(made or {}).get(protocol, []), *notes(records, table, protocol, names)]
         below += tables.published_sources(protocol) if compared else []
-        write_table(out, protocol, about.title, table, blocks, below)
-        text += _section(about.title, protocol, blocks[0], len(blocks), below)
-        drawn = figures(table, protocol, names, embedded)
-        sections.append(_page_section(about.title, blocks, below) | {"figures": drawn})
+        marks = f"{MARKS}{AVERAGES if board else ''}."
+        write_table(out, protocol, about.title, table, [(blocks, [*below, marks])])
+        drawn = figures.draw(protocol, table, names, board, embedded)
+        for name, figure in drawn.items():
+            (out / FIGURES / f"{name}.svg").write_text(figure, encoding="utf-8")
+        if board:
+            first = leaderboard.blocks(board, names)
+            below = [*leaderboard.notes(board), *below]
+        else:
+            first, blocks, below = blocks[:1], blocks[1:], [*below, marks]
+        text += _section(about.title, protocol, first, below, list(drawn))
+        folded = [block._replace(title=block.title or "Data sets") for block in blocks]
+        sections.append(_page_section(about.title, first, folded, below) | {"figures": list(drawn.values())})
     if ablations is None or ablations.empty:
         no_table(out, "ablation", ablation.COLUMNS)
     else:
         table = ablation.ablation_table(ablations)
         shown = ablation.display_ablation(table)
         below = ablation.notes(ablations) + ([EMBEDDED] if embedded else [])
-        write_table(out, "ablation", "Ablations", table.reset_index(), [shown], below)
-        text += _section("Ablations", "ablation", shown, 1, below)
-        sections.append(_page_section("Ablations", [shown], below))
+        write_table(out, "ablation", "Ablations", table.reset_index(), [([shown], below)])
+        text += _section("Ablations", "ablation", [shown], below, [])
+        sections.append(_page_section("Ablations", [shown], [], below))
     (out / "README.md").write_text("\n".join(text), encoding="utf-8")
-    page = PAGE.render(sections=sections, embedded=EMBEDDED if embedded else "")
+    families = list(zip(methods.FAMILIES, figures.COLOURS, strict=True))
+    page = PAGE.render(sections=sections, embedded=EMBEDDED if embedded else "", families=families, script=SCRIPT)
     (out / "index.html").write_text(page + "\n", encoding="utf-8")
     (out / "metrics.json").write_text(json.dumps(metrics(found), indent=1) + "\n")
 
 
-def _section(title: str, name: str, first: Block, n: int, below: list[str]) -> list[str]:
-    """Lines of README.md: the first table, and where the others are."""
-    more = f"The tables of all data sets: [{name}.md]({name}.md)." if n > 1 else f"Alone: [{name}.md]({name}.md)."
-    head = [f"**{first.title}**", ""] if first.title else []
-    return [
-        f"## {title}",
-        "",
-        *head,
-        formats.markdown(first),
-        "",
-        *(f"{b}\n".replace("* ", "\\* ", 1) for b in below),
-        more,
-        "",
-    ]
+def write_leaderboards(
+    out: Path,
+    ranked: dict[str, Board],
+    names: list[str],
+    below: Sequence[str],
+    made: Mapping[str, Sequence[str]],
+) -> None:
+    """Write the leaderboards of all protocols, and the sentences `below` all of them."""
+    if not ranked:
+        no_table(out, "leaderboard", leaderboard.COLUMNS)
+        return
+    parts: list[Part] = []
+    for protocol, board in ranked.items():
+        first, *others = leaderboard.blocks(board, names)
+        blocks = [first._replace(title=PROTOCOLS[protocol].title), *others]
+        parts.append((blocks, [*leaderboard.notes(board), *made.get(protocol, [])]))
+    rows = pd.concat([board.rows for board in ranked.values()], ignore_index=True)
+    write_table(out, "leaderboard", "Leaderboards", rows, [*parts, ([], below)])
 
 
-def _shown(block: Block) -> dict[str, str]:
-    return {"title": html.escape(block.title, quote=False), "html": formats.table_html(block)}
+def _section(title: str, name: str, first: Sequence[Block], below: list[str], drawn: list[str]) -> list[str]:
+    """Lines of README.md: the first tables, the figures, and where the others are."""
+    lines = [f"## {title}", ""]
+    for block in first:
+        lines += [f"**{block.title}**", ""] if block.title else []
+        lines += [formats.markdown(block), ""]
+    lines += _markdown_notes(below)
+    lines += [f"![{figure}]({FIGURES}/{figure}.svg)\n" for figure in drawn]
+    return [*lines, f"All tables: [{name}.md]({name}.md).", ""]
 
 
-def _page_section(title: str, blocks: list[Block], below: list[str]) -> dict[str, Any]:
-    """What the page has of some tables: the first one open, the others folded."""
-    shown = [_shown(block) for block in blocks]
+def _shown(block: Block, sortable: bool = False) -> dict[str, str]:
+    return {"title": html.escape(block.title, quote=False), "html": formats.table_html(block, sortable)}
+
+
+def _page_section(
+    title: str, first: Sequence[Block], folded: Sequence[Block], below: Sequence[str]
+) -> dict[str, Any]:
+    """What the page has of some tables: the first ones open and sortable, the others folded."""
     return {
-        "title": title if len(blocks) == 1 else f"{title}: {shown[0]['title']}",
-        "open": shown[:1],
-        "folded": shown[1:],
+        "title": title,
+        "open": [_shown(block, sortable=True) for block in first],
+        "folded": [_shown(block) for block in folded],
         "notes": [html.escape(line, quote=False) for line in below],
     }
 
 
 def metrics(found: dict[str, pd.DataFrame]) -> dict[str, Any]:
-    """By protocol, for the average and for own data, the accuracies of each method: for `dvc metrics show`."""
+    """By protocol, for the average and for own data, the accuracies of each method, with the fewest and the most
+    shots: for `dvc metrics show`."""
     shown: dict[str, Any] = {}
-    for protocol, table in found.items():
+    for protocol, whole in found.items():
+        table = whole[whole["shots"].isin([whole["shots"].min(), whole["shots"].max()])]
         for dataset in [tables.AVERAGE, *tables.own_data(table)]:
             there = table[table["dataset"] == dataset].dropna(subset="accuracy")
             for _, method, shots, group, accuracy, *_ in there.itertuples(index=False):
@@ -226,7 +300,7 @@ def summary_text(records: list[Record], names: list[str]) -> str:
     if not found:
         return "no results"
     embedded = any(r.suite == "embedded" for r in records)
-    _, whole = tables.overview(found, names)
+    _, whole = tables.overview(found, names, {})
     shown = [] if whole.cells.empty else [whole]
     for protocol, table in found.items():
         own = table[table["dataset"].isin(tables.own_data(table))]

@@ -55,14 +55,3 @@ def left_out_text(paths: list[Path]) -> str:
     more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
     count = "it: 1 evaluation" if len(paths) == 1 else f"them: {len(paths)} evaluations"
     return f"left out, since params.yaml does not ask for {count}, {named}{more}"
-
-
-def settings(params: Params) -> dict[str, str]:
-    """By protocol, a line for under its table that says what the adapters were trained with."""
-    backbone = f"backbone {params.backbone.name} ({params.backbone.pretrained})"
-    base, transfer = (
-        f"{params.shots} shot{'s' if params.shots > 1 else ''}, seed{'s' if len(seeds) > 1 else ''} "
-        f"{', '.join(map(str, seeds))}, {backbone}."
-        for seeds in (params.seeds, params.transfer.seeds)
-    )
-    return {name: transfer if about.transfer else base for name, about in PROTOCOLS.items() if name != "few_shot"}

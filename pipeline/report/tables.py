@@ -6,6 +6,7 @@ over seeds; a method whose results do not depend on the seed has none. The avera
 set is NaN, and so is its std where a data set lacks a seed.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ TIDY = ("dataset", "method", "shots", "group", "accuracy", "std", "seeds")
 AVERAGE = "average"
 HEADS = {"base": "Base", "novel": "Novel", "h": "H"}
 GAP = "–"  # of a method that cannot do a protocol; what is merely not there yet is empty
+Bold = Mapping[tuple[int, str], set[str]]  # by shots and group, the methods whose average is bold
 PUBLISHED = Path(__file__).with_name("published.yaml")
 
 
@@ -170,9 +172,16 @@ Column = tuple[str, str, int, str]  # head, data set, shots and group
 
 
 def block(
-    title: str, table: pd.DataFrame, protocol: str, names: list[str], columns: list[Column], published: list[Any]
+    title: str,
+    table: pd.DataFrame,
+    protocol: str,
+    names: list[str],
+    columns: list[Column],
+    published: list[Any],
+    bold: Bold | None = None,
 ) -> Block:
-    """The methods `names` over some `columns` of a tidy table, and then rows of `published` figures."""
+    """The methods `names` over some `columns` of a tidy table, and then rows of `published` figures. Averages are
+    bold where `bold` says so, if it is given."""
     values = {
         (dataset, method, shots, group): (accuracy, std)
         for dataset, method, shots, group, accuracy, std, _ in table.itertuples(index=False)
@@ -185,7 +194,11 @@ def block(
         ]
         rows.append([method_title(name), *shown])
         numbers.append([float("nan"), *(round(mean, 2) for mean, _ in found)])
-    ranks = [*zip(*(_ranks(list(column)) for column in zip(*numbers, strict=True)), strict=True)]
+    marks = [_ranks(list(column)) for column in zip(*numbers, strict=True)]
+    for i, (_, dataset, shots, group) in enumerate(columns, start=1):
+        if bold is not None and dataset == AVERAGE:
+            marks[i] = [int(name in bold.get((shots, group), set())) for name in names]
+    ranks = [*zip(*marks, strict=True)]
     for method, figures in published:
         cells = [number(figures[d, g]) if (d, g) in figures else "" for _, d, _, g in columns]
         if any(cells):
@@ -203,7 +216,14 @@ def _ranks(values: list[float]) -> list[int]:
     return [there.index(value) + 1 if value in there[:2] else 0 for value in values]
 
 
-def blocks(table: pd.DataFrame, protocol: str, names: list[str], embedded: bool, published: bool) -> list[Block]:
+def blocks(
+    table: pd.DataFrame,
+    protocol: str,
+    names: list[str],
+    embedded: bool,
+    published: bool,
+    bold: Bold | None = None,
+) -> list[Block]:
     """The tables of a protocol, as the papers print them: where a data set has several columns, a table per data
     set, the average first; else a table with a column per data set."""
     figures = published_figures(protocol) if published else []
@@ -211,14 +231,14 @@ def blocks(table: pd.DataFrame, protocol: str, names: list[str], embedded: bool,
     titles = {dataset: dataset_title(dataset, table, embedded) for dataset in datasets}
     if PROTOCOLS[protocol].transfer:
         columns = [(titles[d], d, shots[0], "all") for d in datasets]
-        return [block("", table, protocol, names, columns, figures)]
+        return [block("", table, protocol, names, columns, figures, bold)]
     datasets = sorted(datasets, key=lambda dataset: dataset != AVERAGE)
     if protocol == "few_shot":
         heads = [(f"{k} shot{'s' if k > 1 else ''}", k, "all") for k in shots]
     else:
         heads = [(HEADS[group], shots[0], group) for group in groups_of(protocol)]
     return [
-        block(titles[d], table, protocol, names, [(head, d, k, g) for head, k, g in heads], figures)
+        block(titles[d], table, protocol, names, [(head, d, k, g) for head, k, g in heads], figures, bold)
         for d in datasets
     ]
 
@@ -226,11 +246,14 @@ def blocks(table: pd.DataFrame, protocol: str, names: list[str], embedded: bool,
 OVERVIEW = {"cross_dataset": "Cross-data-set", "domain_generalization": "Domain"}
 
 
-def overview(tidied: dict[str, pd.DataFrame], names: list[str]) -> tuple[pd.DataFrame, Block]:
+def overview(
+    tidied: dict[str, pd.DataFrame], names: list[str], bold: Mapping[str, Bold]
+) -> tuple[pd.DataFrame, Block]:
     """The averages of all protocols: rows methods; as numbers, and as they are shown.
 
     Args:
         tidied: by protocol, its `tidy_table`; without those that have no results.
+        bold: by protocol, which averages are bold.
     """
     parts, shown = [], []
     for protocol, table in tidied.items():
@@ -247,7 +270,7 @@ def overview(tidied: dict[str, pd.DataFrame], names: list[str]) -> tuple[pd.Data
         found = found.reindex(index=names, columns=[(k, g) for _, _, k, g in columns])
         found.columns = pd.Index([_key(protocol, k, g) for _, _, k, g in columns])
         parts.append(found)
-        shown.append(block("", averages, protocol, names, columns, []))
+        shown.append(block("", averages, protocol, names, columns, [], bold.get(protocol)))
     if not shown:
         return pd.DataFrame(), Block("", pd.DataFrame(), pd.DataFrame())
     cells = pd.concat([shown[0].cells, *(b.cells.iloc[:, 1:] for b in shown[1:])], axis=1)

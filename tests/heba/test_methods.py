@@ -35,6 +35,15 @@ def in_towers(name):
     return work.images + work.prompts > 0
 
 
+@pytest.mark.parametrize("name", methods.names())
+def test_a_method_says_what_it_does_to_clip(name):
+    family = getattr(methods.part(name, "settings"), "FAMILY", None)
+    known = ", ".join(methods.FAMILIES)
+    assert family in methods.FAMILIES, (
+        f"heba/methods/{name}/settings.py: FAMILY is {family!r}, must be among {known}"
+    )
+
+
 every_method = pytest.mark.parametrize("name", NAMES)
 
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from heba.fit.work import Work
 
 TITLE = "Probe"
+FAMILY = "linear"
 READS = "features"
 NEW_CLASSES = False
 DRAWS = True

@@ -8,6 +8,7 @@ from heba.data.prompts import Kind
 from heba.fit.work import Work
 
 TITLE = "Linear probe"
+FAMILY = "linear"
 READS = "features"
 NEW_CLASSES = False
 DRAWS = True

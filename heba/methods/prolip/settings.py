@@ -8,6 +8,7 @@ from heba.data.prompts import Kind
 from heba.fit.work import Work
 
 TITLE = "ProLIP"
+FAMILY = "adapter"
 READS = "features"
 NEW_CLASSES = True
 DRAWS = True

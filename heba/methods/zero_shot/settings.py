@@ -6,6 +6,7 @@ from heba.data.prompts import Kind
 from heba.fit.work import Work
 
 TITLE = "CLIP"
+FAMILY = "frozen"
 READS = "features"
 NEW_CLASSES = True
 DRAWS = False
