@@ -187,7 +187,9 @@ def protocols() -> None:
 @app.command()
 def report() -> None:
     """Render reports/ from the evaluations that params.yaml asks for and print the summary."""
-    from pipeline.report import ablation, provenance, render, selection
+    from heba.evaluation.cost import read_cost
+    from pipeline.core.trainings import cost_path
+    from pipeline.report import ablation, cost, provenance, render, selection
 
     params = _params()
     records, left_out = selection.select(params)
@@ -196,7 +198,9 @@ def report() -> None:
     with new_folder(Path("reports")) as folder:
         ablations = ablation.read(ablation.FILE, params.suite)
         real, below = params.suite == "real", provenance.lines(params, records)
-        render.render_report(records, params.methods, folder, real, ablations, below)
+        costs = {method: read_cost(cost_path(method)) for method in params.methods}
+        timings = cost.read(cost.FILE, params.suite, params.backbone.name)
+        render.render_report(records, params.methods, folder, real, ablations, below, costs=costs, timings=timings)
     print(render.summary_text(records, params.methods))
     _say("report", f"{len(records)} evaluations in reports/")
 

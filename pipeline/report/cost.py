@@ -36,7 +36,7 @@ def read(path: Path, suite: str, backbone: str) -> pd.DataFrame:
 
 
 def cost_table(
-    records: list[Record], names: list[str], costs: Mapping[str, Cost], timings: pd.DataFrame
+    records: list[Record], names: list[str], costs: Mapping[str, Cost], timings: pd.DataFrame | None
 ) -> pd.DataFrame:
     """A row per method of `names` that was evaluated, with the columns SHOWN; NaN for what is not known.
 
@@ -48,7 +48,7 @@ def cost_table(
         own = [record for record in records if record.method == name]
         if not own or name not in costs:
             continue
-        measured = timings[timings["method"] == name]
+        measured = pd.DataFrame() if timings is None else timings[timings["method"] == name]
         step, seconds = measured[["step_ms", "seconds"]].iloc[0] if len(measured) else (None, None)
         parameters = mean(record.trained_parameters for record in own)
         size = mean(record.adapter_bytes for record in own)
@@ -57,8 +57,9 @@ def cost_table(
     return pd.DataFrame(rows, columns=list(SHOWN))
 
 
-def cost_block(table: pd.DataFrame) -> Block:
-    """`cost_table` as it is shown; the columns that were measured are there where they have a number."""
+def cost_block(table: pd.DataFrame, averages: pd.DataFrame) -> Block:
+    """`cost_table` as it is shown, beside the `averages` of the overview; the columns that were measured are there
+    where they have a number."""
     cells = {
         "Method": [method_title(name) for name in table["method"]],
         "Trained parameters": [f"{value:,}" for value in table["trained_parameters"]],
@@ -70,6 +71,8 @@ def cost_block(table: pd.DataFrame) -> Block:
         if table[column].notna().any():
             cells[head] = ["–" if pd.isna(value) else _number(value) for value in table[column]]
     frame = pd.DataFrame(cells)
+    if len(averages):
+        frame = frame.merge(averages, on="Method", how="left")
     return Block("", frame, frame.map(lambda _: 0))
 
 
@@ -78,12 +81,12 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def notes(timings: pd.DataFrame) -> list[str]:
+def notes(timings: pd.DataFrame | None) -> list[str]:
     """Sentences for under the table."""
-    devices = ", ".join(dict.fromkeys(timings["device"]))
+    devices = "" if timings is None else ", ".join(dict.fromkeys(timings["device"]))
     measured = (
         f"Seconds are those of MLflow's runs on {devices}: the mean training, and the median epoch by its steps."
-        if len(timings)
+        if devices
         else "Seconds are not measured yet: `python -m pipeline cost --measured` takes them from MLflow's runs."
     )
     return [*NOTES, measured]

@@ -12,9 +12,10 @@ from jinja2 import Template
 from heba import methods
 from heba.data.datasets import title
 from heba.data.protocols import PROTOCOLS
+from heba.evaluation.cost import Cost
 from heba.evaluation.record import Record
-from pipeline.report import ablation, figures, formats, leaderboard, provenance, tables
-from pipeline.report.leaderboard import Board, Parameters
+from pipeline.report import ablation, cost, figures, formats, leaderboard, provenance, tables
+from pipeline.report.leaderboard import Board
 from pipeline.report.tables import Block
 
 EMBEDDED = (
@@ -31,7 +32,7 @@ MARKS = "The best of a column is bold, the second underlined"
 AVERAGES = "; an average is bold by the rule of the leaderboard"
 # Fixed, so that dvc.yaml can list them; a table without results says so in its files.
 FILES = ["README.md", "index.html", "metrics.json", "evaluations.csv", "overview.csv", "overview.tex"] + [
-    f"{name}.{e}" for name in (*PROTOCOLS, "leaderboard", "ablation") for e in ("md", "csv", "tex")
+    f"{name}.{e}" for name in (*PROTOCOLS, "leaderboard", "cost", "ablation") for e in ("md", "csv", "tex")
 ]
 FIGURES = "figures"  # a folder: which figures there are depends on the results
 
@@ -163,7 +164,8 @@ def render_report(
     ablations: pd.DataFrame | None = None,
     made: Mapping[str, Sequence[str]] | None = None,
     reference: str | None = None,
-    parameters: Parameters | None = None,
+    costs: Mapping[str, Cost] | None = None,
+    timings: pd.DataFrame | None = None,
 ) -> None:
     """Write all report files into `out`.
 
@@ -173,11 +175,12 @@ def render_report(
         ablations: lines of ablation.csv.
         made: by protocol, sentences for under its tables about where they come from.
         reference: the method that the others are compared with; None: the last of `names`.
-        parameters: numbers of trained parameters; None: they are not shown.
+        costs: by method, what was counted of it. timings: lines of timings.csv.
     """
     suites = {r.suite for r in records} | set([] if ablations is None else ablations["suite"])
     embedded, reference = "embedded" in suites, reference or names[-1]
     data, found = tables.long_table(records), tidied(records, names)
+    parameters = {(r.protocol, r.dataset, r.method, r.shots): r.trained_parameters for r in records}
     boards = {p: leaderboard.leaderboard(data, t, p, names, reference, parameters) for p, t in found.items()}
     ranked = {protocol: board for protocol, board in boards.items() if board is not None}
     numbers, whole = tables.overview(found, names, {protocol: board.bold() for protocol, board in ranked.items()})
@@ -217,6 +220,15 @@ def render_report(
         text += _section(about.title, protocol, first, below, list(drawn))
         folded = [block._replace(title=block.title or "Data sets") for block in blocks]
         sections.append(_page_section(about.title, first, folded, below) | {"figures": list(drawn.values())})
+    spent = cost.cost_table(records, names, costs or {}, timings)
+    if spent.empty:
+        no_table(out, "cost", cost.SHOWN)
+    else:
+        shown = cost.cost_block(spent, whole.cells)
+        below = cost.notes(timings) + ([EMBEDDED] if embedded else [])
+        write_table(out, "cost", "Cost", spent, [([shown], below)])
+        text += _section("Cost", "cost", [shown], below, [])
+        sections.append(_page_section("Cost", [shown], [], below))
     if ablations is None or ablations.empty:
         no_table(out, "ablation", ablation.COLUMNS)
     else:

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from heba.clip.tiny import load_tiny_clip
+from heba.evaluation.cost import Cost
 from heba.methods.heba.model import AdaptedCLIP
 from heba.sources.catalog import load_catalog
 from pipeline.commands.cli import app
@@ -14,7 +16,9 @@ from pipeline.commands.cost import FROZEN, adapter_bytes, table
 from pipeline.commands.presets import FOLDER
 from pipeline.core.params import ParamsError, load_params
 from pipeline.core.trainings import trainings
+from pipeline.report import cost, render
 from tests.heba import third
+from tests.pipeline.records import record
 
 PAPER, DEMO = FOLDER / "paper.yaml", FOLDER / "demo.yaml"
 
@@ -81,3 +85,33 @@ def test_the_size_of_the_adapters_needs_no_model(tmp_path):
 def test_the_embedded_suite_is_refused():
     with pytest.raises(ParamsError, match="preset paper"):
         CliRunner().invoke(app, ["cost"], catch_exceptions=False)
+
+
+def test_what_a_method_costs_stands_beside_its_accuracy(tmp_path):
+    about = {"trained_parameters": 1_500_000, "adapter_bytes": 3_000_000}
+    records = [
+        record("zero_shot", "dtd", 1, (50.0, 60.0)),
+        record("heba", "dtd", 1, (70.0, 60.0), **about),
+        record("heba", "eurosat", 1, (70.0, 60.0), **about | {"trained_parameters": 500_000}),
+    ]
+    costs = {
+        "zero_shot": Cost(image=10**9, step=0, steps=0),
+        "heba": Cost(image=2 * 10**9, step=345 * 10**9, steps=9),
+    }
+    lines = [("embedded", "tiny", "CPU", "heba", 2, 3.5, 12.345), ("real", "tiny", "CPU", "heba", 2, 9.0, 9.0)]
+    pd.DataFrame(lines, columns=list(cost.COLUMNS)).to_csv(tmp_path / "timings.csv", index=False)
+    timings = cost.read(tmp_path / "timings.csv", "embedded", "tiny")
+    render.render_report(records, ["zero_shot", "heba"], tmp_path, False, costs=costs, timings=timings)
+    text = (tmp_path / "cost.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
+    assert rows[0][:7] == [
+        *("Method", "Trained parameters", "Adapter, MB", "GFLOP a step", "GFLOP an image", "ms a step"),
+        "s a training",
+    ]
+    assert rows[2][:7] == ["CLIP", "0", "1.6e-05", "–", "1", "–", "–"]
+    assert rows[3][:7] == ["HeBA", "1,000,000", "3", "345", "2", "12.3", "3.5"]
+    assert rows[0][7:10] == ["Base", "Novel", "H"]
+    assert "runs on CPU" in text
+    (tmp_path / "timings.csv").write_text("method\n")
+    with pytest.raises(ValueError, match=r"timings\.csv: has the columns method; .*cost --measured"):
+        cost.read(tmp_path / "timings.csv", "embedded", "tiny")

@@ -8,6 +8,7 @@ from heba.data.prompts import Kind
 from heba.fit.work import Work
 
 TITLE = "CLIP-LoRA"
+FAMILY = "tower"
 READS = "pixels"
 NEW_CLASSES = True
 DRAWS = True

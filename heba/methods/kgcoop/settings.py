@@ -8,6 +8,7 @@ from heba.data.prompts import Kind
 from heba.fit.work import Work, steps_per_epoch
 
 TITLE = "KgCoOp"
+FAMILY = "prompt"
 READS = "features"
 NEW_CLASSES = True
 DRAWS = True

@@ -8,6 +8,7 @@ from heba.data.prompts import Kind
 from heba.fit.work import Work, most_classes, steps_per_epoch
 
 TITLE = "LwEIB"
+FAMILY = "tower"
 READS = "pixels"
 NEW_CLASSES = True
 DRAWS = True

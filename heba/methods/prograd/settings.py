@@ -8,6 +8,7 @@ from heba.data.prompts import Kind
 from heba.fit.work import Work, epochs_by_shots, steps_per_epoch
 
 TITLE = "ProGrad"
+FAMILY = "prompt"
 READS = "features"
 NEW_CLASSES = True
 DRAWS = True

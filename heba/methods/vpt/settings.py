@@ -8,6 +8,7 @@ from heba.data.prompts import Kind
 from heba.fit.work import Work, steps_per_epoch
 
 TITLE = "VPT"
+FAMILY = "prompt"
 READS = "pixels"
 NEW_CLASSES = True
 DRAWS = True
