@@ -72,24 +72,19 @@ class Packing:
         return rows % self.length
 
 
-def pack(
-    lengths: Sequence[int], device: torch.device, context: int | None = None, ends: Sequence[int] | None = None
-) -> Packing:
+def pack(lengths: Sequence[int], device: torch.device, context: int | None = None) -> Packing:
     """The packing of texts whose `lengths` end with the token that is read (`text_lengths`).
 
-    Args:
-        context: the length of all of them where attention goes both ways (`whole_context`).
-        ends: the tokens of each that are kept, where some behind the one that is read count too.
+    `context`: the length of all of them where tokens behind that one count too (`whole_context`).
     """
     n = torch.tensor(lengths)
     if context is not None:
         return Packing(None, (n - 1).to(device), (torch.arange(len(n)) * context + n - 1).to(device), context)
-    kept = n if ends is None else torch.tensor(ends)
-    length = int(kept.max())
+    length = int(n.max())
     rows = None
-    if int(kept.min()) < length:
-        rows = (torch.arange(length) < kept[:, None]).flatten().nonzero().flatten().to(device)
-    return Packing(rows, (n - 1).to(device), (kept.cumsum(0) - kept + n - 1).to(device), length)
+    if int(n.min()) < length:
+        rows = (torch.arange(length) < n[:, None]).flatten().nonzero().flatten().to(device)
+    return Packing(rows, (n - 1).to(device), (n.cumsum(0) - 1).to(device), length)
 
 
 def is_plain(block: Any) -> bool:

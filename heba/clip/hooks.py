@@ -182,9 +182,12 @@ class HookedCLIP(nn.Module):
 
     def pack(self, lengths: Sequence[int]) -> Packing:
         """The packing of texts of `lengths` (`towers.text_lengths`) as the text tower needs them."""
-        context = text_tower(self.clip).context_length
-        ends = [min(n + self.reach, context) for n in lengths] if self.reach else None
-        return pack(lengths, self.clip.logit_scale.device, self.context, ends)
+        context = self.context
+        if (
+            context is None and self.reach
+        ):  # all equally long, as adapters that mix tokens take them without copies
+            context = min(max(lengths) + self.reach, text_tower(self.clip).context_length)
+        return pack(lengths, self.clip.logit_scale.device, context)
 
     def encode_text_from(self, hidden: Tensor, packing: Packing, scales: Scales | float | None = None) -> Tensor:
         """Text features [n, E] from the frozen hidden states [n, length, width] below block `start`

@@ -228,9 +228,10 @@ def test_the_traps_of_yaml_are_problems_with_a_name(tmp_path, text, problem):
 
 def test_an_anchor_that_is_used_with_measure_is_taken(tmp_path):
     text = (ROOT / "params.yaml").read_text()
-    head, _, tail = text.rpartition("  overrides:\n    cross_dataset:\n")
-    head = head.replace("\nheba:\n", "\nheba:\n  <<: &block\n    momentum: 0.5\n").replace("  momentum: 0.9\n", "")
-    changed = f"{head}  overrides:\n    cross_dataset:\n      <<: *block\n{tail}"
+    before, block = text.split("\nheba:\n")
+    block = block.replace("  momentum: 0.9\n", "")
+    block = block.replace("    cross_dataset:\n", "    cross_dataset:\n      <<: *block\n", 1)
+    changed = f"{before}\nheba:\n  <<: &block\n    momentum: 0.5\n{block}"
     (tmp_path / "params.yaml").write_text(changed)
     params = load_params(tmp_path / "params.yaml")
     for protocol, scale in (("base_to_novel", 0.1), ("cross_dataset", 0.05)):

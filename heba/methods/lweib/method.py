@@ -10,7 +10,7 @@ of images 3x3 over the patches; CLS stays as it is. They begin at random, so the
 
 A convolution of texts looks one token ahead, so EOT sees the padding behind it. Attention looks back alone: with
 two convolutions in each of k blocks, the feature of a text depends on 2k tokens behind EOT and no further, and
-texts are cut there.
+texts are cut so far behind the longest.
 
 The logits of an image are exp(logit_scale) cos(image, w_k), with w_k the normalised mean of the normalised
 features of the prompts of class k. The loss is the cross-entropy over the classes of a step, with one prompt of
