@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from heba.clip.blocks import Change, Packing, pack
 from heba.clip.towers import (
@@ -27,6 +27,7 @@ from heba.clip.towers import (
 )
 
 Tokenizer = Callable[[list[str]], Tensor]
+STD = 0.02  # of vectors that begin at random
 NOTHING: Mapping[int, Tensor] = {}
 
 
@@ -35,9 +36,19 @@ def text_width(clip: Any) -> int:
     return text_tower(clip).token_embedding.embedding_dim
 
 
-def check_text_context(clip: Any, method: str, blocks: int = 1) -> None:
-    """Raise ValueError, in the words of `method`, where the texts of `clip` cannot have a context in their first
-    `blocks` blocks."""
+def image_width(clip: Any) -> int:
+    """The width of an image tower that can have learned tokens (`check_image_context`)."""
+    return clip.visual.class_embedding.shape[0]
+
+
+def draw_prompts(blocks: int, tokens: int, width: int) -> nn.ParameterList:
+    """Learned vectors [tokens, width] for each of so many blocks, N(0, 0.02^2)."""
+    return nn.ParameterList([torch.empty(tokens, width).normal_(std=STD) for _ in range(blocks)])
+
+
+def check_text_context(clip: Any, method: str, blocks: int = 1, context: int = 1) -> None:
+    """Raise ValueError, in the words of `method`, where the texts of `clip` cannot have a context, of so many
+    tokens, in their first `blocks` blocks."""
     text = text_tower(clip)
     if pool_type(text) == "last":
         raise ValueError(
@@ -47,6 +58,11 @@ def check_text_context(clip: Any, method: str, blocks: int = 1) -> None:
     depth = len(text.transformer.resblocks)
     if blocks > depth:
         raise ValueError(f"{method}: prompts in {blocks} blocks, and the text tower has {depth}")
+    if context + 3 > text.context_length:  # the first token, one of a class name, and EOT
+        raise ValueError(
+            f"{method}: a context of {context} tokens leaves no place for a class name in a text, which has "
+            f"{text.context_length}"
+        )
     if blocks > 1:
         check_text_inside(clip, method)
 
@@ -113,6 +129,24 @@ def embed_words(clip: Any, tokenizer: Tokenizer, words: str) -> Tensor:
     return embed_texts(clip, tokens).embeddings[0, 1 : 1 + m].clone()
 
 
+@torch.no_grad()
+def begin_with_words(clip: Any, tokenizer: Tokenizer, words: str, context: Tensor) -> None:
+    """Let `context` [M, width] begin as the embeddings of the first M tokens of `words`; ValueError where these
+    are fewer."""
+    embedded = embed_words(clip, tokenizer, words)
+    if len(embedded) < len(context):
+        raise ValueError(f"a context of {len(context)} tokens begins as {words!r}, which has {len(embedded)}")
+    context.copy_(embedded[: len(context)])
+
+
+def texts_with_room(clip: Any, tokenizer: Tokenizer, names: list[str], words: str | None, room: int) -> Texts:
+    """The texts "<words> <name>." of the spoken `names`; without words, "<name>." behind `room` free places."""
+    ends = [f"{name}." for name in names]
+    if words:
+        return embed_texts(clip, tokenizer([f"{words} {end}" for end in ends]))
+    return embed_texts(clip, tokens_with_room(tokenizer, ends, room))
+
+
 def with_context(texts: Texts, context: Tensor) -> Tensor:
     """[n, length, width], the embeddings with `context` [M, width] or [n, M, width] at positions 1 to M, and then
     in their order."""
@@ -133,6 +167,13 @@ def encode_texts(clip: Any, texts: Texts, embeddings: Tensor, deep: Mapping[int,
         block: Change(tokens=partial(_into_texts, texts.packing, vectors)) for block, vectors in deep.items()
     }
     return run_text_blocks(clip, hidden, texts.packing, 0, changes=changes)
+
+
+def encode_deep_texts(clip: Any, texts: Texts, prompts: Sequence[Tensor]) -> Tensor:
+    """Text features [n, E], not normalised, of `texts` with a context of its own in each of the first blocks.
+
+    `prompts`: [M, width] each; the first enters with the tokens, the others before blocks 1, 2, ... (0-based)."""
+    return encode_texts(clip, texts, with_context(texts, prompts[0]), dict(enumerate(prompts[1:], 1)))
 
 
 def _into_texts(packing: Packing, vectors: Tensor, x: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ def settings_of(name):
 
 def in_towers(name):
     """Whether a method's training goes through a tower of CLIP, or is on frozen features alone."""
-    return methods.part(name, "settings").work(settings_of(name), 10, 2).prompts > 0
+    work = methods.part(name, "settings").work(settings_of(name), 10, 2)
+    return work.images + work.prompts > 0
 
 
 every_method = pytest.mark.parametrize("name", NAMES)

@@ -7,17 +7,23 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from heba.clip import backbone
+from heba.clip.architecture import read_architecture
 from heba.clip.features import Classes
 from heba.clip.openai import clip_from_openai_weights
 from heba.data.images import Images
 from heba.fit.batches import train_batches
 from heba.fit.run import Run
+from pipeline.commands.cost import trained_parameters
+from pipeline.commands.presets import FOLDER
+from pipeline.core.params import load_params
 from tests.oracle.features import SHARED, normalised, read, relative
 
 # The tolerances of the oracle's README.
@@ -149,8 +155,9 @@ def check_gradients(method, case, module, value, rename=lambda name: name):
     module.zero_grad()
 
 
-def check_training(method, case, training, source, rename=lambda name: name, kind=None):
-    """Take the recorded steps and compare losses, of a `kind`, learning rates and final parameters."""
+def check_training(method, case, training, source, rename=lambda name: name, kind=None, last="final"):
+    """Take the recorded steps and compare losses, of a `kind`, learning rates and the parameters after them, below
+    `last`."""
     losses, lrs, take = [], [], training.take
 
     def recorded(x, labels):
@@ -160,9 +167,9 @@ def check_training(method, case, training, source, rename=lambda name: name, kin
 
     object.__setattr__(training, "take", recorded)
     train_batches(training, source, Run(seed=1, shots=FEW_SHOTS))
-    assert lrs == [step["lr"] for step in case.variant["steps"]]
+    assert lrs == pytest.approx([step["lr"] for step in case.variant["steps"]], rel=1e-12, abs=0)
     close(method, "losses of steps", losses, case.steps(kind), LOSSES)
-    final = {rename(name): tensor for name, tensor in case.part("final").items()}
+    final = {rename(name): tensor for name, tensor in case.part(last).items()}
     for name, parameter in training.module.named_parameters():
         close(method, "trained parameters", parameter.detach(), final[name], PARAMETERS)
 
@@ -200,3 +207,12 @@ def check_parameters(about, method, settings):
     for official in about["parameters_at_vit_b16"].values():
         assert shapes == {name: group["shape"] for name, group in official["first_groups"].items()}
         assert sum(map(math.prod, shapes.values())) == official["trainable"]
+
+
+def check_counts(method, case, protocols):
+    """The counts at ViT-B/16 with the paper preset in these `protocols`, which are in the oracle's order."""
+    params = load_params(FOLDER / "paper.yaml")
+    with torch.device("meta"):
+        clip = backbone.build(read_architecture(params.backbone.name, Path()))
+        found = [trained_parameters(params, method, protocol, clip) for protocol in protocols]
+    assert found == [counts["trainable"] for counts in case.about["parameters_at_vit_b16"].values()]

@@ -228,7 +228,7 @@ def test_the_traps_of_yaml_are_problems_with_a_name(tmp_path, text, problem):
 
 def test_an_anchor_that_is_used_with_measure_is_taken(tmp_path):
     text = (ROOT / "params.yaml").read_text()
-    head, tail = text.split("  overrides:\n    cross_dataset:\n")
+    head, _, tail = text.rpartition("  overrides:\n    cross_dataset:\n")
     head = head.replace("\nheba:\n", "\nheba:\n  <<: &block\n    momentum: 0.5\n").replace("  momentum: 0.9\n", "")
     changed = f"{head}  overrides:\n    cross_dataset:\n      <<: *block\n{tail}"
     (tmp_path / "params.yaml").write_text(changed)
