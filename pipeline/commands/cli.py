@@ -370,16 +370,34 @@ def convert(
     all_classes: Annotated[
         bool, typer.Option("--all-classes", help="It was trained on all classes, not on the base classes.")
     ] = False,
+    method: Annotated[
+        str | None,
+        typer.Option(help="Whose checkpoint it is, such as kgcoop, where its tensors fit several methods."),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="A setting of the method that the checkpoint does not tell, such as position=middle of coop. May "
+            "be repeated.",
+        ),
+    ] = None,
     scale: Annotated[
         float | None,
-        typer.Option(min=0, help="ADAPTER_SCALE_BASE of its config; a checkpoint that `convert` wrote tells it."),
+        typer.Option(
+            min=0, help="Of heba: ADAPTER_SCALE_BASE of its config; a checkpoint that `convert` wrote tells it."
+        ),
     ] = None,
 ) -> None:
-    """Turn an official checkpoint into an adapter's folder, or an adapter into an official checkpoint."""
-    params = _params(dataset)
-    from pipeline.commands import convert
+    """Turn an official checkpoint into an adapter's folder, or an adapter into an official checkpoint.
 
-    print(convert.run(params, source, target, dataset, all_classes, scale))
+    Of heba, coop, cocoop, kgcoop, maple, promptsrc, prograd, tcp and vpt; docs/methods.md says more.
+    """
+    params = _params(dataset)
+    from pipeline.commands import convert, use
+
+    given = use.settings(setting) | ({} if scale is None else {"scale": scale})
+    print(convert.run(params, source, target, dataset, all_classes, method, given))
 
 
 @app.command()
