@@ -7,10 +7,11 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import psutil
 import typer
+import yaml
 
 from heba.data.protocols import PROTOCOLS
 from pipeline.core.params import MOST, MOST_SEED, Params, ParamsError, load_params
@@ -44,6 +45,20 @@ def _say(stage: str, text: str) -> None:
 def _names(listed: str) -> list[str]:
     """Names between commas, each once."""
     return list(dict.fromkeys(name.strip() for name in listed.split(",") if name.strip()))
+
+
+def read_settings(pairs: list[str] | None) -> dict[str, Any]:
+    """name=value pairs, with values as in YAML."""
+    found = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        try:
+            found[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not equals:
+            raise ValueError(f"--set {pair}: write name=value")
+    return found
 
 
 @app.command()
@@ -394,9 +409,9 @@ def convert(
     Of heba, coop, cocoop, kgcoop, maple, promptsrc, prograd, tcp and vpt; docs/methods.md says more.
     """
     params = _params(dataset)
-    from pipeline.commands import convert, use
+    from pipeline.commands import convert
 
-    given = use.settings(setting) | ({} if scale is None else {"scale": scale})
+    given = read_settings(setting) | ({} if scale is None else {"scale": scale})
     print(convert.run(params, source, target, dataset, all_classes, method, given))
 
 
