@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from heba.clip.blocks import Change, Packing, pack
 from heba.clip.towers import (
@@ -27,7 +27,6 @@ from heba.clip.towers import (
 )
 
 Tokenizer = Callable[[list[str]], Tensor]
-STD = 0.02  # of vectors that begin at random
 NOTHING: Mapping[int, Tensor] = {}
 
 
@@ -39,11 +38,6 @@ def text_width(clip: Any) -> int:
 def image_width(clip: Any) -> int:
     """The width of an image tower that can have learned tokens (`check_image_context`)."""
     return clip.visual.class_embedding.shape[0]
-
-
-def draw_prompts(blocks: int, tokens: int, width: int) -> nn.ParameterList:
-    """Learned vectors [tokens, width] for each of so many blocks, N(0, 0.02^2)."""
-    return nn.ParameterList([torch.empty(tokens, width).normal_(std=STD) for _ in range(blocks)])
 
 
 def check_text_context(clip: Any, method: str, blocks: int = 1, context: int = 1) -> None:
@@ -127,24 +121,6 @@ def embed_words(clip: Any, tokenizer: Tokenizer, words: str) -> Tensor:
     tokens = tokenizer([words])
     m = text_lengths(clip, tokens)[0] - 2
     return embed_texts(clip, tokens).embeddings[0, 1 : 1 + m].clone()
-
-
-@torch.no_grad()
-def begin_with_words(clip: Any, tokenizer: Tokenizer, words: str, context: Tensor) -> None:
-    """Let `context` [M, width] begin as the embeddings of the first M tokens of `words`; ValueError where these
-    are fewer."""
-    embedded = embed_words(clip, tokenizer, words)
-    if len(embedded) < len(context):
-        raise ValueError(f"a context of {len(context)} tokens begins as {words!r}, which has {len(embedded)}")
-    context.copy_(embedded[: len(context)])
-
-
-def texts_with_room(clip: Any, tokenizer: Tokenizer, names: list[str], words: str | None, room: int) -> Texts:
-    """The texts "<words> <name>." of the spoken `names`; without words, "<name>." behind `room` free places."""
-    ends = [f"{name}." for name in names]
-    if words:
-        return embed_texts(clip, tokenizer([f"{words} {end}" for end in ends]))
-    return embed_texts(clip, tokens_with_room(tokenizer, ends, room))
 
 
 def with_context(texts: Texts, context: Tensor) -> Tensor:

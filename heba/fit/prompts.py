@@ -1,4 +1,5 @@
-"""Learners of the words before a class name, on frozen image features: CoOp, and what came of it."""
+"""Learners of the words before a class name, on frozen image features: CoOp, and what came of it; and what they
+share with learners of tokens in both towers."""
 
 from typing import Any
 
@@ -64,6 +65,21 @@ def begin_with(model: Learner, tokenizer: Tokenizer, words: str) -> None:
     vectors = embed_words(model.clip, tokenizer, words)[: count_words(words)]
     ctx = model.learned["ctx"].zero_()
     ctx[..., ctx.shape[-2] - len(vectors) :, :] = vectors
+
+
+@torch.no_grad()
+def begin_with_first(context: Tensor, clip: Any, tokenizer: Tokenizer, words: str) -> None:
+    """Let `context` [M, width] be the embeddings of the first M tokens of `words`; ValueError where these are
+    fewer."""
+    vectors = embed_words(clip, tokenizer, words)
+    if len(vectors) < len(context):
+        raise ValueError(f"a context of {len(context)} tokens begins as {words!r}, which has {len(vectors)}")
+    context.copy_(vectors[: len(context)])
+
+
+def draw_prompts(blocks: int, tokens: int, width: int) -> nn.ParameterList:
+    """Random vectors [tokens, width] for each of so many blocks."""
+    return nn.ParameterList([torch.empty(tokens, width).normal_(std=STD) for _ in range(blocks)])
 
 
 def class_texts(clip: Any, names: list[str], tokenizer: Tokenizer, words: str | None, m: int) -> Texts:

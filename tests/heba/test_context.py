@@ -9,6 +9,7 @@ import torch
 from heba.clip import backbone, context
 from heba.clip.architecture import read_architecture
 from heba.clip.tiny import new_tiny_clip
+from heba.fit.prompts import begin_with_first, class_texts
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def test_free_places_are_as_filler_words(tiny):
     names, vectors = ["cat", "red stop sign"], torch.randn(3, context.text_width(clip))
 
     def features(words):
-        texts = context.texts_with_room(clip, tokenizer, names, words, 3)
+        texts = class_texts(clip, names, tokenizer, words, 3)
         return context.encode_texts(clip, texts, context.with_context(texts, vectors))
 
     assert torch.equal(features(None), features("X X X"))
@@ -33,11 +34,11 @@ def test_free_places_are_as_filler_words(tiny):
 def test_a_context_begins_as_the_first_of_the_words(tiny):
     clip, tokenizer = tiny
     vectors = torch.zeros(2, context.text_width(clip))
-    context.begin_with_words(clip, tokenizer, "a photo of a", vectors)
+    begin_with_first(vectors, clip, tokenizer, "a photo of a")
     tokens = torch.tensor([tokenizer.encode(word)[0] for word in ("a", "photo")])
     assert torch.equal(vectors, clip.token_embedding(tokens))
     with pytest.raises(ValueError, match="a context of 2 tokens begins as 'photo', which has 1"):
-        context.begin_with_words(clip, tokenizer, "photo", vectors)
+        begin_with_first(vectors, clip, tokenizer, "photo")
 
 
 @pytest.mark.parametrize(

@@ -156,8 +156,8 @@ def check_gradients(method, case, module, value, rename=lambda name: name):
 
 
 def check_training(method, case, training, source, rename=lambda name: name, kind=None, last="final"):
-    """Take the recorded steps and compare losses, of a `kind`, learning rates and the parameters after them, below
-    `last`."""
+    """Take the recorded steps and compare losses, of a `kind`, learning rates and the parameters after them, which
+    are those below `last`."""
     losses, lrs, take = [], [], training.take
 
     def recorded(x, labels):
@@ -209,10 +209,11 @@ def check_parameters(about, method, settings):
         assert sum(map(math.prod, shapes.values())) == official["trainable"]
 
 
-def check_counts(method, case, protocols):
-    """The counts at ViT-B/16 with the paper preset in these `protocols`, which are in the oracle's order."""
+def check_counts(about, method, protocols):
+    """Compare how many numbers are trained at that size, with the paper preset in `protocols`, in the oracle's
+    order."""
     params = load_params(FOLDER / "paper.yaml")
     with torch.device("meta"):
         clip = backbone.build(read_architecture(params.backbone.name, Path()))
         found = [trained_parameters(params, method, protocol, clip) for protocol in protocols]
-    assert found == [counts["trainable"] for counts in case.about["parameters_at_vit_b16"].values()]
+    assert found == [official["trainable"] for official in about["parameters_at_vit_b16"].values()]

@@ -40,7 +40,7 @@ def test_maple(case):
     initial = {renamed(name): tensor for name, tensor in case.part("init").items()}
     if ours.words:  # the official start, from the words themselves
         start = model.learned.text[0]
-        method.begin_with_words(clip, classes.tokenizer, ours.words, start)
+        method.begin_with_first(start, clip, classes.tokenizer, ours.words)
         prompts.close("maple", "start", start.detach(), initial["text.0"], 1e-7)
     prompts.load(model.learned, initial)
     for j, found in enumerate(model.learned.image()):
@@ -50,7 +50,7 @@ def test_maple(case):
     image, text = model.encode_image(pixels), model.encode_text(texts.tokens)
     prompts.close("maple", "features", image.detach(), case.own["image_features"], prompts.FEATURES)
     prompts.close("maple", "features", text.detach(), case.own["text_features"], prompts.FEATURES)
-    found = model.logits(image, model.weights(texts))
+    found = method.feature_logits(clip, image, model.weights(texts))
     prompts.close("maple", "logits", found.detach(), case.own["logits"], prompts.LOGITS)
     if "grad_loss" in case.variant:
         prompts.check_gradients("maple", case, model.learned, F.cross_entropy(found, labels), renamed)
@@ -82,4 +82,8 @@ def test_the_start(case):
     assert not any(torch.equal(weight, first) for weight in later)
     vectors = torch.cat([vectors.detach().flatten() for vectors in learned.text])
     assert abs(vectors.std() / 0.02 - 1) < 0.4
-    prompts.check_counts("maple", case, ["base_to_novel", "cross_dataset"])
+
+
+@prompts.cases("maple")
+def test_the_parameters_of_vit_b16(about):
+    prompts.check_counts(about, "maple", ["base_to_novel", "cross_dataset"])

@@ -44,7 +44,7 @@ def test_promptsrc(case):
     initial = {renamed(name): tensor for name, tensor in case.part("init").items()}
     if ours.words:  # the official start, from the words themselves
         start = model.learned.text[0]
-        method.begin_with_words(clip, classes.tokenizer, ours.words, start)
+        method.begin_with_first(start, clip, classes.tokenizer, ours.words)
         prompts.close("promptsrc", "start", start.detach(), initial["text.0"], 1e-7)
     prompts.load(model.learned, initial)
     texts, teacher = method.texts_of(clip, classes, ours), method.teacher_of(clip, classes, ours, RUN)
@@ -70,7 +70,7 @@ def test_promptsrc(case):
         training = method.training_of(model, average, n_images, classes, ours, RUN)
         last = f"epoch{ours.epochs - 1}"
         prompts.check_training(
-            "promptsrc", case, training, case.source(), lambda name: f"now.{renamed(name)}", last
+            "promptsrc", case, training, case.source(), lambda name: f"now.{renamed(name)}", last=last
         )
         average.settle()
         final = {renamed(name): tensor for name, tensor in case.part("final").items()}
@@ -101,4 +101,8 @@ def test_the_teacher(case):
         found = case.clip.encode_image(case.shared["images"])
     expected = case.own["zero_shot_image_features"]
     prompts.close("promptsrc", "features", found, expected, prompts.FEATURES)
-    prompts.check_counts("promptsrc", case, ["base_to_novel", "cross_dataset"])
+
+
+@prompts.cases("promptsrc")
+def test_the_parameters_of_vit_b16(about):
+    prompts.check_counts(about, "promptsrc", ["base_to_novel", "cross_dataset"])

@@ -40,7 +40,7 @@ def test_vpt(case):
     prompts.close("vpt", "features", image.detach(), case.own["image_features"], prompts.FEATURES)
     expected = F.normalize(case.own["text_features"], dim=-1)
     prompts.close("vpt", "features", weights, expected, prompts.FEATURES)
-    found = model.logits(image, weights)
+    found = method.feature_logits(clip, image, weights)
     prompts.close("vpt", "logits", found.detach(), case.own["logits"], prompts.LOGITS)
     if "grad_loss" in case.variant:
         prompts.check_gradients("vpt", case, model.learned, F.cross_entropy(found, labels), renamed)
@@ -60,4 +60,8 @@ def test_vpt(case):
         prompts.close("vpt", "features of new classes", found, F.normalize(expected, dim=-1), prompts.FEATURES)
         found, expected = logits_of(novel, False), case.own["novel.logits"]
         prompts.close("vpt", "logits of new classes", found, expected, prompts.FINAL_LOGITS)
-    prompts.check_counts("vpt", case, ["base_to_novel"])
+
+
+@prompts.cases("vpt")
+def test_the_parameters_of_vit_b16(about):
+    prompts.check_counts(about, "vpt", ["base_to_novel"])

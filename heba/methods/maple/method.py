@@ -20,23 +20,20 @@ from torch import Tensor, nn
 
 from heba.clip.context import (
     Texts,
-    begin_with_words,
     check_image_context,
     check_text_context,
-    draw_prompts,
     embed_texts,
     encode_deep_texts,
     encode_embedded,
     encode_images,
     image_width,
     text_width,
-    texts_with_room,
 )
-from heba.clip.features import Classes, cosine_logits
+from heba.clip.features import Classes
 from heba.data.images import Images, LabelledImages
-from heba.data.prompts import spoken_class_name
 from heba.fit.batches import Training, crops, descend, train_batches
-from heba.fit.loop import Schedule, dassl_lr, make_optimizer
+from heba.fit.loop import dassl_schedule, make_optimizer
+from heba.fit.prompts import begin_with_first, class_texts, count_words, draw_prompts, feature_logits
 from heba.fit.run import Progress, Run, silent
 from heba.fit.work import steps_per_epoch
 from heba.methods.maple.settings import Settings
@@ -78,15 +75,10 @@ class Model(nn.Module):
         """[n, E], the normalised features of `texts`."""
         return F.normalize(encode_deep_texts(self.clip, texts, list(self.learned.text)).float(), dim=-1)
 
-    def logits(self, features: Tensor, weights: Tensor) -> Tensor:
-        """[n, n_classes], of image `features` [n, E] and the classes' `weights` [n_classes, E]."""
-        features = F.normalize(features.float(), dim=-1)
-        return cosine_logits(self.clip.logit_scale.exp(), features, weights)
-
 
 def texts_of(clip: Any, classes: Classes, settings: Settings) -> Texts:
-    names = [spoken_class_name(name) for name in classes.names]
-    return texts_with_room(clip, classes.tokenizer, names, settings.words, settings.context)
+    m = count_words(settings.words) or settings.context
+    return class_texts(clip, classes.names, classes.tokenizer, settings.words, m)
 
 
 def build(clip: Any, n_classes: int, settings: Settings, seed: int) -> Model:
@@ -105,7 +97,7 @@ def fit(
     model: Model, train: LabelledImages, val: LabelledImages, classes: Classes, settings: Settings, run: Run
 ) -> dict[str, float]:
     if settings.words:
-        begin_with_words(model.clip, classes.tokenizer, settings.words, model.learned.text[0])
+        begin_with_first(model.learned.text[0], model.clip, classes.tokenizer, settings.words)
     source = crops(model.clip, train, settings.batch_size, run)
     train_batches(training_of(model, len(train.labels), classes, settings, run), source, run)
     return {}
@@ -115,10 +107,11 @@ def training_of(model: Model, n_images: int, classes: Classes, settings: Setting
     texts = texts_of(model.clip, classes, settings)
     optimizer = make_optimizer(model.learned, settings.lr, settings.momentum, settings.weight_decay)
     steps = steps_per_epoch(n_images, settings.batch_size)
-    schedule = Schedule(settings.epochs, steps, lambda epoch: dassl_lr(settings.lr, epoch, settings.epochs))
+    schedule = dassl_schedule(settings.lr, settings.epochs, steps)
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(model.logits(model.encode_image(images), model.weights(texts)), labels)
+        logits = feature_logits(model.clip, model.encode_image(images), model.weights(texts))
+        return F.cross_entropy(logits, labels)
 
     return Training(model.learned, optimizer, schedule, descend(model.learned, optimizer, loss, run.bf16))
 
@@ -133,8 +126,8 @@ def classifier(
 
 @torch.no_grad()
 def logits(model: Model, classifier: dict[str, Tensor], images: Images) -> Tensor:
-    hidden = images.after_blocks(model.clip, 0)
-    return model.logits(encode_embedded(model.clip, hidden, model.learned.image()), classifier["weights"])
+    features = encode_embedded(model.clip, images.after_blocks(model.clip, 0), model.learned.image())
+    return feature_logits(model.clip, features, classifier["weights"])
 
 
 def detach(model: Model) -> None:

@@ -9,8 +9,8 @@ and Q_j of images,
     p = exp(logit_scale) cos(I(x), T_k)
 
 for the normalised features I(x) of an image and T_k of the text of a class. P_0 begins as the first tokens of
-`words`, all others as N(0, 0.02^2). With I0(x) of the frozen tower, Z_k the normalised mean of what frozen CLIP makes
-of the texts of an ensemble (not normalised before the mean), and q = exp(logit_scale) cos(I0(x), Z_k), the loss is
+`words`, all others as N(0, 0.02^2). With I0(x) of the frozen tower, Z_k the normalised mean of its features of an
+ensemble of texts (not normalised before the mean), and q = exp(logit_scale) cos(I0(x), Z_k), the loss is
 
     CE(p) + text_weight mean|T - Z| + image_weight mean|I - I0| + KL(softmax(q) || softmax(p)) / n_classes
 
@@ -28,17 +28,14 @@ from torch import Tensor, nn
 
 from heba.clip.context import (
     Texts,
-    begin_with_words,
     check_image_context,
     check_text_context,
-    draw_prompts,
     embed_texts,
     encode_deep_texts,
     encode_embedded,
     encode_images,
     image_width,
     text_width,
-    texts_with_room,
 )
 from heba.clip.features import Classes, cosine_logits, encode_prompts, raw_class_features
 from heba.clip.towers import embed_images, encode_text_plain, run_image_blocks
@@ -46,7 +43,8 @@ from heba.data.images import Images, LabelledImages
 from heba.data.prompts import spoken_class_name
 from heba.fit.average import Average, gaussian
 from heba.fit.batches import Training, crops, descend, train_batches
-from heba.fit.loop import Schedule, dassl_lr, make_optimizer
+from heba.fit.loop import dassl_schedule, make_optimizer
+from heba.fit.prompts import begin_with_first, class_texts, count_words, draw_prompts
 from heba.fit.run import Progress, Run, silent
 from heba.fit.work import steps_per_epoch
 from heba.methods.promptsrc.settings import Settings
@@ -91,8 +89,8 @@ class Model(nn.Module):
 
 
 def texts_of(clip: Any, classes: Classes, settings: Settings) -> Texts:
-    names = [spoken_class_name(name) for name in classes.names]
-    return texts_with_room(clip, classes.tokenizer, names, settings.words, settings.text_context)
+    m = count_words(settings.words) or settings.text_context
+    return class_texts(clip, classes.names, classes.tokenizer, settings.words, m)
 
 
 def openai_texts(names: list[str]) -> list[str]:
@@ -134,7 +132,7 @@ def fit(
     model: Model, train: LabelledImages, val: LabelledImages, classes: Classes, settings: Settings, run: Run
 ) -> dict[str, float]:
     if settings.words:
-        begin_with_words(model.clip, classes.tokenizer, settings.words, model.learned.text[0])
+        begin_with_first(model.learned.text[0], model.clip, classes.tokenizer, settings.words)
     average = Average(model.learned, gaussian(settings.epochs, settings.gpa_mean, settings.gpa_std))
     source = crops(model.clip, train, settings.batch_size, run)
     train_batches(training_of(model, average, len(train.labels), classes, settings, run), source, run)
@@ -164,7 +162,7 @@ def training_of(
     teacher = teacher_of(model.clip, classes, settings, run)
     optimizer = make_optimizer(average, settings.lr, settings.momentum, settings.weight_decay)
     steps = steps_per_epoch(n_images, settings.batch_size)
-    schedule = Schedule(settings.epochs, steps, lambda epoch: dassl_lr(settings.lr, epoch, settings.epochs))
+    schedule = dassl_schedule(settings.lr, settings.epochs, steps)
     take = descend(average, optimizer, partial(loss_of, model, texts, teacher, settings), run.bf16)
     return Training(average, optimizer, schedule, take, end=average.add)
 

@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from heba.clip.context import check_image_context, draw_prompts, encode_embedded, encode_images, image_width
-from heba.clip.features import Classes, cosine_logits
+from heba.clip.context import check_image_context, encode_embedded, encode_images, image_width
+from heba.clip.features import Classes
 from heba.clip.towers import encode_text_plain
 from heba.data.images import Images, LabelledImages
 from heba.data.prompts import spoken_class_name
 from heba.fit.batches import Training, crops, descend, train_batches
-from heba.fit.loop import Schedule, dassl_lr, make_optimizer
+from heba.fit.loop import dassl_schedule, make_optimizer
+from heba.fit.prompts import draw_prompts, feature_logits
 from heba.fit.run import Progress, Run, silent
 from heba.fit.work import steps_per_epoch
 from heba.methods.vpt.settings import Settings
@@ -45,21 +46,12 @@ class Model(nn.Module):
         """Features [n, E], not normalised, of preprocessed `images` [n, 3, size, size]."""
         return encode_images(self.clip, images, self.prompts())
 
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """Features [n, E], not normalised, of `tokens` [n, context]."""
-        return encode_text_plain(self.clip, tokens)
-
-    def logits(self, features: Tensor, weights: Tensor) -> Tensor:
-        """[n, n_classes], of image `features` [n, E] and the classes' `weights` [n_classes, E]."""
-        features = F.normalize(features.float(), dim=-1)
-        return cosine_logits(self.clip.logit_scale.exp(), features, weights)
-
 
 def weights_of(model: Model, classes: Classes, settings: Settings) -> Tensor:
     """t [n_classes, E], normalised."""
     names = [spoken_class_name(name) for name in classes.names]
     tokens = classes.tokenizer([f"{settings.words} {name}." for name in names])
-    return F.normalize(model.encode_text(tokens.to(model.clip.logit_scale.device)).float(), dim=-1)
+    return F.normalize(encode_text_plain(model.clip, tokens.to(model.clip.logit_scale.device)).float(), dim=-1)
 
 
 def build(clip: Any, n_classes: int, settings: Settings, seed: int) -> Model:
@@ -86,10 +78,10 @@ def training_of(model: Model, n_images: int, classes: Classes, settings: Setting
     weights = weights_of(model, classes, settings)
     optimizer = make_optimizer(model.learned, settings.lr, settings.momentum, settings.weight_decay)
     steps = steps_per_epoch(n_images, settings.batch_size)
-    schedule = Schedule(settings.epochs, steps, lambda epoch: dassl_lr(settings.lr, epoch, settings.epochs))
+    schedule = dassl_schedule(settings.lr, settings.epochs, steps)
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(model.logits(model.encode_image(images), weights), labels)
+        return F.cross_entropy(feature_logits(model.clip, model.encode_image(images), weights), labels)
 
     return Training(model.learned, optimizer, schedule, descend(model.learned, optimizer, loss, run.bf16))
 
@@ -104,8 +96,8 @@ def classifier(
 
 @torch.no_grad()
 def logits(model: Model, classifier: dict[str, Tensor], images: Images) -> Tensor:
-    hidden = images.after_blocks(model.clip, 0)
-    return model.logits(encode_embedded(model.clip, hidden, model.prompts()), classifier["weights"])
+    features = encode_embedded(model.clip, images.after_blocks(model.clip, 0), model.prompts())
+    return feature_logits(model.clip, features, classifier["weights"])
 
 
 def detach(model: Model) -> None:
