@@ -22,7 +22,12 @@ method.py     the method; its docstring has the equations
     is not the frozen one; their operations are counted.
     Models of several seeds may be on one CLIP at once. One that leaves the first blocks of the image tower as they
     are goes on from `images.after_blocks(clip, n)`, which is computed once for all of them.
-ablations.py, convert.py     where it has ablations, or official checkpoints
+ablations.py    where it has ablations
+convert.py      where it has official checkpoints, which `heba.fit.official` reads
+    fits(tensors) -> bool                                     whether those of a checkpoint are its own
+    from_official(checkpoint, given) -> (tensors, settings)   ours of a checkpoint, with `given` settings
+    texts_of(model, classes, settings) -> Texts | None        of which a checkpoint keeps embeddings
+    to_official(tensors, settings, shots, run, source) -> Path    the checkpoint written under the folder `run`
 """
 
 import pkgutil

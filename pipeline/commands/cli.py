@@ -7,10 +7,11 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import psutil
 import typer
+import yaml
 
 from heba.data.protocols import PROTOCOLS
 from pipeline.core.params import MOST, MOST_SEED, Params, ParamsError, load_params
@@ -44,6 +45,20 @@ def _say(stage: str, text: str) -> None:
 def _names(listed: str) -> list[str]:
     """Names between commas, each once."""
     return list(dict.fromkeys(name.strip() for name in listed.split(",") if name.strip()))
+
+
+def read_settings(pairs: list[str] | None) -> dict[str, Any]:
+    """name=value pairs, with values as in YAML."""
+    found = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        try:
+            found[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not equals:
+            raise ValueError(f"--set {pair}: write name=value")
+    return found
 
 
 @app.command()
@@ -387,16 +402,34 @@ def convert(
     all_classes: Annotated[
         bool, typer.Option("--all-classes", help="It was trained on all classes, not on the base classes.")
     ] = False,
+    method: Annotated[
+        str | None,
+        typer.Option(help="Whose checkpoint it is, such as kgcoop, where its tensors fit several methods."),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="A setting of the method that the checkpoint does not tell, such as position=middle of coop. May "
+            "be repeated.",
+        ),
+    ] = None,
     scale: Annotated[
         float | None,
-        typer.Option(min=0, help="ADAPTER_SCALE_BASE of its config; a checkpoint that `convert` wrote tells it."),
+        typer.Option(
+            min=0, help="Of heba: ADAPTER_SCALE_BASE of its config; a checkpoint that `convert` wrote tells it."
+        ),
     ] = None,
 ) -> None:
-    """Turn an official checkpoint into an adapter's folder, or an adapter into an official checkpoint."""
+    """Turn an official checkpoint into an adapter's folder, or an adapter into an official checkpoint.
+
+    Of heba, coop, cocoop, kgcoop, maple, promptsrc, prograd, tcp and vpt; docs/methods.md says more.
+    """
     params = _params(dataset)
     from pipeline.commands import convert
 
-    print(convert.run(params, source, target, dataset, all_classes, scale))
+    given = read_settings(setting) | ({} if scale is None else {"scale": scale})
+    print(convert.run(params, source, target, dataset, all_classes, method, given))
 
 
 @app.command()

@@ -1,13 +1,15 @@
 """`python -m pipeline convert`: official checkpoints to adapter folders that this project uses, and back."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from heba import artifact, methods
-from heba.clip.features import Classes
+from heba.clip.towers import text_tower
+from heba.fit import official
 from pipeline.core.params import Params
 from pipeline.core.paths import new_folder
 from pipeline.stages.backbone import computing, load_backbone, read_record, use_bf16
@@ -16,38 +18,90 @@ from pipeline.stages.train import labels_of, progress
 
 
 def run(
-    params: Params, source: Path, target: Path, dataset: str | None, all_classes: bool, scale: float | None
+    params: Params,
+    source: Path,
+    target: Path,
+    dataset: str | None,
+    all_classes: bool,
+    method: str | None,
+    given: Mapping[str, Any],
 ) -> Path:
     """Convert `source`, an official checkpoint or an adapter's folder, into the other; returns what was written.
 
     Args:
-        dataset: that the official adapter was trained on, whose prompts the classifier is made of.
+        dataset: that the official checkpoint was trained on, whose names the classifier is made of.
         all_classes: it was trained on all its classes, not on the base classes alone.
-        scale: the scale of the official config; None: that of the checkpoint, which ours alone have.
+        method: that the checkpoint is of; None: that whose tensors it has.
+        given: settings of the official training that the checkpoint does not tell.
     """
     if not source.exists():
         raise ValueError(f"{source} does not exist; give an official model.pth.tar-N, or an adapter's folder")
     if source.is_dir():
-        if dataset is not None or all_classes or scale is not None:
+        if dataset is not None or all_classes or method is not None or given:
             raise ValueError(
-                "--dataset, --all-classes, --scale: are for a checkpoint; an adapter's folder tells them"
+                "--dataset, --all-classes, --method, --set, --scale: are for a checkpoint; an adapter's folder "
+                "tells them"
             )
         config = artifact.read_config(source)
         converter = methods.part(config.method, "convert")
-        return converter.to_official(artifact.read_tensors(source), config.settings, target, source)
+        tensors = artifact.read_tensors(source)
+        return converter.to_official(tensors, config.method_settings(), config.shots, target, source)
     if target.exists():
         raise ValueError(f"{target} exists already; name a new folder")
     if dataset is None:
         raise ValueError("--dataset: name the data set that the official adapter was trained on")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"--scale {scale}: must be finite")
-    method = converted_method()
+    if not math.isfinite(given.get("scale", 0.0)):
+        raise ValueError(f"--scale {given['scale']}: must be finite")
+    checkpoint = official.read(source)
+    method = method_of(checkpoint, method)
+    tensors, settings = methods.part(method, "convert").from_official(checkpoint, given)
+    write(params, target, checkpoint, method, tensors, settings, dataset, all_classes)
+    return target
+
+
+def method_of(checkpoint: official.Checkpoint, named: str | None) -> str:
+    """The method of a checkpoint: the `named` one, or the one that its tensors fit; ValueError lists several."""
+    known = [name for name in methods.names() if methods.has_part(name, "convert")]
+    if named is not None:
+        if named not in known:
+            raise ValueError(f"--method {named}: has no checkpoints to convert; these have: {', '.join(known)}")
+        return named
+    fitting = [name for name in known if methods.part(name, "convert").fits(checkpoint.tensors)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise ValueError(
+            f"{checkpoint.path}: its tensors fit {', '.join(fitting)}, which share them; name one: --method "
+            f"{fitting[0]}"
+        )
+    found = ", ".join(sorted(checkpoint.tensors)[:5]) or "none"
+    raise ValueError(
+        f"{checkpoint.path}: its tensors ({found}) are not those of a method here; known are {', '.join(known)}"
+    )
+
+
+def write(
+    params: Params,
+    target: Path,
+    checkpoint: official.Checkpoint,
+    method: str,
+    tensors: dict[str, torch.Tensor],
+    settings: dict[str, Any],
+    dataset: str,
+    all_classes: bool,
+) -> None:
+    """Write the folder of a method that was trained elsewhere, with the classifier of the data set's classes."""
     protocol = "few_shot" if all_classes else "base_to_novel"
-    tensors, settings = methods.part(method, "convert").from_official(source, scale)
-    prompts = methods.part(method, "settings").Settings.model_validate(settings).prompts
+    part, converter = methods.part(method, "method"), methods.part(method, "convert")
+    own = methods.part(method, "settings").Settings.model_validate(settings)
     clip, tokenizer = load_backbone(params)
-    classes = read_classes(dataset, prompts, tokenizer)
+    classes = read_classes(dataset, own.prompts, tokenizer)
     classes = classes.select(labels_of(protocol, len(classes.names)))
+    model = part.build(clip, len(classes.names), own, seed=0)
+    artifact.load_tensors(part.trained(model), tensors, str(checkpoint.path))
+    texts = converter.texts_of(model, classes, own)
+    if texts is not None:
+        official.check_texts(checkpoint, texts, text_tower(clip).context_length)
     config = artifact.Config(
         method=method,
         settings=settings,
@@ -58,29 +112,9 @@ def run(
         suite=params.suite,
         bf16=use_bf16(params),
     )
-    write(params, clip, target, config, classes, tensors)
-    return target
-
-
-def converted_method() -> str:
-    """The method that has official checkpoints to convert."""
-    return next(name for name in methods.names() if methods.has_part(name, "convert"))
-
-
-def write(
-    params: Params,
-    clip: Any,
-    target: Path,
-    config: artifact.Config,
-    classes: Classes,
-    tensors: dict[str, torch.Tensor],
-) -> None:
-    """Write the folder of a method that was trained elsewhere, with the classifier of its classes."""
-    part = methods.part(config.method, "method")
     with new_folder(target) as out:
         artifact.write_tensors(tensors, out, torch.float32)
         artifact.write_config(config, out)
-        model, _ = artifact.load(clip, out)
         with computing(params):
-            classifier = part.classifier(model, classes, config.method_settings(), True, progress)
+            classifier = part.classifier(model, classes, own, True, progress)
         artifact.write_classifier(classifier, out)

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 import heba
 from heba import artifact
 from heba.data.prompts import TEMPLATE, read_descriptions
 from heba.evaluation.record import read_record
 from heba.sources.own import IMAGE_SUFFIXES, is_hidden
-from pipeline.commands.cli import run_app
+from pipeline.commands.cli import read_settings, run_app
 from pipeline.core.params import PARAMS_FILE, load_params
 from pipeline.core.paths import OUT
 
@@ -79,7 +78,7 @@ def predict(
         names,
         read(descriptions),
         template,
-        settings(setting),
+        read_settings(setting),
         device,
         root,
         backbone,
@@ -198,20 +197,6 @@ def find_images(paths: list[Path]) -> list[Path]:
         else:
             files.append(path)
     return files
-
-
-def settings(pairs: list[str] | None) -> dict[str, Any]:
-    """name=value pairs, with values as in YAML."""
-    found = {}
-    for pair in pairs or []:
-        name, equals, value = pair.partition("=")
-        try:
-            found[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            equals = ""
-        if not equals:
-            raise ValueError(f"--set {pair}: write name=value")
-    return found
 
 
 def split_names(classes: str | None) -> list[str] | None:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,16 +17,21 @@ import heba
 from benchmarks import adapter_dtype
 from heba import artifact
 from heba.clip import backbone
+from heba.clip.tiny import load_tiny_clip
+from heba.clip.towers import text_tower
 from heba.data.datasets import template
 from heba.data.prompts import read_descriptions
 from heba.data.splits import read_split
 from heba.evaluation.record import read_record
+from heba.fit import official
+from heba.methods.coop import method as coop_method
+from heba.methods.coop import settings as coop
 from heba.methods.heba.model import AdaptedCLIP
-from pipeline.commands import use
+from pipeline.commands import convert, use
 from pipeline.core.params import load_params
 from pipeline.core.trainings import Training
 from pipeline.stages.backbone import load_backbone
-from tests.heba import artifacts
+from tests.heba import artifacts, checkpoints
 from tests.heba.test_backbones import SMALL, TEXT
 from tests.pipeline.repository import ROOT, call, stage
 from tests.pipeline.serving import serving
@@ -338,6 +344,64 @@ def test_an_official_checkpoint_and_back(repo, test_images, tmp_path, run_heba):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.fixture
+def of_coop(tmp_path):
+    """A checkpoint of CoOp, or of KgCoOp or ProGrad, whose tensors are the same, and the model that it is of."""
+    clip, tokenizer = load_tiny_clip()
+    settings = coop.Settings(context=4, position="front", epochs=5)
+    model = coop_method.build(clip, len(CLASSES), settings, seed=3)
+    texts = coop_method.texts_of(clip, CLASSES, tokenizer, settings)
+    suffix = torch.zeros(len(CLASSES), text_tower(clip).context_length - 5, texts.embeddings.shape[2])
+    suffix[:, : texts.embeddings.shape[1] - 5] = texts.embeddings[:, 5:]
+    path = tmp_path / "model.pth.tar-5"
+    checkpoints.save(path, {"ctx": model.learned["ctx"].detach(), "token_suffix": suffix}, epoch=5)
+    return path, settings, model, texts
+
+
+def test_a_checkpoint_whose_method_is_named(repo, of_coop, tmp_path):
+    path, settings, model, texts = of_coop
+    options = ["--dataset", "dtd", "--method", "coop", "--set", "position=front"]
+    done = stage(repo, "convert", str(path), str(tmp_path / "ours"), *options, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    config = artifact.read_config(tmp_path / "ours")
+    assert (config.method, config.method_settings(), config.class_names) == ("coop", settings, CLASSES)
+    with torch.no_grad():
+        expected = model.encode(texts)
+    found = artifact.read_classifier(tmp_path / "ours", len(CLASSES))["weights"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    done = stage(repo, "convert", str(tmp_path / "ours"), str(tmp_path / "back"), PYTHONPATH=str(ROOT))
+    assert done.stdout.strip() == str(tmp_path / "back" / "prompt_learner" / "model.pth.tar-5")
+    assert torch.equal(official.read(Path(done.stdout.strip())).tensors["ctx"], model.learned["ctx"])
+
+
+@pytest.mark.parametrize(
+    ("method", "all_classes", "given", "message"),
+    [
+        (None, False, {}, "its tensors fit coop, kgcoop, prograd, which share them; name one: --method coop"),
+        ("zero_shot", False, {}, "--method zero_shot: has no checkpoints to convert; these have: cocoop, coop"),
+        ("heba", False, {}, "it has no adapters"),
+        ("coop", True, {}, "was trained on 5 classes, and these are 10; see --dataset"),
+        ("coop", False, {"words": "a photo"}, "ctx has shape (4, 128), the model needs (2, 128)"),
+        ("coop", False, {"place": 1}, "settings: place: Extra inputs are not permitted"),
+        ("coop", False, {"scale": 0.1}, "settings: scale: Extra inputs are not permitted"),
+    ],
+)
+def test_a_checkpoint_of_another_kind_is_refused(
+    method, all_classes, given, message, repo, of_coop, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(repo)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        convert.run(load_params(), of_coop[0], tmp_path / "ours", "dtd", all_classes, method, given)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_checkpoint_of_no_method_is_refused(tmp_path):
+    checkpoints.save(tmp_path / "c", {"other": torch.ones(1)}, epoch=5)
+    message = r"c: its tensors \(other\) are not those of a method here; known are cocoop, coop, heba, kgcoop, "
+    with pytest.raises(ValueError, match=message):
+        convert.method_of(official.read(tmp_path / "c"), None)
+
+
 def test_what_can_not_be_converted_is_named(repo, tmp_path):
     def error(source, *options):
         done = stage(repo, "convert", str(source), str(tmp_path / "new"), *options, PYTHONPATH=str(ROOT))
@@ -349,7 +413,8 @@ def test_what_can_not_be_converted_is_named(repo, tmp_path):
     assert "README.md: not a checkpoint of tensors and numbers alone" in readme
     assert "weights_only" not in readme
     assert "--scale inf: must be finite" in error(ROOT / "README.md", "--dataset", "dtd", "--scale", "inf")
-    assert "are for a checkpoint" in error(TRAINED, "--scale", "0.1")
+    for option in (["--scale", "0.1"], ["--method", "heba"], ["--set", "lr=1"]):
+        assert "are for a checkpoint" in error(TRAINED, *option)
     assert "the method zero_shot has no convert" in error(PLAIN)
     prompts = repo / "out" / "precompute" / "dtd" / "prompts.json"
     done = stage(repo, "convert", TRAINED, str(tmp_path / "official"), PYTHONPATH=str(ROOT))
