@@ -47,7 +47,7 @@ def build_learner(clip: Any, method: str, shape: tuple[int, ...], seed: int) -> 
 
     Raises ValueError, in the words of `method`, for a backbone whose texts cannot have a context.
     """
-    check_text_context(clip, method)
+    check_text_context(clip, method, context=shape[-1])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Learner(clip, shape)

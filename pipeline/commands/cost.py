@@ -55,11 +55,17 @@ def built(params: Params, method: str, protocol: str) -> Iterator[Any]:
         part.detach(model)
 
 
+def left_numbers(params: Params, method: str, protocol: str) -> int:
+    """How many numbers a training of a method leaves."""
+    with built(params, method, protocol) as model:
+        tensors = methods.part(method, "method").trained(model).state_dict()
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
 def adapter_bytes(params: Params, training: Training) -> int:
     """What a training leaves on the disk."""
-    with built(params, training.method, training.protocol) as model:
-        tensors = methods.part(training.method, "method").trained(model).state_dict()
-    return sum(t.numel() for t in tensors.values()) * (2 if params.adapter_dtype == "fp16" else 4)
+    numbers = left_numbers(params, training.method, training.protocol)
+    return numbers * (2 if params.adapter_dtype == "fp16" else 4)
 
 
 def table(params: Params, tflops: float, overhead_ms: float, text_length: int) -> pd.DataFrame:

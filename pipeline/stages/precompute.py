@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from heba.clip.features import Classes, encode_images, encode_prompts, image_features
 from heba.clip.preprocess import Preprocess, preprocess_of
-from heba.clip.towers import cut_texts, encode_text_plain
+from heba.clip.towers import cut_texts, encode_text_plain, feature_width
 from heba.data import datasets
 from heba.data.datasets import TABLE
 from heba.data.images import open_packed, pack_images
@@ -148,7 +148,7 @@ def _images(params: Params, test: list[Item], folder: Path, clip: Any, out: Path
 
     with tqdm(total=len(test), desc="frozen image features", delay=2, unit="image") as bar, computing(params):
         found = encode_images(open_packed(packed), preprocess, encode, device(params), progress=bar.update)
-    features, hidden = found.tensor_split([clip.visual.output_dim], dim=-1)
+    features, hidden = found.tensor_split([feature_width(clip)], dim=-1)
     features, hidden = features.contiguous(), hidden.contiguous()
     labels = torch.tensor([label for _, label, _ in test])
     save_file({"labels": labels, "features": features, "hidden": hidden}, out / "test.safetensors")

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from heba import methods
 from heba.clip.features import BATCH_SIZE, image_features
 from heba.clip.preprocess import preprocess_of
+from heba.clip.towers import feature_width
 from heba.data.images import Views, for_each_image, make_views
 from pipeline.core import code
 from pipeline.core.params import Params, stage_of
@@ -124,7 +125,7 @@ def encode_views(params: Params, clip: Any, folder: Path, files: list[str], seed
                 parts.append(tensor.float().cpu().unflatten(0, (len(batch), 2 + passes)))
             bar.update(len(batch))
     if not files:  # a data set without val images
-        features, hidden = [torch.zeros(0, 2 + passes, clip.visual.output_dim)], [torch.zeros(0, 2 + passes, 0)]
+        features, hidden = [torch.zeros(0, 2 + passes, feature_width(clip))], [torch.zeros(0, 2 + passes, 0)]
     views, below = torch.cat(features).transpose(0, 1), torch.cat(hidden).transpose(0, 1)
     return Views(views[0], views[1], views[2:], below[0], below[1], below[2:])
 

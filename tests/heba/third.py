@@ -42,7 +42,7 @@ from heba.clip.features import cosine_logits
 class Probe(nn.Module):
     def __init__(self, clip, n_classes):
         super().__init__()
-        self.weights = nn.Parameter(torch.randn(n_classes, clip.visual.output_dim))
+        self.weights = nn.Parameter(torch.randn(n_classes, clip.text_projection.shape[1]))
         self.factor = clip.logit_scale.detach().exp()
 
 

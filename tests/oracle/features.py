@@ -51,8 +51,9 @@ def load(folder):
         if projection is not None
         else about["settings"].get("dim", texts[0].shape[-1] if texts else 0)
     )
-    visual = SimpleNamespace(output_dim=dim, proj=projection)
-    return Case(about, tensors, SimpleNamespace(visual=visual, logit_scale=torch.tensor(100.0).log()))
+    visual = SimpleNamespace(proj=projection)
+    scale, text = torch.tensor(100.0).log(), torch.zeros(1, dim)
+    return Case(about, tensors, SimpleNamespace(visual=visual, logit_scale=scale, text_projection=text))
 
 
 def train_images(case, hidden=False):

@@ -76,7 +76,7 @@ def of_methods(stage, method):
     """The files of methods that a stage finds by name."""
     if kind(stage) == "report":
         return [ROOT / f"heba/methods/{name}/settings.py" for name in methods.names()]
-    names = {"train": [method], "evaluate": methods.names()}.get(kind(stage), [])
+    names = {"train": [method], "cost": [method], "evaluate": methods.names()}.get(kind(stage), [])
     return [ROOT / f"heba/methods/{name}/{part}.py" for name in names for part in ("settings", "method")]
 
 

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heba.clip.features import Classes, class_features, cosine_logits
+from heba.clip.towers import feature_width
 from heba.data.images import Images, LabelledImages
 from heba.fit.cache import Cache, Grid, cache_keys, places, search, steps
 from heba.fit.features import passes
@@ -41,7 +42,7 @@ class APE(nn.Module):
     def __init__(self, clip: Any, n_classes: int, share: float) -> None:
         super().__init__()
         self.factor = clip.logit_scale.detach().exp()
-        kept = max(1, round(share * clip.visual.output_dim))
+        kept = max(1, round(share * feature_width(clip)))
         self.register_buffer("channels", torch.zeros(kept, dtype=torch.long))
         self.cache = Cache(clip, n_classes, kept)
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heba.clip.features import Classes, cosine_logits, raw_class_features
+from heba.clip.towers import feature_width
 from heba.data.images import Images, LabelledImages
 from heba.fit.features import passes
 from heba.fit.prototypes import Pool, Prototypes, fit_prototypes
@@ -28,7 +29,7 @@ from heba.methods.clap.settings import Settings
 
 
 def build(clip: Any, n_classes: int, settings: Settings, seed: int) -> Prototypes:
-    return Prototypes(clip.logit_scale.detach().exp(), n_classes, clip.visual.output_dim)
+    return Prototypes(clip.logit_scale.detach().exp(), n_classes, feature_width(clip))
 
 
 def trained(model: Prototypes) -> nn.Module:

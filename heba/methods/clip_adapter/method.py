@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heba.clip.features import Classes, class_features, cosine_logits
+from heba.clip.towers import feature_width
 from heba.data.images import Images, LabelledImages
 from heba.fit.features import passes, shuffled, train_views
 from heba.fit.loop import Schedule, dassl_lr, make_optimizer
@@ -29,7 +30,7 @@ class Adapter(nn.Module):
 
     def __init__(self, clip: Any, ratio: float, reduction: int) -> None:
         super().__init__()
-        dim = clip.visual.output_dim
+        dim = feature_width(clip)
         if reduction > dim:
             raise ValueError(f"clip_adapter.reduction: {reduction} leaves nothing of features of width {dim}")
         self.factor, self.ratio = clip.logit_scale.detach().exp(), ratio

@@ -73,7 +73,7 @@ def texts_of(model: Model, classes: Classes, settings: Settings) -> Texts:
 
 def build(clip: Any, n_classes: int, settings: Settings, seed: int) -> Model:
     """The model as it is before the training, its context at random; `fit` puts `words` into its place."""
-    check_text_context(clip, "cocoop")
+    check_text_context(clip, "cocoop", context=room(settings))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Model(clip, room(settings), settings.reduction)

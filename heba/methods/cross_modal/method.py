@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heba.clip.features import Classes, cosine_logits, raw_class_features
+from heba.clip.towers import feature_width
 from heba.data.images import Images, LabelledImages
 from heba.fit.run import Progress, Run, silent
 from heba.fit.search import first_best
@@ -31,7 +32,7 @@ class Linear(nn.Module):
     def __init__(self, clip: Any, n_classes: int) -> None:
         super().__init__()
         self.factor = clip.logit_scale.detach().exp()
-        self.weight = nn.Parameter(nn.Linear(clip.visual.output_dim, n_classes, bias=False).weight.detach())
+        self.weight = nn.Parameter(nn.Linear(feature_width(clip), n_classes, bias=False).weight.detach())
 
 
 def build(clip: Any, n_classes: int, settings: Settings, seed: int) -> Linear:

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heba.clip.features import Classes, class_features, cosine_logits
+from heba.clip.towers import feature_width
 from heba.data.images import Images, LabelledImages
 from heba.fit.features import passes
 from heba.fit.run import Progress, Run, silent
@@ -48,8 +49,8 @@ class GDA(nn.Module):
     def __init__(self, clip: Any, n_classes: int, alpha: float) -> None:
         super().__init__()
         self.factor = clip.logit_scale.detach().exp()
-        self.register_buffer("samples", torch.empty(0, clip.visual.output_dim))
-        self.register_buffer("weights", torch.zeros(n_classes, clip.visual.output_dim))
+        self.register_buffer("samples", torch.empty(0, feature_width(clip)))
+        self.register_buffer("weights", torch.zeros(n_classes, feature_width(clip)))
         self.register_buffer("bias", torch.zeros(n_classes))
         self.register_buffer("alpha", torch.tensor(alpha))
 

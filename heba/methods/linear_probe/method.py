@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from heba.clip.features import Classes
+from heba.clip.towers import feature_width
 from heba.data.images import Images, LabelledImages
 from heba.fit.run import Progress, Run, silent
 from heba.fit.search import accuracy, first_best
@@ -34,7 +35,7 @@ class LinearProbe(nn.Module):
     def __init__(self, clip: Any, n_classes: int) -> None:
         super().__init__()
         where = clip.logit_scale.device
-        self.weight = nn.Parameter(torch.zeros(n_classes, clip.visual.output_dim, device=where))
+        self.weight = nn.Parameter(torch.zeros(n_classes, feature_width(clip), device=where))
         self.bias = nn.Parameter(torch.zeros(n_classes, device=where))
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heba.clip.features import Classes, class_features
+from heba.clip.towers import feature_width
 from heba.data.images import Images, LabelledImages
 from heba.fit.features import RECORDS, passes
 from heba.fit.loop import finite
@@ -48,7 +49,7 @@ class LinearProbe(nn.Module):
 
 
 def build(clip: Any, n_classes: int, settings: Settings, seed: int) -> LinearProbe:
-    return LinearProbe(clip.visual.output_dim, n_classes, seed).to(clip.logit_scale.device)
+    return LinearProbe(feature_width(clip), n_classes, seed).to(clip.logit_scale.device)
 
 
 def trained(model: LinearProbe) -> nn.Module:

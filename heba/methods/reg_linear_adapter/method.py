@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heba.clip.features import Classes, class_features, cosine_logits
+from heba.clip.towers import feature_width
 from heba.data.images import Images, LabelledImages
 from heba.fit.features import Problem, fit_full_batch, passes
 from heba.fit.run import Progress, Run, silent
@@ -28,7 +29,7 @@ class Adapter(nn.Module):
     def __init__(self, clip: Any) -> None:
         super().__init__()
         self.factor = clip.logit_scale.detach().exp()
-        self.matrix = nn.Parameter(torch.eye(clip.visual.output_dim))
+        self.matrix = nn.Parameter(torch.eye(feature_width(clip)))
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.matrix.T

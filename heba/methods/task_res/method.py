@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heba.clip.features import Classes, cosine_logits, raw_class_features
+from heba.clip.towers import feature_width
 from heba.data.images import Images, LabelledImages
 from heba.fit.features import passes, shuffled, train_views
 from heba.fit.loop import Schedule, dassl_lr
@@ -31,7 +32,7 @@ class Residual(nn.Module):
     def __init__(self, clip: Any, n_classes: int, alpha: float) -> None:
         super().__init__()
         self.factor, self.alpha = clip.logit_scale.detach().exp(), alpha
-        self.residual = nn.Parameter(torch.zeros(n_classes, clip.visual.output_dim))
+        self.residual = nn.Parameter(torch.zeros(n_classes, feature_width(clip)))
 
     def forward(self, base: Tensor) -> Tensor:
         return F.normalize(base + self.alpha * self.residual, dim=-1)

@@ -32,7 +32,7 @@ from heba.clip.context import (
     with_context,
 )
 from heba.clip.features import Classes
-from heba.clip.towers import check_text_inside, text_blocks
+from heba.clip.towers import check_text_inside, feature_width, text_blocks
 from heba.data.images import Images, LabelledImages
 from heba.data.prompts import spoken_class_name
 from heba.fit.batches import Training, descend, frozen_features, train_batches
@@ -67,7 +67,7 @@ class Model(nn.Module):
 
     def __init__(self, clip: Any, settings: Settings) -> None:
         super().__init__()
-        check_text_context(clip, "tcp")
+        check_text_context(clip, "tcp", context=settings.context)
         check_text_inside(clip, "tcp")
         depth = len(text_blocks(clip).blocks)
         if settings.after >= depth:
@@ -75,7 +75,7 @@ class Model(nn.Module):
                 f"tcp.after: no block of the text tower's {depth} comes after the first {settings.after}"
             )
         self.clip, self.after = clip.requires_grad_(False).eval(), settings.after
-        self.learned = Learned(clip.visual.output_dim, text_width(clip), settings)
+        self.learned = Learned(feature_width(clip), text_width(clip), settings)
 
     def encode(self, texts: Texts, known: Tensor) -> Tensor:
         """The normalised features [n_classes, E] of the `texts` of classes, and what CLIP knows of these."""

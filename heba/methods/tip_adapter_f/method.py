@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heba.clip.features import Classes, class_features, cosine_logits
+from heba.clip.towers import feature_width
 from heba.data.images import Images, LabelledImages
 from heba.fit.cache import Cache, Grid, cache_keys, places, search, steps
 from heba.fit.features import passes
@@ -38,7 +39,7 @@ Batches = Callable[[torch.Generator], Iterable[Tensor]]
 
 
 def build(clip: Any, n_classes: int, settings: Settings, seed: int) -> Cache:
-    return Cache(clip, n_classes, clip.visual.output_dim).to(clip.logit_scale.device)
+    return Cache(clip, n_classes, feature_width(clip)).to(clip.logit_scale.device)
 
 
 def trained(model: Cache) -> nn.Module:
