@@ -3,13 +3,13 @@
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from pipeline.core.paths import new_file
-from pipeline.runner import lockfile
+from pipeline.runner import gitlock, lifetime, lockfile
 from pipeline.runner.dvc_inside import locked_stages, mend_rwlock, move_to_end, release_dead, remove_halves
 from pipeline.runner.processes import wait_for_dying
 
@@ -26,7 +26,9 @@ def alone(root: Path) -> Iterator[None]:
         with FileLock(path, timeout=0):
             wait_for_dying(root)
             remove_halves(root)
-            for mended in (mend_rwlock(root), lockfile.mend(root)):
+            with suppress(OSError):
+                lifetime.remove_left()
+            for mended in (mend_rwlock(root), lockfile.mend(root), gitlock.mend(root)):
                 if mended:
                     print(f"mended: {mended}", file=sys.stderr)
             release_dead(root)

@@ -29,7 +29,7 @@ def stage(folder, *args, **env):
 def copy_code(folder):
     """The code and the DAG, without params.yaml."""
     folder.mkdir(exist_ok=True)
-    for name in ("heba", "pipeline", "dvc.yaml", "ablation.csv", ".gitignore", ".dvcignore"):
+    for name in ("heba", "pipeline", "dvc.yaml", "ablation.csv", "timings.csv", ".gitignore", ".dvcignore"):
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))

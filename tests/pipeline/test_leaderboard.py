@@ -183,6 +183,7 @@ def test_the_figures_name_every_method_that_they_show(tmp_path):
     assert set(found) == {
         *("base_to_novel_scatter", "base_to_novel_differences", "base_to_novel_ranks"),
         *("few_shot_average", "few_shot_datasets", "few_shot_differences", "few_shot_ranks"),
+        *("base_to_novel_parameters", "few_shot_parameters"),
     }
     for name, text in found.items():
         assert all(title in text for title in ("GDA", "HeBA", "CLIP")), name

@@ -10,12 +10,14 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from heba import methods
 from heba.data.protocols import PROTOCOLS
+from heba.evaluation.cost import Cost, write_cost
 from heba.evaluation.record import read_record, write_record
 from pipeline.commands import presets
 from pipeline.commands.cli import app
 from pipeline.core.params import load_params
-from pipeline.core.trainings import Evaluation, Training, evaluations
+from pipeline.core.trainings import Evaluation, Training, cost_path, evaluations
 from pipeline.report import formats, provenance, render, selection, tables
 from tests.heba import third
 from tests.pipeline.records import METHODS, RECORDS, pair, record
@@ -143,7 +145,8 @@ def test_one_method_alone_is_not_the_best(tmp_path):
     assert "**81" not in (tmp_path / "base_to_novel.md").read_text()
     assert "Against" not in (tmp_path / "index.html").read_text()
     drawn = sorted(path.stem for path in (tmp_path / "figures").iterdir())
-    assert drawn == ["base_to_novel_scatter", "few_shot_average", "few_shot_datasets"]
+    parameters = [f"{protocol}_parameters" for protocol in ("base_to_novel", "cross_dataset", "few_shot")]
+    assert drawn == sorted(["base_to_novel_scatter", "few_shot_average", "few_shot_datasets", *parameters])
 
 
 def test_the_best_is_bold_and_the_second_underlined_as_they_are_printed():
@@ -347,7 +350,11 @@ def evaluated(tmp_path, monkeypatch):
     """A folder with params.yaml and the evaluations of four trainings of either method that it asks for."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
-    shutil.copy(ROOT / "ablation.csv", tmp_path)
+    for name in ("ablation.csv", "timings.csv"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "out" / "cost").mkdir(parents=True)
+    for name in methods.names():
+        write_cost(Cost(image=0, step=0, steps=0), tmp_path / cost_path(name))
     params = yaml.safe_load((ROOT / "params.yaml").read_text()) | {
         "datasets": ["imagenet", "dtd"],
         "methods": METHODS,
