@@ -94,8 +94,10 @@ def classes(raw):
 
 
 def relative(found, expected):
-    """The largest difference, relative to the largest entry."""
-    return ((found.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+    """The largest difference, relative to the largest entry; `pytest -s` shows it."""
+    far = ((found.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+    print(f"{os.environ.get('PYTEST_CURRENT_TEST', '').rpartition(' ')[0]}: {far:.1e} relative")
+    return far
 
 
 def normalised(x):
