@@ -57,7 +57,7 @@ def step_seconds(store: Any, run: Any, params: Params, training: Training) -> fl
     n_classes = len(artifact.read_config(training.folder).class_names)
     work = about.work(settings, n_classes * training.shots, n_classes)
     epochs = [metric.value for metric in store.get_metric_history(run.info.run_id, "seconds")]
-    if not work.prompts or len(epochs) < 2:
+    if not (work.prompts or work.images) or len(epochs) < 2:
         return None
     return median(epochs[1:]) / (work.steps / len(epochs))
 

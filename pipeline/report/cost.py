@@ -77,8 +77,10 @@ def cost_block(table: pd.DataFrame, averages: pd.DataFrame) -> Block:
 
 
 def _number(value: float) -> str:
-    """With three digits that count."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    """With three digits that count, down to 0.001."""
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.3g}" if value >= 0.001 or not value else "<0.001"
 
 
 def notes(timings: pd.DataFrame | None) -> list[str]:
