@@ -6,11 +6,12 @@ through the tower. Where the texts alone are learned, no graph is kept of the im
 trained.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from open_clip import OPENAI_IMAGENET_TEMPLATES
 from torch import Tensor
 
 from benchmarks import plain
@@ -35,11 +36,18 @@ def encode_text(clip: Any, tokens: Tensor, embedded: Tensor, deep: dict[int, Ten
     return x[torch.arange(len(tokens), device=x.device), tokens.argmax(dim=-1)] @ text.text_projection
 
 
-def encode_image(clip: Any, images: Tensor) -> Tensor:
-    """Image features [n, E] of preprocessed `images` [n, 3, size, size]."""
+def encode_image(clip: Any, images: Tensor, prompts: Sequence[Tensor] = ()) -> Tensor:
+    """Image features [n, E] of preprocessed `images` [n, 3, size, size].
+
+    `prompts`: vectors [M, width], which come behind the patches and give way to the next before each block.
+    """
     visual = clip.visual
     x = visual._embeds(images).permute(1, 0, 2)
-    for block in visual.transformer.resblocks:
+    length = len(x)
+    for i, block in enumerate(visual.transformer.resblocks):
+        if i < len(prompts):
+            vectors = visual.ln_pre(prompts[0]) if i == 0 else prompts[i]
+            x = torch.cat([x[:length], vectors.unsqueeze(1).expand(-1, len(images), -1)])
         x = plain.run_block(block, x, None, None, None, None)
     return visual.ln_post(x[0]) @ visual.proj
 
@@ -134,11 +142,65 @@ def tcp(clip: Any, learned: Any, classes: Classes, settings: Any) -> Loss:
     return loss
 
 
+def maple(clip: Any, learned: Any, classes: Classes, settings: Any) -> Loss:
+    # The context takes the first of the words; the others stay.
+    tokens, embedded = embed(clip, classes, len(settings.words.split()), settings.words)
+
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        first, *later = learned.text
+        texts = encode_text(clip, tokens, with_context(embedded, first), dict(enumerate(later, 1)))
+        vectors = [project(p) for project, p in zip(learned.project, learned.text, strict=True)]
+        return F.cross_entropy(logits(clip, encode_image(clip, images, vectors), texts), labels)
+
+    return loss
+
+
+@torch.no_grad()
+def openai_teacher(clip: Any, classes: Classes) -> Tensor:
+    """[n_classes, E], the mean of the features of OpenAI's texts, which are encoded once."""
+    texts = [[template(name) for template in OPENAI_IMAGENET_TEMPLATES[:60]] for name in classes.names]
+    where = clip.logit_scale.device
+    return torch.stack([clip.encode_text(classes.tokenizer(own).to(where)).mean(dim=0) for own in texts])
+
+
+def promptsrc(clip: Any, learned: Any, classes: Classes, settings: Any) -> Loss:
+    tokens, embedded = embed(clip, classes, len(settings.words.split()), settings.words)
+    teacher = F.normalize(openai_teacher(clip, classes), dim=-1)
+
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        first, *later = learned.text
+        texts = encode_text(clip, tokens, with_context(embedded, first), dict(enumerate(later, 1)))
+        texts, x = F.normalize(texts, dim=-1), F.normalize(encode_image(clip, images, list(learned.image)), dim=-1)
+        with torch.no_grad():
+            frozen = F.normalize(encode_image(clip, images), dim=-1)
+            q = logits(clip, frozen, teacher).log_softmax(dim=-1)
+        p = logits(clip, x, texts)
+        far = settings.text_weight * F.l1_loss(texts, teacher) + settings.image_weight * F.l1_loss(x, frozen)
+        divergence = F.kl_div(p.log_softmax(dim=-1), q, reduction="sum", log_target=True) / p.numel()
+        return F.cross_entropy(p, labels) + far + divergence
+
+    return loss
+
+
+def vpt(clip: Any, learned: Any, classes: Classes, settings: Any) -> Loss:
+    tokens, embedded = embed(clip, classes, len(settings.words.split()), settings.words)
+    with torch.no_grad():
+        texts = encode_text(clip, tokens, embedded)
+
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits(clip, encode_image(clip, images, list(learned["image"])), texts), labels)
+
+    return loss
+
+
 # By the name of a method, from its frozen CLIP, its trained module, classes with a prompt each, and its settings.
 LOSSES: dict[str, Callable[[Any, Any, Classes, Any], Loss]] = {
     "coop": coop,
     "cocoop": cocoop,
     "kgcoop": kgcoop,
     "prograd": prograd,
+    "maple": maple,
+    "promptsrc": promptsrc,
     "tcp": tcp,
+    "vpt": vpt,
 }

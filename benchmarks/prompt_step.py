@@ -28,6 +28,7 @@ from heba import methods
 from heba.clip.features import Classes as ClassFeatures
 from heba.clip.features import image_features
 from heba.clip.towers import encode_text_plain
+from heba.fit.average import Average, gaussian
 from heba.fit.batches import Training
 from heba.fit.loop import update
 from heba.fit.run import Run
@@ -81,6 +82,15 @@ def check_ways(name: str, training: Training, ways: dict[str, Step], limit: floa
         check(f"{name}, {what}: gradient", relative(given, wanted), limit)
 
 
+def training_of(name: str, model: Any, n: int, classes: ClassFeatures, settings: Any, run: Run) -> Training:
+    """Of a method, for `n` images."""
+    method = methods.part(name, "method")
+    if name != "promptsrc":
+        return method.training_of(model, n, classes, settings, run)
+    average = Average(model.learned, gaussian(settings.epochs, settings.gpa_mean, settings.gpa_std))
+    return method.training_of(model, average, n, classes, settings, run)
+
+
 def ways_of(
     name: str, clip: Any, classes: ClassFeatures, pixels: Tensor, labels: Tensor, precision: str
 ) -> tuple[Training, dict[str, Step]]:
@@ -91,7 +101,7 @@ def ways_of(
     pixels, labels = pixels[:n], labels[:n]
     model = method.build(clip, len(classes.names), settings, seed=1)
     run = Run(seed=1, bf16=precision == "bf16")
-    training: Training = method.training_of(model, n, classes, settings, run)
+    training = training_of(name, model, n, classes, settings, run)
     learned = method.trained(model)
     loss = prompt_plain.LOSSES[name](clip, learned, classes, settings)
 
