@@ -90,7 +90,7 @@ def test_every_training_is_a_run_with_its_evaluation(finished):
     for name, run in runs("base_to_novel").items():
         assert run.info.status == "FINISHED"
         epochs = set() if "zero_shot" in name else {"loss", "lr", "seconds"}
-        assert set(run.data.metrics) == {"base", "novel", "h"} | epochs
+        assert set(run.data.metrics) == {"base", "novel", "h", "training_seconds"} | epochs
         dataset, method = run.data.params["dataset"], run.data.params["method"]
         assert run.data.tags["dvc.stage"] == f"train@{dataset}-{method}"
         assert run.data.tags["mlflow.source.git.commit"]
