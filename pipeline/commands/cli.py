@@ -213,7 +213,9 @@ def report() -> None:
     with new_folder(Path("reports")) as folder:
         ablations = ablation.read(ablation.FILE, params.suite)
         real, below = params.suite == "real", provenance.lines(params, records)
-        costs = {method: read_cost(cost_path(method)) for method in params.methods}
+        # By hand, the report may be made without the stage that counts; it then has no table of costs.
+        counted = [method for method in params.methods if cost_path(method).is_file()]
+        costs = {method: read_cost(cost_path(method)) for method in counted}
         timings = cost.read(cost.FILE, params.suite, params.backbone.name)
         render.render_report(records, params.methods, folder, real, ablations, below, costs=costs, timings=timings)
     print(render.summary_text(records, params.methods))

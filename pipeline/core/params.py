@@ -282,10 +282,13 @@ def _impossible_methods(raw: dict[str, Any], depth: int | None, width: int | Non
             for key in overrides
             if key not in known
         ]
-        own = _settings_problems(name, _merged(block), depth, width)
+        # A method that is not listed does not run on this backbone.
+        used = isinstance(listed, list) and name in listed
+        size = (depth, width) if used else (None, None)
+        own = _settings_problems(name, _merged(block), *size)
         problems += [f"{name}.{setting}" for setting in own]
         for key in [key for key in known if key in overrides]:
-            found = _settings_problems(name, _merged(block, key), depth, width)
+            found = _settings_problems(name, _merged(block, key), *size)
             problems += [f"{name}.overrides.{key}.{setting}" for setting in found if setting not in own]
     return problems
 

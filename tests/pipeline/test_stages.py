@@ -188,7 +188,7 @@ def test_a_setting_of_a_method_makes_its_own_stages_stale(repo):
 
     before = states(repo, "out/train/imagenet")
     change(lr=0.001)
-    assert stale(repo) == {"train@dtd-heba", "train@imagenet-heba"}
+    assert stale(repo) == {"train@dtd-heba", "train@imagenet-heba", "cost@heba"}
     output = dvc(repo, "repro", "train@dtd-heba", "train@imagenet-heba")
     assert trained_in(output) == ["imagenet heba: 1 of 2"]
     new, gone = new_in(repo, "out/train/imagenet", before)
