@@ -71,7 +71,7 @@ def adapter(folder, files, **record):
 def params(folder, name, pretrained):
     """Write params.yaml for the backbone stage."""
     raw = yaml.safe_load((ROOT / "pipeline" / "presets" / "paper.yaml").read_text())
-    raw["backbone"] = {"name": name, "pretrained": pretrained}
+    raw |= {"backbone": {"name": name, "pretrained": pretrained}, "methods": ["zero_shot", "heba"]}
     if name == "small.json":
         raw["heba"] |= {"start": 1, "end": 2}
         raw["heba"]["overrides"]["cross_dataset"]["start"] = 1
