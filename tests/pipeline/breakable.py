@@ -82,7 +82,7 @@ def copy(repo, folder, but=()):
         for out in lock["stages"].pop(name)["outs"]:
             listing = cache / out["md5"][:2] / out["md5"][2:]
             hashes = [out["md5"]]
-            if out["md5"].endswith(".dir"):
+            if listing.suffix == ".dir" and listing.exists():  # a folder outside of the cache has none
                 hashes += [file["md5"] for file in json.loads(listing.read_bytes())]
             for md5 in hashes:
                 (cache / md5[:2] / md5[2:]).unlink(missing_ok=True)
