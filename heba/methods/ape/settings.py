@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from heba.data.prompts import Kind
+from heba.fit.bounds import NotNegative, Scale, Steps
 from heba.fit.work import Work
 
 TITLE = "APE"
@@ -14,11 +15,8 @@ NEW_CLASSES = False
 DRAWS = True
 EVALUATION: frozenset[str] = frozenset()
 
-NotNegative = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
-Scale = Annotated[float, Field(ge=0.1, le=1e6, allow_inf_nan=False)]
 # exp(gamma D) must not overflow: D, in bits, is below 20.
 Gamma = Annotated[float, Field(ge=0, le=4)]
-Steps = Annotated[int, Field(ge=1, le=10_000)]
 
 
 class Settings(BaseModel):

@@ -1,10 +1,9 @@
 """The settings of CLIP-Adapter: a block of params.yaml."""
 
-from typing import Annotated
-
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from heba.data.prompts import Kind
+from heba.fit.bounds import Below1, Count, Fraction, NotNegative, Positive
 from heba.fit.work import Work, epochs_by_shots
 
 TITLE = "CLIP-Adapter"
@@ -13,12 +12,6 @@ READS = "features"
 NEW_CLASSES = True
 DRAWS = True
 EVALUATION: frozenset[str] = frozenset()
-
-Positive = Annotated[float, Field(ge=1e-9, le=1e6, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Below1 = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class Settings(BaseModel):

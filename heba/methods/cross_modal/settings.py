@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from heba.data.prompts import Kind
+from heba.fit.bounds import Count, Fraction, NotNegative, Positive
 from heba.fit.work import Work
 
 TITLE = "Cross-modal"
@@ -14,10 +15,6 @@ NEW_CLASSES = False
 DRAWS = True
 EVALUATION: frozenset[str] = frozenset()
 
-Positive = Annotated[float, Field(ge=1e-9, le=1e6, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Size = Annotated[int, Field(ge=2, le=1_000_000, multiple_of=2)]
 
 

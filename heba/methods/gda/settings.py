@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from heba.data.prompts import Kind
+from heba.fit.bounds import Positive
 from heba.fit.work import Work
 
 TITLE = "GDA"
@@ -13,8 +14,6 @@ READS = "features"
 NEW_CLASSES = True
 DRAWS = True
 EVALUATION: frozenset[str] = frozenset()
-
-Positive = Annotated[float, Field(ge=1e-9, le=1e6, allow_inf_nan=False)]
 
 
 class Settings(BaseModel):

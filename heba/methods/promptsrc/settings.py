@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from heba.data.prompts import Kind
+from heba.fit.bounds import Below1, Count, NotNegative, Positive, Words
 from heba.fit.work import Work, steps_per_epoch
 
 TITLE = "PromptSRC"
@@ -14,12 +15,7 @@ NEW_CLASSES = True
 DRAWS = True
 EVALUATION: frozenset[str] = frozenset()
 
-Positive = Annotated[float, Field(ge=1e-9, le=1e6, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
-Below1 = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Context = Annotated[int, Field(ge=1, le=64)]
-Words = Annotated[str, Field(min_length=1, max_length=400, pattern=r"\S")]
 
 
 class Settings(BaseModel):

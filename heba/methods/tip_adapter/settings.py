@@ -1,10 +1,9 @@
 """The settings of Tip-Adapter: a block of params.yaml."""
 
-from typing import Annotated
-
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from heba.data.prompts import Kind
+from heba.fit.bounds import NotNegative, Scale, Steps
 from heba.fit.work import Work
 
 TITLE = "Tip-Adapter"
@@ -13,10 +12,6 @@ READS = "features"
 NEW_CLASSES = False
 DRAWS = True
 EVALUATION: frozenset[str] = frozenset()
-
-NotNegative = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
-Scale = Annotated[float, Field(ge=0.1, le=1e6, allow_inf_nan=False)]
-Steps = Annotated[int, Field(ge=1, le=10_000)]
 
 
 class Settings(BaseModel):

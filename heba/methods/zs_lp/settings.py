@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from heba.data.prompts import Kind
+from heba.fit.bounds import Count
 from heba.fit.work import Work
 
 TITLE = "ZS-LP"
@@ -13,8 +14,6 @@ READS = "features"
 NEW_CLASSES = False
 DRAWS = True
 EVALUATION: frozenset[str] = frozenset()
-
-Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class Settings(BaseModel):
