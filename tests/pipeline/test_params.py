@@ -42,7 +42,7 @@ def test_the_committed_params_are_the_demo():
     [("shots=5", "shots: 5"), ("heba.scale=0.5", "scale: 0.5"), ("data.mirror=archives", "mirror: archives")],
 )
 def test_an_experiment_changes_one_line_of_a_preset(tmp_path, name, override, line):
-    """A preset is written as DVC writes it: a list has a line per item, and after it neither a comment nor an empty
+    """A preset is written as DVC writes it: a list has a line per item, and after it no comment or empty
     line, which DVC would leave out."""
     path = tmp_path / "params.yaml"
     presets.write(name, path)
