@@ -295,7 +295,7 @@ def test_a_damaged_or_missing_file_is_named(tmp_path):
 
 def test_the_dag_knows_the_files():
     report = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["report"]
-    outs = [next(iter(out)) for kind in ("outs", "metrics", "plots") for out in report[kind]]
+    outs = [next(iter(out)) for kind in ("outs", "metrics") for out in report[kind]]
     assert sorted(outs) == sorted(f"reports/{file}" for file in [*render.FILES, render.FIGURES])
     assert str(ablation.FILE) in report["deps"]
 
