@@ -17,7 +17,7 @@ def headline(found: dict[str, pd.DataFrame], reference: str) -> dict[str, dict[s
         found: by protocol, its tidy table, of which the most shots count.
         reference: the method that the others are compared with.
     """
-    shown: dict[str, dict[str, float]] = {}
+    shown: dict[str, dict[str, float]] = {reference: {}, "best": {}}
     for protocol, table in found.items():
         most = table[table["shots"] == table["shots"].max()].dropna(subset="accuracy")
         score = groups_of(protocol)[-1]
@@ -32,7 +32,7 @@ def headline(found: dict[str, pd.DataFrame], reference: str) -> dict[str, dict[s
                 key = group if group != "all" else SHORT.get(protocol, protocol)
                 block, key = (name, key) if dataset == AVERAGE else (dataset, f"{name}_{key}")
                 shown.setdefault(block, {})[key] = round(float(accuracy), 2)
-    return shown
+    return {block: numbers for block, numbers in shown.items() if numbers}
 
 
 def averages(found: dict[str, pd.DataFrame]) -> dict[str, Any]:
