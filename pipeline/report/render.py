@@ -32,7 +32,8 @@ MARKS = "The best of a column is bold, the second underlined"
 AVERAGES = "; an average is bold by the rule of the leaderboard"
 # Fixed, so that dvc.yaml can list them; a table without results says so in its files.
 FILES = [
-    *("README.md", "index.html", "metrics.json", "averages.json", "evaluations.csv", "overview.csv", "overview.tex"),
+    *("README.md", "index.html", "metrics.json", "averages.json", "evaluations.csv"),
+    *("overview.csv", "overview.tex"),
     *(f"{name}.{e}" for name in (*PROTOCOLS, "leaderboard", "cost", "ablation") for e in ("md", "csv", "tex")),
 ]
 FIGURES = "figures"  # a folder: which figures there are depends on the results
