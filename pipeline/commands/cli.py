@@ -326,6 +326,23 @@ def ablate(
 
 
 @app.command()
+def compare(
+    what: Annotated[str, typer.Argument(help="An experiment, branch, tag or commit.")],
+    other: Annotated[
+        str | None, typer.Argument(help="What it is compared with. Default: workspace, the reports as they are.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare the accuracies of two DVC experiments or git revisions: averages, data sets, and whether the
+    differences are more than noise."""
+    if other is None and Path(what).is_dir():
+        raise ParamsError(f"compare {what}: this is a folder; name an experiment, a branch, a tag or a commit")
+    from pipeline.commands import revisions
+
+    print(revisions.text(what, other or revisions.WORKSPACE, as_json))
+
+
+@app.command()
 def doctor() -> None:
     """Check packages, params.yaml, GPU, disk, data, MLflow, git and DVC; each failed row has its remedy."""
     from pipeline.commands import doctor
