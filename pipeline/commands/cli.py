@@ -14,6 +14,7 @@ import typer
 import yaml
 
 from heba.data.protocols import PROTOCOLS
+from pipeline.commands import version
 from pipeline.core.params import MOST, MOST_SEED, Params, ParamsError, load_params
 from pipeline.core.paths import new_folder
 from pipeline.runner import lockfile
@@ -24,8 +25,17 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # with it, the help of a flag says <bool>
+    context_settings={"max_content_width": 115},
 )
 MOST_JOBS = 1024
+
+
+@app.callback()
+def _options(show_version: version.Option = False) -> None:
+    pass
+
+
 Dataset = Annotated[str, typer.Option(help="A data set of params.yaml, such as eurosat.")]
 
 
@@ -323,6 +333,23 @@ def ablate(
         "python -m pipeline report",
     ]:
         print(f"  {step}")
+
+
+@app.command()
+def compare(
+    what: Annotated[str, typer.Argument(help="An experiment, branch, tag or commit.")],
+    other: Annotated[
+        str | None, typer.Argument(help="What it is compared with. Default: workspace, the reports as they are.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare the accuracies of two DVC experiments or git revisions: averages, data sets, and whether the
+    differences are more than noise."""
+    if other is None and Path(what).is_dir():
+        raise ParamsError(f"compare {what}: this is a folder; name an experiment, a branch, a tag or a commit")
+    from pipeline.commands import revisions
+
+    print(revisions.text(what, other or revisions.WORKSPACE, as_json))
 
 
 @app.command()

@@ -13,6 +13,7 @@ from heba import artifact
 from heba.data.prompts import TEMPLATE, read_descriptions
 from heba.evaluation.record import read_record
 from heba.sources.own import IMAGE_SUFFIXES, is_hidden
+from pipeline.commands import version
 from pipeline.commands.cli import read_settings, run_app
 from pipeline.core.params import PARAMS_FILE, load_params
 from pipeline.core.paths import OUT
@@ -23,7 +24,16 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # with it, the help of a flag says <bool>
+    context_settings={"max_content_width": 115},
 )
+
+
+@app.callback()
+def _options(show_version: version.Option = False) -> None:
+    pass
+
+
 Images = Annotated[list[Path], typer.Argument(help="Image files, or folders, which are searched.")]
 Adapter = Annotated[
     str,

@@ -128,7 +128,7 @@ def _compared(
     if reference not in names:
         return found
     against = differences(reference)
-    for (name, p), corrected in zip(_tests(against).items(), _corrected(against), strict=True):
+    for (name, p), corrected in zip(tests(against).items(), holm(against), strict=True):
         shown = [round(d, 2) for d in against[name]]
         low, high = statistics.bootstrap(against[name]) if len(shown) >= FEWEST else (float("nan"),) * 2
         found[name] |= {
@@ -145,14 +145,14 @@ def _compared(
     return found
 
 
-def _tests(differences: Mapping[str, Sequence[float]]) -> dict[str, float]:
+def tests(differences: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """By method, p of Wilcoxon's test; NaN where there are too few data sets."""
     return {n: statistics.wilcoxon(d) if len(d) >= FEWEST else float("nan") for n, d in differences.items()}
 
 
-def _corrected(differences: Mapping[str, Sequence[float]]) -> list[float]:
+def holm(differences: Mapping[str, Sequence[float]]) -> list[float]:
     """The corrected p of the methods that have one, in their order; NaN for the others."""
-    ps = _tests(differences)
+    ps = tests(differences)
     corrected = iter(statistics.holm([p for p in ps.values() if not pd.isna(p)]))
     return [p if pd.isna(p) else next(corrected) for p in ps.values()]
 
@@ -160,7 +160,7 @@ def _corrected(differences: Mapping[str, Sequence[float]]) -> list[float]:
 def best(means: "pd.Series[float]", differences: Mapping[str, Sequence[float]]) -> set[str]:
     """The best method and those that the test does not tell from it, whose `differences` to it are given; none
     where it tells nobody from it, for a difference within the noise is not bold."""
-    told = {n for n, p in zip(differences, _corrected(differences), strict=True) if p < ALPHA}
+    told = {n for n, p in zip(differences, holm(differences), strict=True) if p < ALPHA}
     return {str(name) for name in means.index} - told if told else set()
 
 

@@ -14,7 +14,7 @@ from heba.data.datasets import title
 from heba.data.protocols import PROTOCOLS
 from heba.evaluation.cost import Cost
 from heba.evaluation.record import Record
-from pipeline.report import ablation, cost, figures, formats, leaderboard, provenance, tables
+from pipeline.report import ablation, cost, figures, formats, leaderboard, metrics, provenance, tables
 from pipeline.report.leaderboard import Board
 from pipeline.report.tables import Block
 
@@ -31,8 +31,10 @@ H_NOTE = (
 MARKS = "The best of a column is bold, the second underlined"
 AVERAGES = "; an average is bold by the rule of the leaderboard"
 # Fixed, so that dvc.yaml can list them; a table without results says so in its files.
-FILES = ["README.md", "index.html", "metrics.json", "evaluations.csv", "overview.csv", "overview.tex"] + [
-    f"{name}.{e}" for name in (*PROTOCOLS, "leaderboard", "cost", "ablation") for e in ("md", "csv", "tex")
+FILES = [
+    *("README.md", "index.html", "metrics.json", "averages.json", "evaluations.csv"),
+    *("overview.csv", "overview.tex"),
+    *(f"{name}.{e}" for name in (*PROTOCOLS, "leaderboard", "cost", "ablation") for e in ("md", "csv", "tex")),
 ]
 FIGURES = "figures"  # a folder: which figures there are depends on the results
 
@@ -242,7 +244,8 @@ def render_report(
     families = list(zip(methods.FAMILIES, figures.COLOURS, strict=True))
     page = PAGE.render(sections=sections, embedded=EMBEDDED if embedded else "", families=families, script=SCRIPT)
     (out / "index.html").write_text(page + "\n", encoding="utf-8")
-    (out / "metrics.json").write_text(json.dumps(metrics(found), indent=1) + "\n")
+    (out / "metrics.json").write_text(json.dumps(metrics.headline(found, reference), indent=1) + "\n")
+    (out / "averages.json").write_text(json.dumps(metrics.averages(found), indent=1) + "\n")
 
 
 def write_leaderboards(
@@ -290,20 +293,6 @@ def _page_section(
         "folded": [_shown(block) for block in folded],
         "notes": [html.escape(line, quote=False) for line in below],
     }
-
-
-def metrics(found: dict[str, pd.DataFrame]) -> dict[str, Any]:
-    """By protocol, for the average and for own data, the accuracies of each method, with the fewest and the most
-    shots: for `dvc metrics show`."""
-    shown: dict[str, Any] = {}
-    for protocol, whole in found.items():
-        table = whole[whole["shots"].isin([whole["shots"].min(), whole["shots"].max()])]
-        for dataset in [tables.AVERAGE, *tables.own_data(table)]:
-            there = table[table["dataset"] == dataset].dropna(subset="accuracy")
-            for _, method, shots, group, accuracy, *_ in there.itertuples(index=False):
-                of = shown.setdefault(protocol, {}).setdefault(dataset, {}).setdefault(method, {})
-                of[str(shots) if protocol == "few_shot" else group] = round(accuracy, 2)
-    return shown
 
 
 def summary_text(records: list[Record], names: list[str]) -> str:

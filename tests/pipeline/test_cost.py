@@ -4,19 +4,22 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
+from heba import methods
 from heba.clip.tiny import load_tiny_clip
 from heba.evaluation.cost import Cost
 from heba.methods.heba.model import AdaptedCLIP
 from heba.sources.catalog import load_catalog
 from pipeline.commands.cli import app
-from pipeline.commands.cost import FROZEN, adapter_bytes, table
+from pipeline.commands.cost import FROZEN, adapter_bytes, built, table, without_weights
 from pipeline.commands.presets import FOLDER
 from pipeline.core.params import ParamsError, load_params
 from pipeline.core.trainings import trainings
 from pipeline.report import cost, render
+from pipeline.stages.cost import count
 from tests.heba import third
 from tests.pipeline.records import record
 
@@ -28,16 +31,24 @@ def test_the_paper_preset(tmp_path, monkeypatch):
     Path("params.yaml").write_text(PAPER.read_text())
     result = CliRunner().invoke(app, ["cost"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    lines = [line.split("|")[1:-1] for line in result.output.splitlines() if "|" in line]
+    lines = [line.split("|")[1:-1] for line in result.stdout.splitlines() if "|" in line]
     _, _, *rows = [[cell.strip() for cell in line] for line in lines]
     rows = {(protocol, method): [float(value) for value in values] for protocol, method, *values in rows}
-    trainings, steps, _, _, gigabytes = rows["base_to_novel", "HeBA"]
+    trainings, steps, _, _, gigabytes, _ = rows["base_to_novel", "HeBA"]
     assert (trainings, steps) == (33, 98820)
     assert gigabytes == pytest.approx(33 * 87_158_016 * 2 / 1e9, abs=0.05)
-    assert rows["base_to_novel", "CLIP"] == [33, 0, 0, 0, 0]
-    total = rows.pop(("total", ""))
-    assert total[:2] == [201 * len(load_params(PAPER).methods), sum(values[1] for values in rows.values())]
-    assert total == pytest.approx([sum(column) for column in zip(*rows.values(), strict=True)], abs=0.3)
+    weights = 0.6  # GB of a ViT-B/16 with its text tower: 150 M parameters, in fp32
+    assert rows["base_to_novel", "CLIP"] == [33, 0, 0, 0, 0, weights]
+    *total, most = rows.pop(("total", ""))
+    *columns, memory = zip(*rows.values(), strict=True)
+    assert most == max(memory)
+    # Whose texts or images go through a tower with a backward, keeps what that needs of all classes or images.
+    params = load_params(PAPER)
+    about = [methods.part(method, "settings") for method in params.methods]
+    keeping = {a.TITLE for m, a in zip(params.methods, about, strict=True) if a.FAMILY in ("prompt", "tower")}
+    assert {title for (_, title), gb in zip(rows, memory, strict=True) if gb > weights} == keeping
+    assert total[:2] == [201 * len(params.methods), sum(values[1] for values in rows.values())]
+    assert total == pytest.approx([sum(column) for column in columns], abs=0.3)
 
 
 def test_frozen_features_pass_once_over_every_data_set_and_variant():
@@ -61,25 +72,46 @@ def test_a_listed_method_alone_has_rows(tmp_path, monkeypatch):
     with third.installed(tmp_path / "methods"):
         params = load_params(tmp_path / "params.yaml")
         rows = table(params, 60, 20, 32)
-        training = next(t for t in trainings(params) if t.method == "probe")
-        assert adapter_bytes(params, training) == 2 * 512 * 2  # of two classes, in half precision
+        assert bytes_of(params, "probe") == 2 * 512 * 2  # of two classes, in half precision
     protocols = [protocol for protocol, _ in rows.index]
     assert protocols == ["base_to_novel", "cross_dataset and domain_generalization", "few_shot", FROZEN, "total"]
     assert rows.loc[("few_shot", "Probe"), "Trainings"] == 165
 
 
-def test_the_size_of_the_adapters_needs_no_model(tmp_path):
-    def bytes_of(path):
-        params = load_params(path)
-        training = next(t for t in trainings(params) if (t.method, t.protocol) == ("heba", "base_to_novel"))
-        return adapter_bytes(params, training)
+def bytes_of(params, method="heba"):
+    listed = trainings(params)
+    return adapter_bytes(params, next(t for t in listed if (t.method, t.protocol) == (method, "base_to_novel")))
 
-    assert bytes_of(PAPER) == 2 * 87_158_016
+
+def test_the_size_of_the_adapters_needs_no_weights(tmp_path):
+    assert bytes_of(load_params(PAPER)) == 2 * 87_158_016
     model = AdaptedCLIP(load_tiny_clip()[0], 1, 4, 0.1)
-    assert bytes_of(DEMO) == 2 * sum(p.numel() for p in model.adapters.parameters())
+    half = bytes_of(load_params(DEMO))
+    assert half == 2 * sum(p.numel() for p in model.adapters.parameters())
     raw = yaml.safe_load(DEMO.read_text()) | {"adapter_dtype": "fp32"}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
-    assert bytes_of(tmp_path / "params.yaml") == 2 * bytes_of(DEMO)
+    assert bytes_of(load_params(tmp_path / "params.yaml")) == 2 * half
+
+
+def test_what_autograd_keeps_is_what_it_really_keeps():
+    """Counted without weights, and measured on a real model: all that the graph holds, but for the parameters. The
+    real one has a fused attention, which does not keep its weights."""
+    params = load_params(DEMO)
+    with built(params, "heba", "base_to_novel") as model:
+        counted = count(without_weights("tiny", Path()), model, 32)
+    clip = load_tiny_clip()[0].requires_grad_(False)
+    model = AdaptedCLIP(clip, 1, 4, 0.1)
+    weights = {p.untyped_storage().data_ptr() for p in [*clip.parameters(), *clip.buffers(), *model.parameters()]}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.encode_image(torch.zeros(1, 3, 32, 32))
+    real = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights)
+    assert 1.2 * real > counted.image.kept >= real > 1_000_000
 
 
 def test_the_embedded_suite_is_refused():

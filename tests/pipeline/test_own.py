@@ -95,9 +95,9 @@ def test_own_data_is_in_the_tables_and_in_no_average(tmp_path):
     page = (tmp_path / "index.html").read_text()
     assert "<summary>my_set</summary>" in page
     assert "DTD*" in page
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["base_to_novel"]["my_set"]["heba"]["base"] == 20
-    assert metrics["base_to_novel"]["average"]["heba"]["base"] == 81
+    averages = json.loads((tmp_path / "averages.json").read_text())
+    assert averages["base_to_novel"]["my_set"]["heba"]["base"] == 20
+    assert averages["base_to_novel"]["average"]["heba"]["base"] == 81
 
 
 def test_a_report_of_own_data_alone_has_no_average_and_no_published_figures(tmp_path):
@@ -108,7 +108,7 @@ def test_a_report_of_own_data_alone_has_no_average_and_no_published_figures(tmp_
     assert "Average" not in text
     assert "ublished" not in text
     assert "Not in this table" not in text
-    assert set(json.loads((tmp_path / "metrics.json").read_text())["base_to_novel"]) == {"my_set"}
+    assert set(json.loads((tmp_path / "averages.json").read_text())["base_to_novel"]) == {"my_set"}
 
 
 def test_the_report_is_of_the_own_data_that_params_names(tmp_path, monkeypatch):
@@ -174,8 +174,8 @@ def outside_of(repo):
 
 
 def test_own_data_goes_to_the_report_and_is_not_copied(repo):
-    metrics = json.loads((repo / "reports" / "metrics.json").read_text())
-    assert set(metrics["base_to_novel"]) == {"listed"}
+    averages = json.loads((repo / "reports" / "averages.json").read_text())
+    assert set(averages["base_to_novel"]) == {"listed"}
     prompts = json.loads((repo / "out" / "precompute-own" / "listed" / "prompts.json").read_text())
     assert prompts["prompts"]["descriptions"] == ["a photo of a cat.", "a photo of a dog."]
     assert json.loads((repo / "data" / "own" / "drawn" / "descriptions.json").read_text()) == {

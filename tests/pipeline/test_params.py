@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 import yaml
+from dvc.utils.hydra import apply_overrides
+from dvc.utils.serialize import modify_yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +34,26 @@ def test_presets_are_valid(name):
 
 def test_the_committed_params_are_the_demo():
     assert (ROOT / "params.yaml").read_bytes() == (presets.FOLDER / "demo.yaml").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["demo", "paper"])
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [("shots=5", "shots: 5"), ("heba.scale=0.5", "scale: 0.5"), ("data.mirror=archives", "mirror: archives")],
+)
+def test_an_experiment_changes_one_line_of_a_preset(tmp_path, name, override, line):
+    """A preset is written as DVC writes it: a list has a line per item, and after it no comment or empty
+    line, which DVC would leave out."""
+    path = tmp_path / "params.yaml"
+    presets.write(name, path)
+    before = path.read_text().splitlines()
+    with modify_yaml(path):
+        pass
+    assert path.read_text().splitlines() == before
+    apply_overrides(path, [override])  # what `dvc exp run -S` does
+    after = path.read_text().splitlines()
+    [changed] = [new for old, new in zip(before, after, strict=True) if old != new]
+    assert changed.split("#")[0].strip() == line
 
 
 def test_all_problems_are_listed_at_once(tmp_path):

@@ -18,7 +18,7 @@ from pipeline.commands import presets
 from pipeline.commands.cli import app
 from pipeline.core.params import load_params
 from pipeline.core.trainings import Evaluation, Training, cost_path, evaluations
-from pipeline.report import formats, provenance, render, selection, tables
+from pipeline.report import formats, metrics, provenance, render, selection, tables
 from tests.heba import third
 from tests.pipeline.records import METHODS, RECORDS, pair, record
 from tests.pipeline.repository import ROOT
@@ -212,8 +212,8 @@ def test_a_method_that_cannot_do_new_classes_has_gaps_and_the_reason_below(probe
     assert "–" not in tex
     assert "--: cannot" in tex
     assert "–" not in (tmp_path / "base_to_novel.csv").read_text(encoding="utf-8")
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["base_to_novel"]["average"]["probe"] == {"base": 60}
+    averages = json.loads((tmp_path / "averages.json").read_text())
+    assert averages["base_to_novel"]["average"]["probe"] == {"base": 60}
 
 
 def test_own_data_counts_in_no_average():
@@ -245,8 +245,8 @@ def test_files(tmp_path):
         assert "no paper result" in (tmp_path / "a" / file).read_text()
     assert "published" not in (tmp_path / "a" / "base_to_novel.md").read_text()
     assert "nor in its average: ImageNet, Caltech101" in (tmp_path / "a" / "base_to_novel.md").read_text()
-    metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
-    assert metrics["base_to_novel"]["average"]["heba"]["base"] == 81
+    averages = json.loads((tmp_path / "a" / "averages.json").read_text())
+    assert averages["base_to_novel"]["average"]["heba"]["base"] == 81
     # A protocol that is off has files that can be read and pasted all the same.
     assert "no results" in (tmp_path / "a" / "domain_generalization.md").read_text()
     assert (tmp_path / "a" / "domain_generalization.tex").read_text().startswith("%")
@@ -259,9 +259,21 @@ def test_metrics_are_few(tmp_path):
         r for k in (2, 4, 8) for d in ("dtd", "eurosat") for r in pair(d, 1, (1.0,), (2.0,), "few_shot", shots=k)
     ]
     render.render_report(records, METHODS, tmp_path, published=False)
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["few_shot"]["average"]["heba"] == {"1": 56, "16": 85}
-    assert sum(len(protocol["average"]["heba"]) for protocol in metrics.values()) <= 10
+    averages = json.loads((tmp_path / "averages.json").read_text())
+    assert averages["few_shot"]["average"]["heba"] == {"1": 56, "16": 85}
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found == {
+        "heba": {"base": 81.0, "novel": 47.0, "h": 59.48, "cross": 40.0, "few_shot": 85.0},
+        "best": {"h": 59.48, "cross": 40.0, "few_shot": 85.0},
+    }
+    # As many with all methods; of own data, the scores alone.
+    names = [*(name for name in methods.names() if name != "heba"), "heba"]
+    records = [r for name in names for r in (record(name, d, 1, (50.0, 50.0)) for d in ("dtd", "mine"))]
+    assert metrics.headline(render.tidied(records, names), "heba") == {
+        "heba": {"base": 50.0, "novel": 50.0, "h": 50.0},
+        "best": {"h": 50.0},
+        "mine": {"heba_h": 50.0, "best_h": 50.0},
+    }
 
 
 def test_each_number_leads_to_its_run(tmp_path):
@@ -385,10 +397,10 @@ def put(one):
 
 
 def report():
-    """The command, in the folder: what it says on stderr, and metrics.json."""
+    """The command, in the folder: what it says on stderr, and averages.json."""
     result = CliRunner().invoke(app, ["report"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    return result.stderr, json.loads(Path("reports/metrics.json").read_text())
+    return result.stderr, json.loads(Path("reports/averages.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -440,15 +452,15 @@ def backbone():
 
 def test_records_left_over_from_the_demo_do_not_stop_the_report_of_the_real_suite(evaluated):
     presets.write("paper")
-    said, metrics = report()
-    assert metrics == {}
+    said, averages = report()
+    assert averages == {}
     assert "8 evaluations" in said
     assert said.strip().endswith(" and 5 more")
     for one in pair("dtd", 1, (50.0, 60.0), (71.0, 60.0), suite="real", backbone=backbone()):
         put(one)
-    said, metrics = report()
+    said, averages = report()
     assert "6 evaluations" in said
-    assert metrics["base_to_novel"]["average"]["heba"]["base"] == 71
+    assert averages["base_to_novel"]["average"]["heba"]["base"] == 71
     assert "no paper result" not in (evaluated / "reports" / "README.md").read_text()
 
 

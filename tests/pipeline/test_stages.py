@@ -69,8 +69,8 @@ def trained_in(output):
 
 
 def test_repro_makes_the_report_and_does_nothing_the_second_time(repo):
-    metrics = json.loads((repo / "reports" / "metrics.json").read_text())
-    assert set(metrics) == {"base_to_novel", "cross_dataset", "domain_generalization", "few_shot"}
+    averages = json.loads((repo / "reports" / "averages.json").read_text())
+    assert set(averages) == {"base_to_novel", "cross_dataset", "domain_generalization", "few_shot"}
     again = dvc(repo, "repro")
     assert "up to date" in again
     assert "Running stage" not in again

@@ -41,8 +41,8 @@ def test_every_block_of_the_tutorial_runs(tmp_path):
         done = call(clone, *command)
         assert done.returncode == 0, text + done.stdout + done.stderr
         output = done.stdout
-    metrics = json.loads((clone / "reports" / "metrics.json").read_text())
-    assert {method: set(of) for method, of in metrics["few_shot"]["digits"].items()} == {
+    averages = json.loads((clone / "reports" / "averages.json").read_text())
+    assert {method: set(of) for method, of in averages["few_shot"]["digits"].items()} == {
         "zero_shot": {"16"},
         "heba": {"16"},
     }

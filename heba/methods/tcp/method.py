@@ -83,6 +83,13 @@ class Model(nn.Module):
         deep = {self.after: self.learned.class_tokens(known)}
         return F.normalize(encode_texts(self.clip, texts, embedded, deep).float(), dim=-1)
 
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Features [n, E] of `tokens` [n, context] that have room for the context, which stands here for the
+        tokens of the classes too."""
+        texts = embed_texts(self.clip, tokens)
+        deep = {self.after: self.learned.ctx.expand(len(tokens), -1, -1)}
+        return encode_texts(self.clip, texts, with_context(texts, self.learned.ctx), deep)
+
 
 def texts_of(model: Model, classes: Classes, settings: Settings) -> Texts:
     texts = [settings.text.format(spoken_class_name(name)) for name in classes.names]
