@@ -15,6 +15,7 @@ from pipeline.tracking.store import INPUTS_TAG
 
 ACCURACY = "accuracy"  # of all classes: for few_shot, and the mean over the data sets of cross_dataset
 VARIANTS = "accuracy_variants"  # the mean over those of domain_generalization
+DECIMALS = 4  # as in the report's CSVs
 MEANS = {"cross_dataset": ACCURACY, "domain_generalization": VARIANTS}
 UNITS = (
     "The metrics `base`, `novel`, `h`, `accuracy` and those of data sets are in percent. `seconds` are of "
@@ -67,7 +68,7 @@ def metrics(results: Sequence[Result]) -> dict[str, float]:
     for protocol, name in MEANS.items():
         values = [result.accuracies["all"] for result in results if result.protocol == protocol]
         found |= {name: mean(values)} if values else {}
-    return found
+    return {name: round(value, DECIMALS) for name, value in found.items()}
 
 
 def name(config: Mapping[str, Any]) -> str:

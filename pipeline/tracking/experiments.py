@@ -2,7 +2,8 @@
 
 MLflow keeps how its pages look in tags of the experiment. No tag changes the columns of the table of runs that
 opens first, which has neither metrics nor params; but one may hold a saved view, which the page's menu of views
-and the link in the experiment's description open.
+and the link in the experiment's description open. Since MLflow 3.17 a switch in the browser, GenAI or Model training,
+comes before KIND_TAG; the link sets it too.
 """
 
 import json
@@ -73,7 +74,7 @@ def note(experiment: Any) -> str:
 
 def view_route(experiment: str, search: str = "") -> str:
     """The address, after the #, of an experiment's saved view."""
-    return f"/experiments/{experiment}/runs?viewStateShareKey={VIEW}{search}"
+    return f"/experiments/{experiment}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}{search}"
 
 
 def view(columns: list[str]) -> str:

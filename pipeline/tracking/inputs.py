@@ -5,12 +5,12 @@ from typing import Any
 
 from pipeline.core.paths import manifest_path
 
-DIGITS = 32  # of a hash; MLflow keeps 36
+DIGITS = 12  # of a hash
 
 
 def log_dataset(store: Any, run_id: str, name: str, context: str) -> None:
     """Log a data set, with the hash of its images, to a run, for `context`: train or test. One whose manifest is
-    not here is left out."""
+    not here is left out. MLflow has a data set once in a run, so that of a test has a name of its own."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     path = manifest_path(name)
@@ -21,5 +21,7 @@ def log_dataset(store: Any, run_id: str, name: str, context: str) -> None:
         return
     profile = {key: manifest[key] for key in ("images", "bytes", "split_sha256") if key in manifest}
     source = json.dumps({"manifest": path.as_posix(), "suite": manifest.get("suite")})
-    dataset = Dataset(name, digest, "local", source, profile=json.dumps(profile))
+    dataset = Dataset(
+        name if context == "train" else f"{name}-{context}", digest, "local", source, profile=json.dumps(profile)
+    )
     store.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
