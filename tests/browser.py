@@ -79,7 +79,7 @@ class Page:
         return str(self.run("document.body ? document.body.innerText : ''"))
 
     def wait_for(self, *wanted: str) -> str:
-        """Wait until the page shows all of `wanted`; returns its text. AssertionError, with that, when it does not."""
+        """Wait until the page shows all of `wanted`; returns its text. AssertionError when it does not."""
         until = time.monotonic() + PATIENCE
         while not all(part in (text := self.text()) for part in wanted):
             missing = [part for part in wanted if part not in text]
@@ -88,7 +88,7 @@ class Page:
         return text
 
     def click(self, text: str, what: str = "button, a, [role=button], [role=menuitem]") -> None:
-        """Click on the first element, of those that the selector `what` gives, with this text, once it is there."""
+        """Click on the first element with this text, of those that the selector `what` gives, once it is there."""
         found = f"[...document.querySelectorAll({json.dumps(what)})]"
         chosen = f"{found}.find((e) => (e.innerText || '').trim() === {json.dumps(text)})"
         until = time.monotonic() + PATIENCE

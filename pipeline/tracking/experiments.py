@@ -2,8 +2,8 @@
 
 MLflow keeps how its pages look in tags of the experiment. No tag changes the columns of the table of runs that
 opens first, which has neither metrics nor params; but one may hold a saved view, which the page's menu of views
-and the link in the experiment's description open. Since MLflow 3.17 a switch in the browser, GenAI or Model training,
-comes before KIND_TAG; the link sets it too.
+and the link in the experiment's description open. In MLflow 3.17 the browser's own switch, GenAI or Model
+training, comes before KIND_TAG; the link sets it too.
 """
 
 import json

@@ -167,7 +167,7 @@ def test_a_kill_while_an_archive_is_unpacked_leaves_no_half_data_set(tmp_path):
 
 def test_after_ctrl_c_the_next_run_ends_with_the_same_bytes(finished, empty_store, tmp_path):
     repo = broken_off(finished, tmp_path / "repo", empty_store, "training", signal.SIGINT)
-    assert breakable.runs(repo)[-1] == "FAILED"
+    assert breakable.runs(repo)[-1] == "KILLED"
     assert "RUNNING" not in breakable.runs(repo)
     assert "resuming from" in complete(repo, finished).stderr
 
@@ -468,13 +468,13 @@ def test_a_tracking_server_that_is_down_goes_down_and_comes_back(finished, tmp_p
     assert output.count("MLflow tracking failed") == 1
     assert (repo / TRAINED / "adapter.safetensors").read_bytes() == wanted
     assert status() == ["RUNNING"]
-    # And back: the next stage closes the run that was cut off, and logs what is missing.
+    # And back: the next stage goes on with the run that was cut off.
     (repo / RECORD).unlink()
     with mlflow_server(folder, port):
         done = stage(repo, "evaluate", "--dataset", "dtd", **env)
         assert done.returncode == 0, done.stderr
         assert "MLflow tracking failed" not in done.stderr
-        assert status() == ["KILLED", "FINISHED"]
+        assert status() == ["FINISHED"]
     assert not list((repo / ".heba" / "runs").glob("*.lock"))
 
 
@@ -497,7 +497,7 @@ def test_a_tracking_server_that_hangs_costs_a_stage_half_a_minute(finished, tmp_
     wait_for(lambda: not working_in(repo))
     done = stage(repo, "track")
     assert done.returncode == 0, done.stderr
-    assert breakable.runs(repo) == ["FINISHED"] * 8
+    assert breakable.runs(repo) == ["FINISHED"] * 9  # one is the summary
     complete(repo, finished)
 
 
