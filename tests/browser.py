@@ -27,6 +27,7 @@ OPTIONS = [
     "--remote-debugging-pipe",
 ]
 PATIENCE = 120.0  # seconds for a page
+TEXT = "document.body ? document.body.innerText : ''"
 
 
 class Page:
@@ -34,15 +35,16 @@ class Page:
 
     def __init__(self, send: int, receive: int) -> None:
         self.send, self.receive, self.number, self.rest, self.session = send, receive, 0, b"", ""
+        self.frames: dict[str, str] = {}
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
 
-    def call(self, method: str, **params: Any) -> dict[str, Any]:
+    def call(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:
         """The result of a method of the protocol; RuntimeError when it fails or takes too long."""
         self.number += 1
         message = {"id": self.number, "method": method, "params": params}
-        if self.session:
-            message["sessionId"] = self.session
+        if session or self.session:
+            message["sessionId"] = session or self.session
         os.write(self.send, json.dumps(message).encode() + b"\0")
         until = time.monotonic() + PATIENCE
         while True:
@@ -60,9 +62,9 @@ class Page:
                     raise RuntimeError(f"{method}: {answer['error']['message']}")
                 return dict(answer["result"])
 
-    def run(self, script: str) -> Any:
+    def run(self, script: str, session: str | None = None) -> Any:
         """The value of a JavaScript expression."""
-        result = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        result = self.call("Runtime.evaluate", session, expression=script, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in result:
             raise RuntimeError(f"{script}: {result['result'].get('description')}")
         return result["result"].get("value")
@@ -75,8 +77,18 @@ class Page:
         self.call("Page.navigate", url=address)
 
     def text(self) -> str:
-        """What a reader sees of the page, with the documents in its frames that scripts may look into."""
-        return str(self.run("document.body ? document.body.innerText : ''"))
+        """What a reader sees of the page, and of the documents that it shows in frames."""
+        return "\n".join(str(self.run(TEXT, session)) for session in (self.session, *self._frames()))
+
+    def _frames(self) -> list[str]:
+        """Sessions of the frames that are in processes of their own, since their documents are not the page's."""
+        targets = self.call("Target.getTargets")["targetInfos"]
+        frames = [target["targetId"] for target in targets if target["type"] == "iframe"]
+        for target in frames:
+            if target not in self.frames:
+                attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
+                self.frames[target] = attached["sessionId"]
+        return [self.frames[target] for target in frames]
 
     def wait_for(self, *wanted: str) -> str:
         """Wait until the page shows all of `wanted`; returns its text. AssertionError when it does not."""

@@ -9,6 +9,7 @@ training, comes before KIND_TAG; the link sets it too.
 import json
 import os
 from typing import Any
+from urllib.parse import quote, urlencode
 
 from heba.data.protocols import PROTOCOLS
 from pipeline.tracking.store import artifacts_of
@@ -69,12 +70,14 @@ def note(experiment: Any) -> str:
     else:
         titles = [p.title for p in PROTOCOLS.values() if p.trained_as == experiment.name]
         what = f"{' and '.join(titles)}: a run per training."
-    return f"{what} [The runs with their accuracy](#{view_route(experiment.experiment_id)})"
+    return f"{what} [The runs with their accuracy]({table(experiment.experiment_id, viewStateShareKey=VIEW)})"
 
 
-def view_route(experiment: str, search: str = "") -> str:
-    """The address, after the #, of an experiment's saved view."""
-    return f"/experiments/{experiment}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}{search}"
+def table(experiment: str, **shown: str) -> str:
+    """The address, on MLflow's server, of an experiment's table of runs: viewStateShareKey, a saved view, or
+    searchFilter, what the runs must have."""
+    query = urlencode({"workflowType": "machine_learning"} | shown, quote_via=quote)
+    return f"#/experiments/{experiment}/runs?{query}"
 
 
 def view(columns: list[str]) -> str:

@@ -20,13 +20,14 @@ from typing import Any
 
 from heba.data.protocols import PROTOCOLS
 from pipeline.tracking import origin, runs
-from pipeline.tracking.experiments import METRICS, NOTE_TAG, SUMMARY, VIEW_TAG, experiment_id, view, view_route
+from pipeline.tracking.experiments import METRICS, NOTE_TAG, SUMMARY, VIEW_TAG, experiment_id, table, view
 from pipeline.tracking.store import INPUTS_TAG, SHA_TAG
 
 CONTENT_TAG = "heba.evaluations_sha256"
 REPORT_TAG = "heba.report_sha256"
 PARENT_TAG = "mlflow.parentRunId"
-PARAMS_AT_ONCE, RUNS_AT_ONCE = 100, 1000
+NUMBERS = ("metrics.json", "averages.json")  # the headline first
+PARAMS_AT_ONCE, METRICS_AT_ONCE, RUNS_AT_ONCE = 100, 1000, 1000
 MOST_NOTE = 7000  # characters; MLflow takes 8000
 COLUMNS = 12  # metrics in the saved view
 OWN = {"dataset", "method", "protocol", "seed", "shots"}  # params that tell trainings apart
@@ -65,9 +66,15 @@ def _log_report(store: Any, experiment: str, run_id: str, reports: Path) -> None
     """Log the report's headline numbers, and all of its files."""
     from mlflow.entities import Metric, RunTag
 
-    now, numbers = int(time.time() * 1000), dict(flat(json.loads((reports / "metrics.json").read_text())))
-    store.log_batch(run_id, metrics=[Metric(key, value, now, 0) for key, value in numbers.items()])
-    store.set_experiment_tag(experiment, VIEW_TAG, _view(list(numbers)))
+    now, found = (
+        int(time.time() * 1000),
+        [numbers(path) for path in map(reports.joinpath, NUMBERS) if path.is_file()],
+    )
+    metrics = [Metric(name, value, now, 0) for few in found for name, value in few.items()]
+    for first in range(0, len(metrics), METRICS_AT_ONCE):
+        store.log_batch(run_id, metrics=metrics[first : first + METRICS_AT_ONCE])
+    columns = [f"metrics.`{metric.key}`" for metric in metrics[:COLUMNS]]
+    store.set_experiment_tag(experiment, VIEW_TAG, view([*columns, "params.`shots`", "params.`seeds`"]))
     store.log_artifacts(run_id, str(reports), "reports")
     told = {REPORT_TAG: _sha256(reports), NOTE_TAG: note(store, experiment, run_id, reports)}
     store.log_batch(run_id, tags=[RunTag(key, value) for key, value in told.items()])
@@ -97,19 +104,18 @@ def _begin(store: Any, experiment: str, content: str, rows: list[Row]) -> runs.O
     return runs.begin(store, experiment, name, tags | {CONTENT_TAG: content}, again=again)
 
 
-def flat(numbers: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of metrics.json, by the names that DVC gives them, such as base_to_novel.average.heba.h."""
-    if isinstance(numbers, dict):
-        for key, value in numbers.items():
-            yield from flat(value, f"{name}.{key}" if name else str(key))
+def numbers(path: Path) -> dict[str, float]:
+    """The numbers of a file of metrics, by their names for DVC without the word average, such as
+    base_to_novel.heba.h."""
+    return dict(_flat(json.loads(path.read_text(encoding="utf-8")), []))
+
+
+def _flat(value: Any, names: list[str]) -> Iterator[tuple[str, float]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, names if key == "average" else [*names, key])
     else:
-        yield name, float(numbers)
-
-
-def _view(names: list[str]) -> str:
-    """The view of the summaries: as many numbers as fit, harmonic means first, and what tells summaries apart."""
-    shown = sorted(names, key=lambda name: not name.endswith(".h"))[:COLUMNS]
-    return view([*(f"metrics.`{name}`" for name in shown), "params.`shots`", "params.`seeds`"])
+        yield ".".join(names), float(value)
 
 
 def covered(store: Any, rows: Sequence[Row]) -> list[Any]:
@@ -188,11 +194,11 @@ def _log_trainings(store: Any, run_id: str, trainings: Sequence[Any]) -> None:
 def note(store: Any, experiment: str, run_id: str, reports: Path) -> str:
     """The description: the report's first table with what stands around it, and links to report and trainings."""
     first = (reports / "README.md").read_text(encoding="utf-8").partition("\n## ")[0].partition("\n")[2].strip()
-    search = f"&searchFilter=tags.%22{PARENT_TAG}%22%20%3D%20%22{run_id}%22"
     links = [f"[the report](#/experiments/{experiment}/runs/{run_id}/artifacts/reports/index.html)"]
     for name in METRICS:
         found = store.get_experiment_by_name(name)
         if found is not None:
             titles = " and ".join(p.title for p in PROTOCOLS.values() if p.trained_as == name)
-            links.append(f"[trainings: {titles}](#{view_route(found.experiment_id, search)})")
+            address = table(found.experiment_id, searchFilter=f'tags."{PARENT_TAG}" = "{run_id}"')
+            links.append(f"[trainings: {titles}]({address})")
     return f"{' · '.join(links)}\n\n{first}"[:MOST_NOTE]

@@ -3,16 +3,14 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
-import requests
 import yaml
 
 from heba import artifact
@@ -20,6 +18,7 @@ from pipeline.tracking.background import PATIENCE
 from tests.pipeline import breakable
 from tests.pipeline.breakable import ONE, TRAIN, TRAINED, changed_params
 from tests.pipeline.repository import call, stage, wait_for, working_in
+from tests.pipeline.serving import free_port, mlflow_server
 from tests.pipeline.test_real import repository
 from tests.pipeline.test_stalls import broken_file, faulty
 from tests.server import serve
@@ -410,41 +409,10 @@ def test_a_copied_repository_writes_nothing_into_the_original(finished, tmp_path
     assert Path(fetched.stdout.strip()).is_relative_to(repo)
 
 
-@contextmanager
-def mlflow_server(folder, port):
-    options = {
-        "--host": "127.0.0.1",
-        "--port": str(port),
-        "--workers": "1",
-        "--backend-store-uri": f"sqlite:///{folder / 'mlflow.db'}",
-        "--artifacts-destination": str(folder / "artifacts"),
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", *(part for option in options.items() for part in option)],
-        cwd=folder,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-
-    def answers():
-        with suppress(requests.RequestException):
-            return requests.get(f"http://127.0.0.1:{port}/health", timeout=1).ok
-
-    try:
-        wait_for(answers)
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
 @pytest.mark.slow
 def test_a_tracking_server_that_is_down_goes_down_and_comes_back(finished, tmp_path):
     repo = breakable.copy(finished, tmp_path / "repo", but=[TRAIN])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     folder = tmp_path / "store"
     folder.mkdir()
     env = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
