@@ -19,6 +19,7 @@ from pipeline.core.params import Params, ParamsError, settings_of
 from pipeline.core.paths import new_file
 from pipeline.report.ablation import BASELINE, COLUMNS
 from pipeline.runner import dvc_inside, processes
+from pipeline.tracking import describe
 from pipeline.tracking import log as tracking
 from pipeline.tracking.store import client, shown_uri
 
@@ -136,7 +137,7 @@ def wanted_params(params: Params, row: Row, dataset: str, seed: int) -> dict[str
     )
     config = params.model_dump(include={"shots", "suite", "backbone"})
     config |= {"method": method, "settings": settings, "protocol": PROTOCOL, "dataset": dataset, "seed": seed}
-    return tracking.flat_params(config) | {key: str(value) for key, value in row.change.items()}
+    return describe.flat_params(config) | {key: str(value) for key, value in row.change.items()}
 
 
 def collect(

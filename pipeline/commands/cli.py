@@ -228,6 +228,10 @@ def report() -> None:
         costs = {method: read_cost(cost_path(method)) for method in counted}
         timings = cost.read(cost.FILE, params.suite, params.backbone.name)
         render.render_report(records, params.methods, folder, real, ablations, below, costs=costs, timings=timings)
+    if records:
+        from pipeline.tracking import log as tracking
+
+        tracking.log_report(Path("reports"))
     print(render.summary_text(records, params.methods))
     _say("report", f"{len(records)} evaluations in reports/")
 

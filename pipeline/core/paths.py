@@ -36,6 +36,11 @@ def data_folder(data_root: str, suite: str, dataset: str) -> Path:
     return main_root() / data_root / suite / dataset
 
 
+def manifest_path(dataset: str) -> Path:
+    """What the stage `download` writes about a data set's images."""
+    return OUT / "download" / f"{dataset}.json"
+
+
 def remove_left(path: Path) -> None:
     """Remove temporary files beside `path` (see `temporary_name`) whose processes were killed."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from heba.data import datasets
 from heba.data.splits import Split, read_split
 from pipeline.core.params import Params, stage_of
-from pipeline.core.paths import OUT, data_folder, main_root, new_file, new_folder, reading, writable
+from pipeline.core.paths import data_folder, main_root, manifest_path, new_file, new_folder, reading, writable
 from pipeline.stages.own import is_linked, lay_out, refuse_problems
 
 THREADS = 8  # that read and hash images
@@ -30,10 +30,6 @@ AT_ONCE = 4096  # images that they are given
 
 class DataError(ValueError):
     """Data that is missing, or differs from its manifest."""
-
-
-def manifest_path(dataset: str) -> Path:
-    return OUT / "download" / f"{dataset}.json"
 
 
 def dataset_folder(params: Params, dataset: str) -> Path:

@@ -15,6 +15,7 @@ import heba
 from heba import artifact
 from heba.artifact import ADAPTER_FILE
 from pipeline.core.paths import temporary_name
+from pipeline.tracking.origin import COMMIT_TAG, DIRTY_TAG
 from pipeline.tracking.store import INPUTS_TAG, SHA_TAG, client, has_store, shown_uri, store_uri
 
 SERVED = Path(__file__).with_name("served.py")
@@ -88,12 +89,12 @@ def save_model(adapter: Path, out: Path, run_id: str, model_id: str) -> None:
     )
 
 
-def log_model(store: Any, run_id: str, folder: Path) -> None:
-    """Log the adapter in `folder` as a model of the run."""
+def log_model(store: Any, run_id: str, folder: Path, name: str) -> None:
+    """Log the adapter in `folder` as a model of the run, under `name`."""
     from mlflow.entities import LoggedModelOutput
 
-    run = store.get_run(run_id)
-    model = store.create_logged_model(run.info.experiment_id, run.info.run_name, run_id)
+    experiment = store.get_run(run_id).info.experiment_id
+    model = store.create_logged_model(experiment, name, run_id)
     try:
         with tempfile.TemporaryDirectory() as temporary:
             out = Path(temporary) / "model"
@@ -145,7 +146,8 @@ def find_run(store: Any, folder: Path) -> Any:
 
 
 def commit_of(folder: Path) -> str | None:
-    """The git commit that an adapter was trained at, as its MLflow run tells; None where none does."""
+    """The git commit that an adapter was trained at, and what differed from it, as its MLflow run tells; None
+    where none does."""
     if not has_store():
         return None
     try:
@@ -153,7 +155,9 @@ def commit_of(folder: Path) -> str | None:
     except Exception as error:  # a store that is down
         logging.getLogger("heba").warning("%s: %s", shown_uri(), (str(error).splitlines() or [""])[0][:300])
         return None
-    return run.data.tags.get("mlflow.source.git.commit") if run else None
+    commit = run.data.tags.get(COMMIT_TAG) if run else None
+    dirty = run.data.tags.get(DIRTY_TAG, "false") if run else "false"
+    return commit if commit is None or dirty == "false" else f"{commit}, dirty ({dirty})"
 
 
 def fetch_adapter(name: str) -> Path:

@@ -18,6 +18,7 @@ from pipeline.core.paths import main_root
 from pipeline.tracking.store import SHA_TAG, store_lock
 
 LOCK_TAG = "heba.lock"  # of a run: the name of its file
+CUT_OFF = ("KILLED", "FAILED")
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,39 @@ class OpenRun:
         Path(self.lock.lock_file).unlink(missing_ok=True)
 
 
-def begin(store: Any, experiment: str, name: str, tags: dict[str, str], start: float | None = None) -> OpenRun:
-    """Create a run that began at `start`, in seconds since 1970; else now.
+def cut_off(store: Any, experiment: str, tag: str, value: str) -> Any:
+    """The newest run of an experiment that has this tag and was not finished, and that no process has open; or
+    None."""
+    found = store.search_runs([experiment], f"tags.`{tag}` = '{value}' AND attributes.status != 'FINISHED'")
+    return next((run for run in found if run.info.status in CUT_OFF and SHA_TAG not in run.data.tags), None)
+
+
+def begin(
+    store: Any,
+    experiment: str,
+    name: str,
+    tags: dict[str, str],
+    start: float | None = None,
+    again: str | None = None,
+) -> OpenRun:
+    """Create a run that began at `start`, in seconds since 1970, else now; or go on with the run `again`.
 
     The lock comes first, so that there is no moment at which a kill leaves a run without one.
     """
+    from mlflow.entities import RunTag
+
     folder, prefix = _files()
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / f"{prefix}{uuid.uuid4().hex}.lock")
     with store_lock():
         lock.acquire()
+    tags = tags | {LOCK_TAG: Path(lock.lock_file).stem}
+    if again:
+        store.log_batch(again, tags=[RunTag(key, value) for key, value in tags.items()])
+        store.update_run(again, "RUNNING", name)
+        return OpenRun(store, again, lock)
     began = None if start is None else int(start * 1000)
-    run = store.create_run(experiment, began, tags | {LOCK_TAG: Path(lock.lock_file).stem}, name)
+    run = store.create_run(experiment, began, tags, name)
     return OpenRun(store, run.info.run_id, lock)
 
 

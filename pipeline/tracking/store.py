@@ -33,7 +33,7 @@ def _own_store() -> Path:
     return main_root() / "mlflow.db"
 
 
-def _artifacts(experiment: str) -> str:
+def artifacts_of(experiment: str) -> str:
     """The address of an experiment's artifacts in the repository's own store."""
     return (main_root() / "mlartifacts" / experiment).as_uri()
 
@@ -131,7 +131,7 @@ def _follow_move() -> None:
             return
         experiments = database.execute("SELECT name, artifact_location FROM experiments").fetchall()
         roots = {place.removesuffix(name) for name, place in experiments if place.endswith(f"/mlartifacts/{name}")}
-        here = f"{_artifacts('')}/"
+        here = f"{artifacts_of('')}/"
         for there in roots - {here}:
             for table, column in ((table, column) for table, columns in ADDRESSES.items() for column in columns):
                 database.execute(
@@ -141,20 +141,3 @@ def _follow_move() -> None:
             logging.getLogger("heba").warning(
                 "%s was made elsewhere: its artifacts at %s are now those at %s", _own_store(), there, here
             )
-
-
-def experiment_id(store: Any, name: str) -> str:
-    """The id of an experiment, which is made if need be."""
-    from mlflow.exceptions import MlflowException
-
-    found = store.get_experiment_by_name(name)
-    if found is not None:
-        return found.experiment_id
-    try:
-        own = not os.environ.get("MLFLOW_TRACKING_URI")
-        return store.create_experiment(name, artifact_location=_artifacts(name) if own else None)
-    except MlflowException:
-        found = store.get_experiment_by_name(name)  # another writer may have made it just now
-        if found is None:
-            raise
-        return found.experiment_id

@@ -1,4 +1,4 @@
-"""A model behind HTTP, as `mlflow models serve` runs it."""
+"""A model behind HTTP, as `mlflow models serve` runs it, and an MLflow server."""
 
 import os
 import signal
@@ -34,12 +34,48 @@ class Server:
         return max(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
+def free_port() -> int:
+    """A port of the loopback address that nobody uses now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def mlflow_server(folder: Path, port: int) -> Iterator[None]:
+    """An MLflow server of the store in `folder`, which answers."""
+    options = {
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--workers": "1",
+        "--backend-store-uri": f"sqlite:///{folder / 'mlflow.db'}",
+        "--artifacts-destination": str(folder / "artifacts"),
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", *(part for option in options.items() for part in option)],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+    def answers() -> bool:
+        with suppress(requests.RequestException):
+            return requests.get(f"http://127.0.0.1:{port}/health", timeout=5).ok
+        return False
+
+    try:
+        wait_for(answers, 600)
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 @contextmanager
 def serving(model: str, folder: Path, **env: str) -> Iterator[Server]:
     """`model`, a folder or a name of MLflow, served from `folder` on the loopback address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     options = f"--env-manager local --host 127.0.0.1 --port {port}".split()
     process = subprocess.Popen(
         [sys.executable, "-m", "mlflow", "models", "serve", "-m", model, *options],

@@ -25,6 +25,7 @@ from pipeline.commands.cli import app
 from pipeline.core.params import ParamsError, load_params, settings_of
 from pipeline.report import ablation, render
 from pipeline.runner import processes
+from pipeline.tracking import describe
 from pipeline.tracking import log as tracking
 from pipeline.tracking.store import client
 from tests.heba import artifacts
@@ -145,7 +146,7 @@ def log(params, dataset, seed, accuracy, status="FINISHED", scale_novel=None, **
         threads=1,
         inputs_sha256=str(hash((settings, dataset, seed))),
     )
-    training = tracking.begin_run(client(), config.model_dump())
+    training, _ = tracking.begin_run(client(), config.model_dump())
     if accuracy is not None:
         evaluate(training.id, accuracy, scale_novel)
     training.end(status)
@@ -156,7 +157,7 @@ def log(params, dataset, seed, accuracy, status="FINISHED", scale_novel=None, **
 def evaluate(run_id, accuracy, scale_novel):
     """Log to a run what the stage `evaluate` does."""
     evaluation = record("heba", "dtd", 1, (accuracy,) * 2)
-    for key, value in tracking.evaluation_metrics(evaluation).items():
+    for key, value in describe.metrics([describe.result_of(evaluation)]).items():
         client().log_metric(run_id, key, value)
     tag = tracking.evaluation_tag({"scale_novel": scale_novel})
     client().set_tag(run_id, tracking.EVALUATION_TAG, tag)
@@ -228,7 +229,7 @@ def test_an_evaluation_goes_to_the_run_with_its_params(folder):
         artifacts.save(model, out, settings=settings, **about)
         artifacts.save_classifier(torch.ones(2, 128), out, scale=0.1)
         artifact.write_history([], out)
-        run = tracking.begin_run(store, artifact.read_config(out).model_dump())
+        run, _ = tracking.begin_run(store, artifact.read_config(out).model_dump())
         tracking.log_outs(store, run.id, out)
         run.end()
         runs.append(run.id)

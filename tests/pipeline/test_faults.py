@@ -3,16 +3,14 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
-import requests
 import yaml
 
 from heba import artifact
@@ -20,6 +18,7 @@ from pipeline.tracking.background import PATIENCE
 from tests.pipeline import breakable
 from tests.pipeline.breakable import ONE, TRAIN, TRAINED, changed_params
 from tests.pipeline.repository import call, stage, wait_for, working_in
+from tests.pipeline.serving import free_port, mlflow_server
 from tests.pipeline.test_real import repository
 from tests.pipeline.test_stalls import broken_file, faulty
 from tests.server import serve
@@ -167,7 +166,7 @@ def test_a_kill_while_an_archive_is_unpacked_leaves_no_half_data_set(tmp_path):
 
 def test_after_ctrl_c_the_next_run_ends_with_the_same_bytes(finished, empty_store, tmp_path):
     repo = broken_off(finished, tmp_path / "repo", empty_store, "training", signal.SIGINT)
-    assert breakable.runs(repo)[-1] == "FAILED"
+    assert breakable.runs(repo)[-1] == "KILLED"
     assert "RUNNING" not in breakable.runs(repo)
     assert "resuming from" in complete(repo, finished).stderr
 
@@ -410,41 +409,10 @@ def test_a_copied_repository_writes_nothing_into_the_original(finished, tmp_path
     assert Path(fetched.stdout.strip()).is_relative_to(repo)
 
 
-@contextmanager
-def mlflow_server(folder, port):
-    options = {
-        "--host": "127.0.0.1",
-        "--port": str(port),
-        "--workers": "1",
-        "--backend-store-uri": f"sqlite:///{folder / 'mlflow.db'}",
-        "--artifacts-destination": str(folder / "artifacts"),
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", *(part for option in options.items() for part in option)],
-        cwd=folder,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-
-    def answers():
-        with suppress(requests.RequestException):
-            return requests.get(f"http://127.0.0.1:{port}/health", timeout=1).ok
-
-    try:
-        wait_for(answers)
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
 @pytest.mark.slow
 def test_a_tracking_server_that_is_down_goes_down_and_comes_back(finished, tmp_path):
     repo = breakable.copy(finished, tmp_path / "repo", but=[TRAIN])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     folder = tmp_path / "store"
     folder.mkdir()
     env = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
@@ -468,13 +436,13 @@ def test_a_tracking_server_that_is_down_goes_down_and_comes_back(finished, tmp_p
     assert output.count("MLflow tracking failed") == 1
     assert (repo / TRAINED / "adapter.safetensors").read_bytes() == wanted
     assert status() == ["RUNNING"]
-    # And back: the next stage closes the run that was cut off, and logs what is missing.
+    # And back: the next stage goes on with the run that was cut off.
     (repo / RECORD).unlink()
     with mlflow_server(folder, port):
         done = stage(repo, "evaluate", "--dataset", "dtd", **env)
         assert done.returncode == 0, done.stderr
         assert "MLflow tracking failed" not in done.stderr
-        assert status() == ["KILLED", "FINISHED"]
+        assert status() == ["FINISHED"]
     assert not list((repo / ".heba" / "runs").glob("*.lock"))
 
 
@@ -497,7 +465,7 @@ def test_a_tracking_server_that_hangs_costs_a_stage_half_a_minute(finished, tmp_
     wait_for(lambda: not working_in(repo))
     done = stage(repo, "track")
     assert done.returncode == 0, done.stderr
-    assert breakable.runs(repo) == ["FINISHED"] * 8
+    assert breakable.runs(repo) == ["FINISHED"] * 9  # one is the summary
     complete(repo, finished)
 
 

@@ -1,5 +1,7 @@
 """Stages as a user runs them, with real DVC and MLflow."""
 
+import csv
+import getpass
 import json
 import os
 import re
@@ -76,6 +78,29 @@ def test_repro_makes_the_report_and_does_nothing_the_second_time(repo):
     assert "Running stage" not in again
 
 
+def inputs(run):
+    """(name, digest, context) of the data sets of a run."""
+    return {
+        (found.dataset.name, found.dataset.digest, tag.value)
+        for found in run.inputs.dataset_inputs
+        for tag in found.tags
+    }
+
+
+def assert_origin(run, repo, command):
+    """A run tells who made it, with which command, from which code."""
+    commit = call(repo, "git", "rev-parse", "HEAD").stdout.strip()
+    wanted = {
+        "mlflow.user": getpass.getuser(),
+        "mlflow.source.name": command,
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.git.commit": commit,
+        "mlflow.source.git.branch": call(repo, "git", "symbolic-ref", "--short", "HEAD").stdout.strip(),
+        "git.dirty": "false",
+    }
+    assert wanted.items() <= run.data.tags.items()
+
+
 def test_every_training_is_a_run_with_its_evaluation(finished):
     from mlflow.tracking import MlflowClient
 
@@ -83,17 +108,27 @@ def test_every_training_is_a_run_with_its_evaluation(finished):
     experiments = {e.name: e.experiment_id for e in client.search_experiments()}
 
     def runs(protocol):
-        return {run.info.run_name: run for run in client.search_runs([experiments[protocol]])}
+        found = client.search_runs([experiments[protocol]])
+        for run in found:
+            assert run.info.run_name.endswith(f"-{run.data.tags['heba.inputs_sha256'][:6]}")
+        return {run.info.run_name[:-7]: run for run in found}
 
     both = [f"{name}-{method}-2shot-seed1" for name in ("dtd", "imagenet") for method in ("heba", "zero_shot")]
     assert set(runs("base_to_novel")) == set(both)
     for name, run in runs("base_to_novel").items():
         assert run.info.status == "FINISHED"
         epochs = set() if "zero_shot" in name else {"loss", "lr", "seconds"}
-        assert set(run.data.metrics) == {"base", "novel", "h", "training_seconds"} | epochs
+        logged = {metric for metric in run.data.metrics if not metric.startswith("system/")}
+        assert logged == {"base", "novel", "h", "training_seconds"} | epochs
+        assert ("system/cpu_utilization_percentage" in run.data.metrics) == bool(epochs)
         dataset, method = run.data.params["dataset"], run.data.params["method"]
         assert run.data.tags["dvc.stage"] == f"train@{dataset}-{method}"
-        assert run.data.tags["mlflow.source.git.commit"]
+        assert not [key for key in run.data.params if "sha256" in key]
+        assert_origin(run, finished, f"dvc repro train@{dataset}-{method}")
+        assert run.data.tags["family"] == {"heba": "tower", "zero_shot": "frozen"}[method]
+        digest = json.loads((finished / "out" / "download" / f"{dataset}.json").read_text())["images_sha256"][:12]
+        assert inputs(run) == {(dataset, digest, "train"), (f"{dataset}-test", digest, "test")}
+        assert f"| base classes | 100 | {run.data.metrics['base']:.2f} |" in run.data.tags["mlflow.note.content"]
         model = client.get_logged_model(run.outputs.model_outputs[0].model_id)
         artifacts = Path(url2pathname(urlparse(model.artifact_location).path))
         adapter = artifacts / "artifacts" / "base_to_novel-2-1" / "adapter.safetensors"
@@ -110,9 +145,40 @@ def test_every_training_is_a_run_with_its_evaluation(finished):
     }
     assert json.loads(heba.data.tags["heba.evaluation"]) == {"scale_novel": None}
     for run in runs("cross_dataset").values():
-        assert {"dtd", "imagenet_a"} <= set(run.data.metrics)
+        metrics = run.data.metrics
+        assert metrics["accuracy"] == metrics["dtd"]
+        assert metrics["accuracy_variants"] == metrics["imagenet_a"]
+        assert {name for name, _, context in inputs(run) if context == "test"} == {"dtd-test", "imagenet_a-test"}
+        assert "| DTD | 200 |" in run.data.tags["mlflow.note.content"]
     assert set(runs("few_shot")) == {"dtd-heba-1shot-seed1", "dtd-zero_shot-1shot-seed1"}
-    assert all("all" in run.data.metrics for run in runs("few_shot").values())
+    assert all("accuracy" in run.data.metrics for run in runs("few_shot").values())
+
+
+def summaries(client):
+    return client.search_runs([client.get_experiment_by_name("summary").experiment_id])
+
+
+def test_the_report_is_a_run_with_all_trainings_below_it(finished):
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{finished / 'mlflow.db'}")
+    (summary,) = summaries(client)
+    with (finished / "reports" / "overview.csv").open(newline="") as file:
+        averages = {row["method"]: float(row["base_to_novel_h"]) for row in csv.DictReader(file)}
+    for method, h in averages.items():
+        assert summary.data.metrics[f"base_to_novel.{method}.h"] == pytest.approx(h, abs=0.01)
+    wanted = {"methods": "heba, zero_shot", "shots": "2", "seeds": "1", "few_shot.shots": "1", "heba.ratio": "4"}
+    assert wanted.items() <= summary.data.params.items()
+    assert_origin(summary, finished, "dvc repro report")
+    ids = [e.experiment_id for e in client.search_experiments() if e.name != "summary"]
+    trainings = client.search_runs(ids)
+    assert {run.data.tags["mlflow.parentRunId"] for run in trainings} == {summary.info.run_id}
+    shown = {path.relative_to(finished).as_posix() for path in (finished / "reports").iterdir()}
+    assert {file.path for file in client.list_artifacts(summary.info.run_id, "reports")} == shown
+    assert "reports/index.html" in shown
+    listed = client.download_artifacts(summary.info.run_id, "trainings.csv")
+    with open(listed, newline="") as file:
+        assert {row["run_id"] for row in csv.DictReader(file)} == {run.info.run_id for run in trainings}
 
 
 def test_training_again_gives_the_same_bytes_and_tracking_may_fail(repo):
@@ -128,17 +194,26 @@ def test_training_again_gives_the_same_bytes_and_tracking_may_fail(repo):
 def test_late_tracking_fills_an_empty_store(finished, tmp_path):
     uri = f"sqlite:///{tmp_path / 'late.db'}"
     shutil.copytree(finished / "out", tmp_path / "out")
+    shutil.copytree(finished / "reports", tmp_path / "reports")
     shutil.copy(finished / "params.yaml", tmp_path)
-    done = stage(tmp_path, "track", MLFLOW_TRACKING_URI=uri, PYTHONPATH=str(ROOT))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("10 evaluations")
+    for experiment in ("first", "second"):  # the second finds all of it there
+        env = {"MLFLOW_TRACKING_URI": uri, "PYTHONPATH": str(ROOT), "DVC_EXP_NAME": experiment}
+        done = stage(tmp_path, "track", **env)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("10 evaluations")
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(uri)
-    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    (made,) = summaries(client)
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments() if e.name != "summary"])
     assert len(runs) == 8
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs} == {made.info.run_id}
+    assert made.info.run_name.startswith("first-2shot-")
+    (before,) = summaries(MlflowClient(f"sqlite:///{finished / 'mlflow.db'}"))
+    assert made.data.metrics == before.data.metrics
+    assert made.data.params == before.data.params
     assert all(("loss" in run.data.metrics) == (run.data.params["method"] == "heba") for run in runs)
-    assert all({"all", "h", "dtd"} & set(run.data.metrics) for run in runs)
+    assert all({"accuracy", "h"} & set(run.data.metrics) for run in runs)
 
 
 def test_another_seed_trains_and_evaluates_that_one_alone(repo):

@@ -1,23 +1,27 @@
 """MLflow runs under ctrl-C, side by side, and when the store is down."""
 
+import csv
 import itertools
+import json
 import signal
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from filelock import FileLock
 
 from heba import artifact
 from heba.evaluation.record import Group, Record, write_record
+from pipeline.commands import use
 from pipeline.core.trainings import Evaluation, Training
-from pipeline.tracking import background
+from pipeline.tracking import background, experiments, origin, runs, summary
 from pipeline.tracking import log as tracking
-from pipeline.tracking.store import client
-from tests.pipeline.repository import ROOT, environment, stage, wait_for
+from pipeline.tracking.store import INPUTS_TAG, client
+from tests.pipeline.repository import ROOT, call, environment, initialise, stage, wait_for
 
 TRAINING = Training("base_to_novel", "dtd", "zero_shot", shots=2, seed=1)
 CONFIG = artifact.Config(
@@ -36,10 +40,10 @@ CONFIG = artifact.Config(
 EPOCH = {"epoch": 0, "loss": 1.0, "lr": 0.1}
 
 
-def begun():
+def begun(inputs=CONFIG.inputs_sha256):
     """What a stage logs its trainings by, with one that has begun."""
     log = tracking.StageLog()
-    log.begin(CONFIG, "CPU")
+    log.begin(CONFIG.model_copy(update={"inputs_sha256": inputs}), "CPU")
     return log
 
 
@@ -108,9 +112,12 @@ def press_ctrl_c():
     signal.raise_signal(signal.SIGINT)
 
 
+def all_runs(store):
+    return store.search_runs([e.experiment_id for e in store.search_experiments()])
+
+
 def statuses():
-    store = client()
-    return [run.info.status for run in store.search_runs([e.experiment_id for e in store.search_experiments()])]
+    return [run.info.status for run in all_runs(client())]
 
 
 def train_for_ever(run):
@@ -119,13 +126,46 @@ def train_for_ever(run):
         time.sleep(0.01)
 
 
+def stopped(run, train):
+    """A stage trains until ctrl-C is pressed."""
+    try:
+        train()
+    finally:
+        run.finish()
+
+
 def test_ctrl_c_at_any_moment_of_a_training_leaves_a_run_that_is_closed(folder):
     for part in range(5):
-        run = begun()
+        run = begun(f"inputs {part}")
         with pytest.raises(KeyboardInterrupt), alarm(press_ctrl_c, 0.001 + 0.3 * part):
-            train_for_ever(run)
-        run.finish()
-    assert statuses() == ["FAILED"] * 5
+            stopped(run, partial(train_for_ever, run))
+    assert statuses() == ["KILLED"] * 5
+
+
+def test_a_training_that_goes_on_in_another_experiment_goes_on_with_its_run(folder, monkeypatch):
+    monkeypatch.setenv("DVC_EXP_NAME", "first")
+    run = begun()
+    for epoch in range(3):
+        run.epoch(EPOCH | {"epoch": epoch})
+    with pytest.raises(KeyboardInterrupt):
+        stopped(run, press_ctrl_c)
+    store = client()
+    (before,) = all_runs(store)
+    assert (before.info.status, before.info.run_name[-6:]) == ("KILLED", "-first")
+    monkeypatch.setenv("DVC_EXP_NAME", "second")
+    run = begun()
+    for epoch in range(2, 6):  # the checkpoint was of the second epoch
+        run.epoch(EPOCH | {"epoch": epoch})
+    run.outs(trained(folder))
+    run.finish()
+    (after,) = all_runs(store)
+    assert after.info.run_id == before.info.run_id
+    assert (after.info.status, after.info.run_name[-7:]) == ("FINISHED", "-second")
+    assert after.data.tags["dvc.experiment"] == "second"
+    assert [metric.step for metric in store.get_metric_history(after.info.run_id, "loss")] == list(range(6))
+    assert tracking.SECONDS not in after.data.metrics  # they would be of its end alone
+    begun("other inputs").finish()
+    assert len(all_runs(store)) == 2
 
 
 def test_ctrl_c_while_a_stage_waits_for_mlflow_lets_it_be_done(folder):
@@ -205,12 +245,12 @@ def test_the_trainings_of_a_stage_are_runs_of_their_own_and_the_one_without_outs
     store = client()
     found = store.search_runs([e.experiment_id for e in store.search_experiments()])
     assert {run.info.run_name: run.info.status for run in found} == {
-        f"dtd-zero_shot-2shot-seed{seed}": status
+        f"dtd-zero_shot-2shot-seed{seed}-of see": status
         for seed, status in ((1, "FINISHED"), (2, "FINISHED"), (3, "FAILED"))
     }
     for run in found:
         seed = int(run.data.params["seed"])
-        assert run.data.tags[tracking.INPUTS_TAG] == f"of seed {seed}"
+        assert run.data.tags[INPUTS_TAG] == f"of seed {seed}"
         assert [m.step for m in store.get_metric_history(run.info.run_id, "loss")] == list(range(seed))
 
 
@@ -315,3 +355,133 @@ def test_an_evaluation_of_an_adapter_that_is_no_more_is_left_out(folder):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("0 evaluations")
     assert f"{path.relative_to(folder)}: left out" in done.stderr
+
+
+def report(folder, *seeds, **about):
+    """A report under `folder` of the trainings of some seeds, as the stage leaves it."""
+    reports = folder / "reports"
+    reports.mkdir(exist_ok=True)
+    with (reports / "evaluations.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        columns = ["protocol", "dataset", "method", "shots", "seed", "group", "accuracy"]
+        writer.writerow([*columns, "adapter_sha256", "inputs_sha256"])
+        for seed in seeds:
+            out = folder / replace(TRAINING, seed=seed).folder
+            hashes = artifact.sha256(out), artifact.read_config(out).inputs_sha256
+            writer.writerow(["base_to_novel", "dtd", "zero_shot", 2, seed, "base", 50.0, *hashes])
+    numbers = {"base_to_novel": {"average": {"zero_shot": {"base": 50.0} | about}}}
+    (reports / "metrics.json").write_text(json.dumps(numbers))
+    (reports / "README.md").write_text(
+        "# Results\n\n| Method | Base |\n| :-- | --: |\n| CLIP | 50.00 |\n\n## More\n"
+    )
+    return reports
+
+
+def summaries(store):
+    found = store.get_experiment_by_name("summary")
+    return store.search_runs([found.experiment_id]) if found else []
+
+
+@pytest.fixture
+def two(folder):
+    """Two trainings, with their runs; gives the store, and the runs' ids."""
+    store = client()
+    ids = []
+    for seed in (1, 2):
+        config = CONFIG.model_copy(update={"seed": seed, "inputs_sha256": f"of seed {seed}"})
+        out = trained(folder, replace(TRAINING, seed=seed), config)
+        ids.append(tracking.find_or_create_run(store, out))
+    return store, ids
+
+
+def test_the_same_results_are_one_summary_in_any_experiment(folder, two, monkeypatch):
+    store, ids = two
+    reports = report(folder, 1, 2)
+    for experiment in ("one", "two"):
+        monkeypatch.setenv("DVC_EXP_NAME", experiment)
+        tracking.log_report(reports)
+    (run,) = summaries(store)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name.startswith("one-2shot-")
+    assert run.data.metrics == {"base_to_novel.zero_shot.base": 50.0}
+    assert "| CLIP | 50.00 |" in run.data.tags["mlflow.note.content"]
+    assert "More" not in run.data.tags["mlflow.note.content"]
+    assert {store.get_run(one).data.tags["mlflow.parentRunId"] for one in ids} == {run.info.run_id}
+    report(folder, 1, 2, novel=40.0)  # the same results, of which more is shown
+    tracking.log_report(reports)
+    (again,) = summaries(store)
+    assert again.info.run_id == run.info.run_id
+    assert again.data.metrics["base_to_novel.zero_shot.novel"] == 40.0
+
+
+def test_a_training_of_two_summaries_is_below_the_later_and_in_the_lists_of_both(folder, two):
+    store, ids = two
+
+    def listed(run_id):
+        with open(store.download_artifacts(run_id, "trainings.csv"), newline="") as file:
+            return [row["run_id"] for row in csv.DictReader(file)]
+
+    def parents():
+        return [store.get_run(one).data.tags.get("mlflow.parentRunId") for one in ids]
+
+    first = summary.bring_up_to_date(store, report(folder, 1))
+    assert parents() == [first, None]
+    second = summary.bring_up_to_date(store, report(folder, 1, 2))
+    assert first != second
+    assert parents() == [second, second]
+    assert (listed(first), listed(second)) == (ids[:1], ids)
+    assert summary.bring_up_to_date(store, report(folder, 1)) == first  # `dvc repro` with the first settings
+    assert parents() == [first, second]
+
+
+def test_a_summary_that_was_cut_off_is_completed(folder, two):
+    store, _ = two
+    reports = report(folder, 1, 2)
+    text = (reports / "README.md").read_text()
+    (reports / "README.md").unlink()
+    with pytest.raises(FileNotFoundError):
+        summary.bring_up_to_date(store, reports)
+    runs.close_abandoned(store)
+    (before,) = summaries(store)
+    assert before.info.status == "KILLED"
+    (reports / "README.md").write_text(text)
+    assert summary.bring_up_to_date(store, reports) == before.info.run_id
+    assert summaries(store)[0].info.status == "FINISHED"
+
+
+def test_a_report_without_evaluations_is_no_summary(folder):
+    assert summary.bring_up_to_date(client(), report(folder)) is None
+    assert summary.bring_up_to_date(client(), folder / "nothing") is None
+    assert summaries(client()) == []
+
+
+def test_a_run_says_what_differs_from_its_commit(folder):
+    assert not {"git.dirty", "mlflow.source.git.commit"} & set(origin.tags())  # no git here
+    (folder / "heba").mkdir()
+    (folder / "dvc.lock").write_text("")
+    initialise(folder)
+    out = trained(folder)
+    store = client()
+    tracking.find_or_create_run(store, out)
+    commit = call(folder, "git", "rev-parse", "HEAD").stdout.strip()
+    assert use.about(out)["git commit"] == commit
+    for name in ("params.yaml", "dvc.lock", "heba/new.py"):  # the pipeline itself writes dvc.lock
+        (folder / name).write_text("# changed\n")
+    assert origin.tags()["git.dirty"] == "params.yaml, heba/new.py"
+    (out / "config.json").write_text((out / "config.json").read_text().replace("of its inputs", "of others"))
+    tracking.find_or_create_run(store, out)
+    assert use.about(out)["git commit"] == f"{commit}, dirty (params.yaml, heba/new.py)"
+
+
+def test_experiments_open_on_the_runs_and_have_a_view_with_the_accuracy(folder):
+    store = client()
+    made = store.create_experiment("few_shot", tags={"mlflow.note.content": "my own words"})
+    assert experiments.experiment_id(store, "few_shot") == made
+    for name, metric in (("few_shot", "accuracy"), ("base_to_novel", "h")):
+        tags = store.get_experiment(experiments.experiment_id(store, name)).tags
+        assert tags["mlflow.experimentKind"] == "custom_model_development"
+        assert (
+            f"metrics.`{metric}`"
+            in json.loads(json.loads(tags["mlflow.sharedViewState.accuracy"])["state"])["selectedColumns"]
+        )
+    assert store.get_experiment(made).tags["mlflow.note.content"] == "my own words"

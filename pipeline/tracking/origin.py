@@ -1,0 +1,64 @@
+"""Where a run comes from, as its tags tell it: who, which command, which DVC experiment, which code."""
+
+import getpass
+import os
+import subprocess
+from pathlib import Path
+
+from pipeline.core.paths import main_root
+
+EXPERIMENT_TAG = "dvc.experiment"
+COMMIT_TAG = "mlflow.source.git.commit"
+DIRTY_TAG = "git.dirty"  # "false", or the names of what differs from the commit
+REWRITTEN = ("dvc.lock", "reports")  # in git, and written by the pipeline itself
+CODE = ("heba", "pipeline")  # whose files count before git knows them
+PATIENCE = 10.0  # seconds for git
+SHOWN = 5  # names of changed files
+
+
+def tags() -> dict[str, str]:
+    """The tags; those that nothing is known of are left out. MLflow's own have its names."""
+    commit = os.environ.get("DVC_EXP_BASELINE_REV") or _git("rev-parse", "HEAD")
+    stage = os.environ.get("DVC_STAGE", "")
+    found = {
+        "mlflow.user": _user(),
+        "mlflow.source.name": f"dvc repro {stage}" if stage else "python -m pipeline",
+        "mlflow.source.type": "LOCAL",
+        COMMIT_TAG: commit,
+        "mlflow.source.git.branch": _git("symbolic-ref", "--quiet", "--short", "HEAD", folder=main_root()),
+        DIRTY_TAG: changed(commit) if commit else "",
+        "dvc.stage": stage,
+        EXPERIMENT_TAG: os.environ.get("DVC_EXP_NAME", ""),
+    }
+    return {key: value for key, value in found.items() if value}
+
+
+def changed(commit: str) -> str:
+    """DIRTY_TAG of the tree that runs; "" where git cannot say."""
+    tree = [".", *(f":(exclude){name}" for name in REWRITTEN)]
+    files = _git("diff", "--name-only", commit, "--", *tree)
+    new = _git("ls-files", "--others", "--exclude-standard", "--", *CODE)
+    if files is None or new is None:
+        return ""
+    names = [*files.splitlines(), *new.splitlines()]
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more or "false"
+
+
+def _git(*arguments: str, folder: Path = Path()) -> str | None:
+    """What git prints; None where it fails, or there is none."""
+    command = ["git", "--no-optional-locks", *arguments]
+    try:
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, encoding="utf-8", errors="replace", timeout=PATIENCE
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a number without a name, in a container
+        return str(os.getuid()) if hasattr(os, "getuid") else ""
