@@ -1,4 +1,4 @@
-"""What `mkdocs build` takes besides the Markdown: the page of settings, and docstrings as this project writes them."""
+"""What `mkdocs build` needs besides the pages: a section for each method, and docstrings as written here."""
 
 import re
 from typing import Any
