@@ -19,7 +19,7 @@ lint: $(READY)
 docs: $(READY)
 	. $(VENV)/bin/activate && NO_MKDOCS_2_WARNING=1 python -m mkdocs build --quiet
 
-# The plain equivalent of `make ui` is in the README; the UI listens on the loopback address only.
+# The plain equivalent of `make ui` is in docs/getting-started.md; the UI listens on the loopback address only.
 ui: $(READY)
 	. $(VENV)/bin/activate && mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" --host 127.0.0.1 --port 5000
 
