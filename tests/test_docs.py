@@ -19,7 +19,10 @@ from pipeline.commands import cli, use
 from pipeline.report.tables import published_figures
 from tests.test_rooms import FILES, ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHELL = {"", "sh", "bash"}
 COMMANDS = {
@@ -32,6 +35,7 @@ VARIABLE = "…"  # in a quoted message
 
 def commands(text):
     """The commands in a page's shell blocks and in its code spans, as lists of words."""
+    text = text.replace("\\\n", " ")
     lines = [line for kind, block in FENCE.findall(text) if kind in SHELL for line in block.splitlines()]
     lines += re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
     for line in lines:
@@ -52,7 +56,7 @@ def problem(words):
     match words:
         case ["dvc", *rest] if rest:
             return _unknown_to_dvc(rest)
-        case ["python", "-m", module, *_] if module.startswith(("benchmarks", "tests")):
+        case ["python", "-m", module, *_] if module.startswith(("benchmarks", "tests", "heba", "pipeline.")):
             return "" if importlib.util.find_spec(module) else f"no module {module}"
         case ["make", target]:
             found = re.search(rf"^{re.escape(target)}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
@@ -98,7 +102,7 @@ def _unknown_to_dvc(words):
     return "".join(f"no stage {name}" for name in absent if name != "...")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_command_that_is_named_exists(page):
     found = {" ".join(words): problem(words) for words in commands(page.read_text(encoding="utf-8"))}
     assert {line: what for line, what in found.items() if what} == {}
@@ -121,6 +125,16 @@ dvc repro splt@dtd && heba predict a.jpg --top=3 --tpo 3
         "no target rpro",
         "no module benchmarks.setp",
     ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_and_variable_that_is_named_exists(page):
+    text = page.read_text(encoding="utf-8")
+    files = re.findall(r"`((?:heba|pipeline|tests|benchmarks|docs|reports)/[\w./-]+)`", text)
+    found = [name for name in files if not (ROOT / name).exists() and "/X" not in name]
+    code = "".join(path.read_text(encoding="utf-8") for path in [*FILES, *(ROOT / "tests").rglob("*.py")])
+    found += [name for name in re.findall(r"HEBA_[A-Z_]+", text) if name not in code]
+    assert found == []
 
 
 @cache
@@ -220,7 +234,7 @@ def site(tmp_path_factory):
 
 def test_the_site_loads_nothing_from_afar(site):
     pages = list(site.rglob("*.html"))
-    assert len(pages) > len(PAGES) - 1
+    assert {page.stem for page in pages} >= {page.stem for page in PAGES if page.parent.name == "docs"}
     for page in pages:
         text = page.read_text(encoding="utf-8")
         loaded = re.findall(
