@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from functools import cache
+from itertools import pairwise
 
 import pytest
 import typer.main
@@ -188,6 +189,23 @@ def test_the_readme_fits_a_few_screens_and_its_links_lead_somewhere():
     home = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     pictures = re.findall(r'<img src="([^"]+)"', home)  # which MkDocs does not look at
     assert [picture for picture in pictures if not (ROOT / "docs" / picture).is_file()] == []
+
+
+def test_the_diagram_of_the_readme_is_that_of_dvc_yaml():
+    ((_, diagram),) = [
+        found for found in FENCE.findall(PAGES[0].read_text(encoding="utf-8")) if found[0] == "mermaid"
+    ]
+    edges = [
+        (source, target)
+        for line in diagram.splitlines()
+        for parts in [[part.split(" & ") for part in line.strip().split(" --> ")]]
+        for sources, targets in pairwise(parts)
+        for source in sources
+        for target in targets
+    ]
+    assert len(edges) > 8
+    for source, target in edges:
+        assert any(dep.startswith(f"out/{source}") for dep in STAGES[target]["deps"]), (source, target)
 
 
 def test_the_expected_results_are_those_of_the_report():
