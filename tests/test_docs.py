@@ -186,9 +186,12 @@ def test_the_readme_fits_a_few_screens_and_its_links_lead_somewhere():
     assert len(text.splitlines()) < 120
     links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
     assert [link for link in links if not (ROOT / link).exists()] == []
-    home = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    pictures = re.findall(r'<img src="([^"]+)"', home)  # which MkDocs does not look at
-    assert [picture for picture in pictures if not (ROOT / "docs" / picture).is_file()] == []
+
+
+def test_the_pictures_are_there():
+    for page in PAGES:  # MkDocs does not look at HTML
+        for picture in re.findall(r'<img src="([^"]+)"', page.read_text(encoding="utf-8")):
+            assert (page.parent / picture).is_file(), f"{page}: {picture}"
 
 
 def test_the_diagram_of_the_readme_is_that_of_dvc_yaml():
