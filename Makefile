@@ -18,6 +18,7 @@ lint: $(READY)
 # The documentation as a site, in site/index.html; a broken link is an error. The theme's own announcement is left out.
 docs: $(READY)
 	. $(VENV)/bin/activate && NO_MKDOCS_2_WARNING=1 python -m mkdocs build
+	@echo "Documentation: site/index.html"
 
 # The plain equivalent of `make ui` is in docs/getting-started.md; the UI listens on the loopback address only.
 ui: $(READY)
