@@ -100,9 +100,9 @@ class Page:
         return text
 
     def click(self, text: str, what: str = "button, a, [role=button], [role=menuitem]") -> None:
-        """Click on the first element with this text, of those that the selector `what` gives, once it is there."""
+        """Click on the innermost element with this text, of those that the selector `what` gives."""
         found = f"[...document.querySelectorAll({json.dumps(what)})]"
-        chosen = f"{found}.find((e) => (e.innerText || '').trim() === {json.dumps(text)})"
+        chosen = f"{found}.findLast((e) => (e.innerText || '').trim() === {json.dumps(text)})"
         until = time.monotonic() + PATIENCE
         while not self.run(f"Boolean({chosen})"):
             assert time.monotonic() < until, f"there is no {text} to click on:\n{self.text()}"

@@ -19,14 +19,13 @@ from pipeline.tracking.store import client
 from tests import browser
 from tests.pipeline.serving import free_port, mlflow_server
 
-WIDTH, COLOURS = 1400, 64
+WIDTH, COLOURS = 1400, 128
 # What a reader has chosen before: the pages for trainings, and no assistant at the side.
 CHOSEN = """
 localStorage.setItem("mlflow.workflowType_v1", '"machine_learning"');
 localStorage.setItem("mlflow.assistant.panelOpen_v1", "false");
 localStorage.setItem("mlflow.assistant.fab.autoOpenedOnFirstLoad_v1", "true");
 """
-HIDE = "[...document.querySelectorAll('h2, button')].find((e) => e.innerText.trim() === 'Visualizations').click()"
 DIFFERENCES = "[...document.querySelectorAll('button[role=switch]')].forEach((e) => e.click())"
 REST = 3.0  # seconds for a page to come to rest
 
@@ -69,7 +68,7 @@ def pages(page: browser.Page, address: str, folder: Path) -> None:
     chosen = f'runs=["{new.info.run_id}","{old.info.run_id}"]&experiments=["{experiment}"]'
     page.open(f"{address}/#/compare-runs?{chosen}", WIDTH, 1100)
     page.wait_for("Comparing 2 Runs", "shots")
-    page.run(HIDE)
+    page.click("Visualizations", "*")
     page.run(DIFFERENCES)
     take(page, folder / "comparison.png")
 

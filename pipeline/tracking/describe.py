@@ -15,6 +15,7 @@ from pipeline.tracking.store import INPUTS_TAG
 
 ACCURACY = "accuracy"  # of all classes: for few_shot, and the mean over the data sets of cross_dataset
 VARIANTS = "accuracy_variants"  # the mean over those of domain_generalization
+FIRST = ("base", "novel", "h", ACCURACY, VARIANTS)  # in the first line of a description
 DECIMALS = 4  # as in the report's CSVs
 MEANS = {"cross_dataset": ACCURACY, "domain_generalization": VARIANTS}
 UNITS = (
@@ -109,18 +110,16 @@ def note(config: Mapping[str, Any], results: Sequence[Result] = ()) -> str:
     """The description of a training's run, in Markdown, with a table of its `results`."""
     about = methods.part(config["method"], "settings")
     shots = "1 shot" if config["shots"] == 1 else f"{config['shots']} shots"
-    lines = [
-        f"**{about.TITLE}** on {title(config['dataset'])}, {shots}, seed {config['seed']}, for "
-        f"{config['protocol']}. Family {about.FAMILY}: {methods.FAMILIES[about.FAMILY]}.",
-        "",
-    ]
+    found = metrics(results)
+    first = [f"{name} {found[name]:.2f} %" for name in FIRST if name in found]
+    what = f"**{about.TITLE}** on {title(config['dataset'])}, {shots}, seed {config['seed']}"
+    lines = [": ".join([what, *([", ".join(first)] if first else [])]), ""]
     rows = []
     for result in results:
         transfer = PROTOCOLS[result.protocol].transfer
         for group, accuracy in result.accuracies.items():
             what = title(result.dataset) if transfer else ROWS[group]
             rows.append(f"| {what} | {result.images.get(group, '')} | {accuracy:.2f} |")
-    found = metrics(results)
     rows += [
         f"| {PROTOCOLS[protocol].title}, mean | | {found[name]:.2f} |"
         for protocol, name in MEANS.items()
@@ -128,4 +127,5 @@ def note(config: Mapping[str, Any], results: Sequence[Result] = ()) -> str:
     ]
     if rows:
         lines += ["| test images of | number | accuracy, % |", "| :-- | --: | --: |", *rows, ""]
-    return "\n".join([*lines, UNITS])
+    family = f"For {config['protocol']}. Family {about.FAMILY}: {methods.FAMILIES[about.FAMILY]}."
+    return "\n".join([*lines, family, "", UNITS])

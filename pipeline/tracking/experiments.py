@@ -18,6 +18,7 @@ SUMMARY = "summary"
 VIEW = "accuracy"  # the saved view
 KIND_TAG, NOTE_TAG, VIEW_TAG = "mlflow.experimentKind", "mlflow.note.content", f"mlflow.sharedViewState.{VIEW}"
 KIND = "custom_model_development"  # opens on the table of runs; without it, on an empty page about traces
+RUN_NAME = "attributes.`Run Name`"
 METRICS = {
     "base_to_novel": ("base", "novel", "h"),
     "cross_dataset": ("accuracy", "accuracy_variants"),
@@ -87,8 +88,8 @@ def view(columns: list[str]) -> str:
     """
     state = {
         "selectedColumns": columns,
-        "columnOrder": [],
-        "columnWidths": {},
+        "columnOrder": [RUN_NAME, *columns],
+        "columnWidths": {RUN_NAME: 320} | {name: 8 * len(name) for name in columns},  # pixels
         "runsExpanded": {},
         "runsPinned": [],
         "runsHidden": [],

@@ -161,7 +161,9 @@ def begin_run(store: Any, config: dict[str, Any], start: float | None = None) ->
     tags = describe.tags(config) | origins | {NOTE_TAG: describe.note(config)}
     name, again = describe.run_name(config, origins), before.info.run_id if before else None
     run = runs.begin(store, experiment, name, tags, start, again)
-    store.log_batch(run.id, params=[Param(k, v) for k, v in describe.flat_params(config).items()])
+    there = before.data.params if before else {}  # which MLflow lets nobody change
+    new = [Param(k, v) for k, v in describe.flat_params(config).items() if k not in there]
+    store.log_batch(run.id, params=new)
     log_dataset(store, run.id, config["dataset"], "train")
     steps = [metric.step for metric in store.get_metric_history(run.id, "lr")] if again else []
     return run, max(steps, default=-1)

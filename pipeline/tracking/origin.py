@@ -25,12 +25,24 @@ def tags() -> dict[str, str]:
         "mlflow.source.name": f"dvc repro {stage}" if stage else "python -m pipeline",
         "mlflow.source.type": "LOCAL",
         COMMIT_TAG: commit,
-        "mlflow.source.git.branch": _git("symbolic-ref", "--quiet", "--short", "HEAD", folder=main_root()),
+        "mlflow.source.git.branch": _branch(commit),
         DIRTY_TAG: changed(commit) if commit else "",
         "dvc.stage": stage,
         EXPERIMENT_TAG: os.environ.get("DVC_EXP_NAME", ""),
     }
     return {key: value for key, value in found.items() if value}
+
+
+def _branch(commit: str | None) -> str | None:
+    """The branch; while an experiment runs, DVC has detached HEAD from it."""
+    branch = _git("symbolic-ref", "--quiet", "--short", "HEAD", folder=main_root())
+    if branch or not commit:
+        return branch
+    own = _git(
+        "for-each-ref", "--points-at", commit, "--format=%(refname:short)", "refs/heads", folder=main_root()
+    )
+    names = (own or "").splitlines()
+    return names[0] if len(names) == 1 else None
 
 
 def changed(commit: str) -> str:

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from heba.data.protocols import PROTOCOLS
 from pipeline.tracking import origin, runs
 from pipeline.tracking.experiments import METRICS, NOTE_TAG, SUMMARY, VIEW_TAG, experiment_id, table, view
 from pipeline.tracking.store import INPUTS_TAG, SHA_TAG
@@ -192,13 +191,13 @@ def _log_trainings(store: Any, run_id: str, trainings: Sequence[Any]) -> None:
 
 
 def note(store: Any, experiment: str, run_id: str, reports: Path) -> str:
-    """The description: the report's first table with what stands around it, and links to report and trainings."""
-    first = (reports / "README.md").read_text(encoding="utf-8").partition("\n## ")[0].partition("\n")[2].strip()
+    """The description: links to report and trainings, and the report's first table with what stands around it."""
+    first = (reports / "README.md").read_text(encoding="utf-8").partition("\n## ")[0].splitlines()[1:]
+    table_first = sorted(first, key=lambda line: not line.startswith("|"))  # MLflow shows five lines
     links = [f"[the report](#/experiments/{experiment}/runs/{run_id}/artifacts/reports/index.html)"]
     for name in METRICS:
         found = store.get_experiment_by_name(name)
         if found is not None:
-            titles = " and ".join(p.title for p in PROTOCOLS.values() if p.trained_as == name)
             address = table(found.experiment_id, searchFilter=f'tags."{PARENT_TAG}" = "{run_id}"')
-            links.append(f"[trainings: {titles}]({address})")
-    return f"{' · '.join(links)}\n\n{first}"[:MOST_NOTE]
+            links.append(f"[trainings for {name}]({address})")
+    return "\n".join([" · ".join(links), "", *table_first])[:MOST_NOTE]

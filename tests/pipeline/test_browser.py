@@ -82,7 +82,13 @@ def test_a_run_says_what_it_is(client, address, page):
         for what, name in (("base", "base"), ("novel", "novel"))
     ]
     parent = client.get_run(run.data.tags["mlflow.parentRunId"]).info.run_name
-    page.wait_for("HeBA on DTD, 2 shots, seed 1", *rows, parent, "family: tower", "dtd-test (")
+    page.wait_for(
+        f"HeBA on DTD, 2 shots, seed 1: base {run.data.metrics['base']:.2f} %, ",
+        *rows,
+        parent,
+        "family: tower",
+        "dtd-test (",
+    )
 
 
 def test_the_summary_shows_the_averages_and_the_report(client, address, page):
@@ -94,7 +100,7 @@ def test_the_summary_shows_the_averages_and_the_report(client, address, page):
     page.click("the report")
     page.wait_for("trainings.csv", "HeBA: results", "Base-to-novel generalisation\nLeaderboard")
     page.open(f"{where}?workflowType=machine_learning")
-    page.click("trainings: Base-to-novel generalisation")
+    page.click("trainings for base_to_novel")
     page.wait_for("mlflow.parentRunId", training(client)[1].info.run_name)
 
 

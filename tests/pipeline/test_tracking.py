@@ -40,10 +40,10 @@ CONFIG = artifact.Config(
 EPOCH = {"epoch": 0, "loss": 1.0, "lr": 0.1}
 
 
-def begun(inputs=CONFIG.inputs_sha256):
+def begun(inputs=CONFIG.inputs_sha256, **about):
     """What a stage logs its trainings by, with one that has begun."""
     log = tracking.StageLog()
-    log.begin(CONFIG.model_copy(update={"inputs_sha256": inputs}), "CPU")
+    log.begin(CONFIG.model_copy(update={"inputs_sha256": inputs} | about), "CPU")
     return log
 
 
@@ -153,7 +153,7 @@ def test_a_training_that_goes_on_in_another_experiment_goes_on_with_its_run(fold
     (before,) = all_runs(store)
     assert (before.info.status, before.info.run_name[-6:]) == ("KILLED", "-first")
     monkeypatch.setenv("DVC_EXP_NAME", "second")
-    run = begun()
+    run = begun(settings={"prompts": "template"})  # as if only an evaluation read it
     for epoch in range(2, 6):  # the checkpoint was of the second epoch
         run.epoch(EPOCH | {"epoch": epoch})
     run.outs(trained(folder))
