@@ -38,9 +38,8 @@ def take(page: browser.Page, path: Path) -> None:
 
 
 def leaderboard(page: browser.Page, folder: Path) -> None:
-    page.open(Path("reports/index.html").resolve().as_uri(), WIDTH, 700)
+    page.open(Path("reports/index.html").resolve().as_uri(), 1000, 1320)
     page.wait_for("HeBA: results")
-    page.run("document.querySelectorAll('h2')[1].scrollIntoView()")  # below the overview
     take(page, folder / "leaderboard.png")
 
 
