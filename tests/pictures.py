@@ -38,7 +38,7 @@ def take(page: browser.Page, path: Path) -> None:
 
 
 def leaderboard(page: browser.Page, folder: Path) -> None:
-    page.open(Path("reports/index.html").resolve().as_uri(), WIDTH, 900)
+    page.open(Path("reports/index.html").resolve().as_uri(), 1000, 1320)
     page.wait_for("HeBA: results")
     take(page, folder / "leaderboard.png")
 

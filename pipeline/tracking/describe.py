@@ -45,7 +45,7 @@ def results_of(training: Training, inputs_sha256: str, known: Mapping[Path, Resu
     found = []
     for protocol, about in PROTOCOLS.items():
         if about.trained_as == training.protocol:
-            pattern = Evaluation(protocol, "*", training).path
+            pattern = Evaluation(protocol, "*" if about.transfer else training.dataset, training).path
             paths = {*Path().glob(str(pattern)), *(path for path in known if path.match(str(pattern)))}
             for path in sorted(paths):
                 try:
@@ -97,13 +97,10 @@ def flat_params(config: Mapping[str, Any]) -> dict[str, str]:
 
 def tags(config: Mapping[str, Any]) -> dict[str, str]:
     """A config's hashes, and what kind of method it is of."""
-    found = {INPUTS_TAG: config["inputs_sha256"], "method": config["method"], "family": family(config["method"])}
+    method = config["method"]
     hashes = {f"backbone.{k}": v for k, v in config["backbone"].items() if k.endswith("sha256") and v}
-    return found | hashes
-
-
-def family(method: str) -> str:
-    return str(methods.part(method, "settings").FAMILY)
+    family = methods.part(method, "settings").FAMILY
+    return {INPUTS_TAG: config["inputs_sha256"], "method": method, "family": family} | hashes
 
 
 def note(config: Mapping[str, Any], results: Sequence[Result] = ()) -> str:
@@ -112,8 +109,8 @@ def note(config: Mapping[str, Any], results: Sequence[Result] = ()) -> str:
     shots = "1 shot" if config["shots"] == 1 else f"{config['shots']} shots"
     found = metrics(results)
     first = [f"{name} {found[name]:.2f} %" for name in FIRST if name in found]
-    what = f"**{about.TITLE}** on {title(config['dataset'])}, {shots}, seed {config['seed']}"
-    lines = [": ".join([what, *([", ".join(first)] if first else [])]), ""]
+    trained = f"**{about.TITLE}** on {title(config['dataset'])}, {shots}, seed {config['seed']}"
+    lines = [f"{trained}: {', '.join(first)}" if first else trained, ""]
     rows = []
     for result in results:
         transfer = PROTOCOLS[result.protocol].transfer
@@ -127,5 +124,5 @@ def note(config: Mapping[str, Any], results: Sequence[Result] = ()) -> str:
     ]
     if rows:
         lines += ["| test images of | number | accuracy, % |", "| :-- | --: | --: |", *rows, ""]
-    family = f"For {config['protocol']}. Family {about.FAMILY}: {methods.FAMILIES[about.FAMILY]}."
-    return "\n".join([*lines, family, "", UNITS])
+    kind = f"For {config['protocol']}. Family {about.FAMILY}: {methods.FAMILIES[about.FAMILY]}."
+    return "\n".join([*lines, kind, "", UNITS])

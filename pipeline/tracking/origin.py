@@ -11,7 +11,7 @@ EXPERIMENT_TAG = "dvc.experiment"
 COMMIT_TAG = "mlflow.source.git.commit"
 DIRTY_TAG = "git.dirty"  # "false", or the names of what differs from the commit
 REWRITTEN = ("dvc.lock", "reports")  # in git, and written by the pipeline itself
-CODE = ("heba", "pipeline")  # whose files count before git knows them
+CODE = ("heba/", "pipeline/")  # whose files count before git knows them
 PATIENCE = 10.0  # seconds for git
 SHOWN = 5  # names of changed files
 

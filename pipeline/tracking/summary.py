@@ -46,29 +46,30 @@ def bring_up_to_date(store: Any, reports: Path) -> str | None:
     content, experiment = hashlib.sha256(evaluations.read_bytes()).hexdigest(), experiment_id(store, SUMMARY)
     finished = f"tags.`{CONTENT_TAG}` = '{content}' AND attributes.status = 'FINISHED'"
     found = next(iter(store.search_runs([experiment], finished, max_results=1)), None)
-    trainings = covered(store, rows)
     if found:
-        run_id, logged = found.info.run_id, found.data.tags.get(REPORT_TAG)
-        if logged != _sha256(reports):  # the same results, shown in another way
-            _log_report(store, experiment, run_id, reports)
-        _log_trainings(store, run_id, trainings)
-        return str(run_id)
+        _complete(store, found.info.run_id, reports, rows)
+        return str(found.info.run_id)
     opened = _begin(store, experiment, content, rows)
-    _log_params(store, opened.id, params(rows, trainings))
-    _log_report(store, experiment, opened.id, reports)
-    _log_trainings(store, opened.id, trainings)
+    _complete(store, opened.id, reports, rows)
     opened.end()
     return opened.id
+
+
+def _complete(store: Any, run_id: str, reports: Path, rows: list[Row]) -> None:
+    """Log what a summary lacks: the same results may be shown in another way, and more trainings be in MLflow."""
+    trainings, run = covered(store, rows), store.get_run(run_id)
+    _log_params(store, run, params(rows, trainings))
+    if run.data.tags.get(REPORT_TAG) != _sha256(reports):
+        _log_report(store, run.info.experiment_id, run_id, reports)
+    _log_trainings(store, run_id, trainings)
 
 
 def _log_report(store: Any, experiment: str, run_id: str, reports: Path) -> None:
     """Log the report's headline numbers, and all of its files."""
     from mlflow.entities import Metric, RunTag
 
-    now, found = (
-        int(time.time() * 1000),
-        [numbers(path) for path in map(reports.joinpath, NUMBERS) if path.is_file()],
-    )
+    now = int(time.time() * 1000)
+    found = [numbers(path) for path in map(reports.joinpath, NUMBERS) if path.is_file()]
     metrics = [Metric(name, value, now, 0) for few in found for name, value in few.items()]
     for first in range(0, len(metrics), METRICS_AT_ONCE):
         store.log_batch(run_id, metrics=metrics[first : first + METRICS_AT_ONCE])
@@ -163,13 +164,13 @@ def _distinct(rows: Sequence[Row], key: str, few_shot: bool | None = None) -> li
     return sorted(values, key=int) if key in ("shots", "seed") else values
 
 
-def _log_params(store: Any, run_id: str, found: dict[str, str]) -> None:
+def _log_params(store: Any, run: Any, found: dict[str, str]) -> None:
+    """Log those that the run lacks: MLflow lets nobody change one."""
     from mlflow.entities import Param
 
-    there = store.get_run(run_id).data.params  # of a summary that was cut off
-    new = [Param(key, value) for key, value in found.items() if key not in there]
+    new = [Param(key, value) for key, value in found.items() if key not in run.data.params]
     for first in range(0, len(new), PARAMS_AT_ONCE):
-        store.log_batch(run_id, params=new[first : first + PARAMS_AT_ONCE])
+        store.log_batch(run.info.run_id, params=new[first : first + PARAMS_AT_ONCE])
 
 
 def _log_trainings(store: Any, run_id: str, trainings: Sequence[Any]) -> None:
