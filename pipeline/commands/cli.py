@@ -283,6 +283,16 @@ def waves() -> None:
 
 
 @app.command()
+def dag() -> None:
+    """Print the DAG as a Mermaid flow chart, with one node for the stages of a matrix."""
+    _params()
+    from pipeline.commands import dag
+    from pipeline.core.paths import main_root
+
+    print(dag.mermaid(main_root()))
+
+
+@app.command()
 def ablate(
     datasets: Annotated[
         str, typer.Option(help="Data sets, such as dtd,eurosat. Default: all of params.yaml.")
