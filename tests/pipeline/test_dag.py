@@ -154,4 +154,4 @@ def test_the_chart_in_the_documentation_is_the_dag():
     drawn = dag.mermaid(ROOT)
     assert chart == drawn
     assert "    train --> evaluate\n" in drawn
-    assert "own" not in drawn
+    assert "-own" not in drawn
