@@ -209,6 +209,22 @@ def protocols() -> None:
     _say("protocols", "folders of all results")
 
 
+def _epochs(params: Params) -> Any:
+    """The losses of the base_to_novel trainings that are there: a frame of method, dataset, epoch and loss."""
+    import pandas as pd
+
+    from heba import artifact
+    from pipeline.core.trainings import trainings
+
+    rows = [
+        (training.method, training.dataset, int(record["epoch"]), record["loss"])
+        for training in trainings(params)
+        if training.protocol == "base_to_novel" and (training.folder / artifact.HISTORY_FILE).is_file()
+        for record in artifact.read_history(training.folder)
+    ]
+    return pd.DataFrame(rows, columns=["method", "dataset", "epoch", "loss"])
+
+
 @app.command()
 def report() -> None:
     """Render reports/ from the evaluations that params.yaml asks for and print the summary."""
@@ -227,7 +243,12 @@ def report() -> None:
         counted = [method for method in params.methods if cost_path(method).is_file()]
         costs = {method: read_cost(cost_path(method)) for method in counted}
         timings = cost.read(cost.FILE, params.suite, params.backbone.name)
-        render.render_report(records, params.methods, folder, real, ablations, below, costs=costs, timings=timings)
+        render.render_report(
+            *(records, params.methods, folder, real, ablations, below),
+            costs=costs,
+            timings=timings,
+            epochs=_epochs(params),
+        )
     if records:
         from pipeline.tracking import log as tracking
 
@@ -284,6 +305,16 @@ def waves() -> None:
 
     for wave in repro.waves(dvc_inside.make_plan(main_root())):
         print(*wave)
+
+
+@app.command()
+def dag() -> None:
+    """Print the DAG as a Mermaid flow chart, with one node for the stages of a matrix."""
+    _params()
+    from pipeline.commands import dag
+    from pipeline.core.paths import main_root
+
+    print(dag.mermaid(main_root()))
 
 
 @app.command()

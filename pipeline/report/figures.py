@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from heba import methods
-from heba.data.datasets import title
+from heba.data.datasets import order, title
 from pipeline.report import statistics, tables
 from pipeline.report.leaderboard import Board
 
@@ -99,6 +99,44 @@ def _curves(axes: Axes, part: pd.DataFrame, names: list[str]) -> dict[str, tuple
     axes.set_xticks(shots, list(map(str, shots)))
     axes.minorticks_off()
     return ends
+
+
+def losses(epochs: pd.DataFrame, names: list[str]) -> Drawn:
+    """Loss over epochs: a plot per method that has epochs, and in it a line per data set, the mean over seeds.
+
+    Args:
+        epochs: a row per training and epoch: method, dataset, epoch, loss.
+    """
+    trained = [name for name in names if name in set(epochs["method"])]
+    if not trained:
+        return {}
+    columns = min(3, len(trained))
+    rows = -(-len(trained) // columns)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9, 2.7 * rows), layout="constrained")
+        plots = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for name, axes in zip(trained, plots, strict=False):
+            means = epochs[epochs["method"] == name].groupby(["dataset", "epoch"])["loss"].mean()
+            for dataset in sorted(means.index.unique("dataset"), key=order):
+                line = means[dataset]
+                axes.plot(line.index, line, color=_colour(name), linewidth=0.8, alpha=0.7)
+            _line_ends(axes, {dataset: means[dataset].iloc[-1] for dataset in means.index.unique("dataset")})
+            axes.set_title(tables.method_title(name), fontsize="medium")
+        for axes in plots[len(trained) :]:
+            axes.set_axis_off()
+        figure.supxlabel("epoch", fontsize="medium")
+        figure.supylabel("loss", fontsize="medium")
+        return {"losses": svg(figure, "Loss over epochs")}
+
+
+def _line_ends(axes: Axes, ends: Mapping[str, float]) -> None:
+    """The names of data sets right of the plot, none on another."""
+    low, high = axes.get_ylim()
+    listed = sorted(ends, key=lambda dataset: ends[dataset])
+    heights = [(ends[dataset] - low) / (high - low) for dataset in listed]
+    for dataset, height in zip(listed, apart(heights, 0.075), strict=True):
+        at, name = (1.02, height), _text(title(dataset))
+        axes.annotate(name, at, xycoords="axes fraction", fontsize=6, color="0.3", va="center")
 
 
 def scatter(board: Board, names: list[str]) -> Drawn:

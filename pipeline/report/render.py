@@ -28,6 +28,7 @@ H_NOTE = (
     "is the harmonic mean of the averaged base and novel, as in the papers. ± is the sample standard deviation "
     "over seeds."
 )
+LOSSES = "Base-to-novel trainings: the mean loss of an epoch, over seeds; a line per data set."
 MARKS = "The best of a column is bold, the second underlined"
 AVERAGES = "; an average is bold by the rule of the leaderboard"
 # Fixed, so that dvc.yaml can list them; a table without results says so in its files.
@@ -168,6 +169,7 @@ def render_report(
     reference: str | None = None,
     costs: Mapping[str, Cost] | None = None,
     timings: pd.DataFrame | None = None,
+    epochs: pd.DataFrame | None = None,
 ) -> None:
     """Write all report files into `out`.
 
@@ -178,6 +180,7 @@ def render_report(
         made: by protocol, sentences for under its tables about where they come from.
         reference: the method that the others are compared with; None: the last of `names`.
         costs: by method, what was counted of it. timings: lines of timings.csv.
+        epochs: the losses of the trainings, for `figures.losses`.
     """
     suites = {r.suite for r in records} | set([] if ablations is None else ablations["suite"])
     embedded, reference = "embedded" in suites, reference or names[-1]
@@ -231,6 +234,12 @@ def render_report(
         write_table(out, "cost", "Cost", spent, [([shown], below)])
         text += _section("Cost", "cost", [shown], below, [])
         sections.append(_page_section("Cost", [shown], [], below))
+    drawn = {} if epochs is None else figures.losses(epochs, names)
+    if drawn:
+        for name, figure in drawn.items():
+            (out / FIGURES / f"{name}.svg").write_text(figure, encoding="utf-8")
+        text += ["## Training", "", *(f"![{name}]({FIGURES}/{name}.svg)\n" for name in drawn), LOSSES, ""]
+        sections.append(_page_section("Training", [], [], [LOSSES]) | {"figures": list(drawn.values())})
     if ablations is None or ablations.empty:
         no_table(out, "ablation", ablation.COLUMNS)
     else:

@@ -101,6 +101,14 @@ def make_plan(root: Path) -> Plan:
         return Plan({stage: set(graph.successors(stage)) & stages for stage in stages}, order, gpu)
 
 
+def graph(root: Path) -> Any:
+    """All stages, as a graph of networkx with an edge from each to what it depends on itself."""
+    import networkx as nx
+
+    with repository(root) as repo:
+        return nx.relabel_nodes(repo.index.graph, lambda stage: stage.addressing)
+
+
 def cache_folder(repo: Any) -> Path:
     """DVC's cache, to which the outs are links."""
     return Path(repo.cache.local.path)

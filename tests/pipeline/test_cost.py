@@ -26,9 +26,14 @@ from tests.pipeline.records import record
 PAPER, DEMO = FOLDER / "paper.yaml", FOLDER / "demo.yaml"
 
 
-def test_the_paper_preset(tmp_path, monkeypatch):
+FEW = ["zero_shot", "gda", "tcp", "mma", "heba"]
+
+
+@pytest.mark.parametrize("listed", [FEW, pytest.param(None, id="all", marks=pytest.mark.slow)])
+def test_the_paper_preset(tmp_path, monkeypatch, listed):
     monkeypatch.chdir(tmp_path)
-    Path("params.yaml").write_text(PAPER.read_text())
+    raw = yaml.safe_load(PAPER.read_text())
+    Path("params.yaml").write_text(yaml.safe_dump(raw | ({"methods": listed} if listed else {})))
     result = CliRunner().invoke(app, ["cost"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     lines = [line.split("|")[1:-1] for line in result.stdout.splitlines() if "|" in line]
@@ -43,7 +48,7 @@ def test_the_paper_preset(tmp_path, monkeypatch):
     *columns, memory = zip(*rows.values(), strict=True)
     assert most == max(memory)
     # Whose texts or images go through a tower with a backward, keeps what that needs of all classes or images.
-    params = load_params(PAPER)
+    params = load_params()
     about = [methods.part(method, "settings") for method in params.methods]
     keeping = {a.TITLE for m, a in zip(params.methods, about, strict=True) if a.FAMILY in ("prompt", "tower")}
     assert {title for (_, title), gb in zip(rows, memory, strict=True) if gb > weights} == keeping

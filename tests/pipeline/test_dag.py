@@ -1,12 +1,14 @@
 """dvc.yaml against the code: a number that is out of date would look like any other."""
 
 import ast
+import re
 from functools import cache
 
 import pytest
 import yaml
 
 from heba import methods
+from pipeline.commands import dag
 from pipeline.core import code
 from pipeline.stages.precompute import precompute_folder
 from tests.test_rooms import MODULES, ROOT
@@ -144,3 +146,12 @@ def test_own_data_makes_no_evaluation_of_the_source_stale():
     assert "out/precompute" in outs
     assert own == "out/precompute-own/${item.dataset}"
     assert not any(own.startswith(f"{dep}/") for dep in outs)
+
+
+def test_the_chart_in_the_documentation_is_the_dag():
+    text = (ROOT / "docs" / "pipeline.md").read_text(encoding="utf-8")
+    [chart] = re.findall(r"```mermaid\n(.*?)\n```", text, re.DOTALL)
+    drawn = dag.mermaid(ROOT)
+    assert chart == drawn
+    assert "    train --> evaluate\n" in drawn
+    assert "-own" not in drawn

@@ -253,6 +253,18 @@ def test_files(tmp_path):
     assert list(tables.pd.read_csv(tmp_path / "a" / "domain_generalization.csv").columns) == list(tables.TIDY)
 
 
+def test_the_losses_are_drawn_by_method_and_data_set(tmp_path):
+    epochs = [("heba", d, e, 2.0 / e) for d in ("dtd", "eurosat") for e in (1, 2, 3)]
+    frame = tables.pd.DataFrame(epochs, columns=["method", "dataset", "epoch", "loss"])
+    render.render_report(RECORDS, METHODS, tmp_path, published=False, epochs=frame)
+    drawn = (tmp_path / "figures" / "losses.svg").read_text()
+    assert "HeBA" in drawn
+    assert "CLIP" not in drawn  # which has no epochs
+    assert drawn.count("DTD") == drawn.count("EuroSAT") == 1
+    assert "figures/losses.svg" in (tmp_path / "README.md").read_text()
+    assert drawn.strip() in (tmp_path / "index.html").read_text()
+
+
 def test_metrics_are_few(tmp_path):
     records = [*RECORDS, *few_shot_records()]
     records += [

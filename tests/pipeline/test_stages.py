@@ -101,6 +101,17 @@ def assert_origin(run, repo, command):
     assert wanted.items() <= run.data.tags.items()
 
 
+def test_dvc_shows_the_figures_without_a_network(repo):
+    dvc(repo, "plots", "show", "-o", "shown")
+    page = (repo / "shown" / "index.html").read_text()
+    assert "script" not in page
+    figures = {path.name: path.read_bytes() for path in (repo / "reports" / "figures").iterdir()}
+    assert "losses.svg" in figures
+    for name, content in figures.items():
+        [source] = re.findall(rf'src="(static/[^"]*_{name})"', page)
+        assert (repo / "shown" / source).read_bytes() == content
+
+
 def test_every_training_is_a_run_with_its_evaluation(finished):
     from mlflow.tracking import MlflowClient
 
