@@ -78,7 +78,8 @@ def check(
     alike = _alike(split, looks, same)
     spoken: dict[str, list[str]] = {}
     for name in names:
-        spoken.setdefault(normalise_class_name(name), []).append(name)
+        # Windows has no names that end in a space or a dot.
+        spoken.setdefault(" ".join(normalise_class_name(name).split()).rstrip(" ."), []).append(name)
     few = table[(table["train"] > 0) & (table["train"] < rules.shots)]
     unknown = sorted(set(texts) - {normalise_class_name(name) for name in names})
     conflict = Finding("the same image, byte for byte, in different classes", files.conflicts)
