@@ -181,7 +181,7 @@ def test_a_thousand_classes_of_two_images(tmp_path, run):
     folder_of_classes(tmp_path / "photos", {f"class {i:03}": 2 for i in range(1000)})
     code, text = run(*CHECK)
     assert code == 0
-    assert text.startswith("1000 classes, 2000 images: 1000 train, 0 val, 1000 test\n")
+    assert "1000 classes, 2000 images: 1000 train, 0 val, 1000 test\n" in text  # after the progress
 
 
 def test_the_same_picture_is_noted_and_on_one_side_of_the_split(tmp_path, run):
@@ -189,7 +189,7 @@ def test_the_same_picture_is_noted_and_on_one_side_of_the_split(tmp_path, run):
     for i, picture in enumerate(photographs()):
         name = "garden" if i < 12 else "temple"
         save(picture, photos / name / f"{i:02}.png")
-        if i % 12 < 4:
+        if i % 12 > 7:
             save(ImageEnhance.Brightness(picture).enhance(0.9), photos / name / f"{i:02}-darker.jpg", quality=70)
     code, text = run(*CHECK)
     assert code == 0, text
@@ -210,7 +210,7 @@ def test_the_same_picture_is_noted_and_on_one_side_of_the_split(tmp_path, run):
     for name in ("garden", "temple"):
         (photos / name).rmdir()
     (photos / "test" / "temple" / "00.png").write_bytes(
-        (photos / "test" / "temple" / "12-darker.jpg").read_bytes()
+        (photos / "test" / "temple" / "21-darker.jpg").read_bytes()
     )
     save(next(photographs()), photos / "test" / "temple" / "13.webp", quality=80)
     code, text = run(*CHECK)
