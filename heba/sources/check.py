@@ -85,7 +85,10 @@ def check(
     conflict = Finding("the same image, byte for byte, in different classes", files.conflicts)
     leak = Finding("the same bytes in more than one of train, val and test", files.leaks)
     errors = [
-        Finding("fewer than two classes", [] if len(names) > 1 else names or ["none at all"]),
+        Finding(
+            "fewer than two classes, so that there is nothing to tell apart",
+            [] if len(names) > 1 else names or ["none at all"],
+        ),
         Finding("images that are missing or cannot be decoded", files.broken),
         Finding("images of 16 or more bits a channel, of an unknown range; convert them to 8 bit", files.deep),
         Finding("classes without test images", list(table.index[table["test"] == 0])),

@@ -155,7 +155,8 @@ def _unknown_words(
         return [], []
     drawn = [suite.descriptions(dataset) for dataset in suite.DATASETS]
     texts = [text for found in drawn for name, sentences in found.items() for text in (name, *sentences)]
-    known = sorted({word.lower() for word in words_of(texts)})
+    texts += [datasets.template(dataset, True) for dataset in suite.DATASETS]
+    known = sorted({word.lower() for word in words_of(texts) if word.isalnum()})
     near = {word: difflib.get_close_matches(word.lower(), known) for word in unknown}
     lines = [f"{word}; near is {', '.join(found)}" if found else word for word, found in near.items()]
     return lines, textwrap.wrap(", ".join(known), LINE)

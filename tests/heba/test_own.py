@@ -343,7 +343,9 @@ def test_classes_that_can_not_be_trained_or_tested(tmp_path):
     split = {"train": [], "val": [], "test": [("a/0.png", 0, "a"), ("b/0.png", 1, "b")]}
     assert report(tmp_path, split).errors == []
     split = {part: [("a/0.png", 0, "a")] for part in PARTS}
-    assert "fewer than two classes" in found(report(tmp_path, split).errors)
+    assert "fewer than two classes, so that there is nothing to tell apart" in found(
+        report(tmp_path, split).errors
+    )
 
 
 def test_a_finding_shows_some_and_says_how_many_more(tmp_path):

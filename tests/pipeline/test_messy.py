@@ -70,7 +70,10 @@ def save(picture, path, **options):
             {"cat/a.png": 1, "dog/b.png": 2, "dog/c.png": 3},
             "a class needs an image to train and one to test; fewer",
         ),
-        ({"cat/a.png": 1, "cat/b.png": 2, "cat/c.png": 3}, "problem: fewer than two classes:\n  cat"),
+        (
+            {"cat/a.png": 1, "cat/b.png": 2, "cat/c.png": 3},
+            "problem: fewer than two classes, so that there is nothing to tell apart:\n  cat",
+        ),
     ],
 )
 def test_a_wrong_folder_is_told_in_a_sentence(tmp_path, run, make, message):
