@@ -78,13 +78,17 @@ def check(
     alike = _alike(split, looks, same)
     spoken: dict[str, list[str]] = {}
     for name in names:
-        spoken.setdefault(normalise_class_name(name), []).append(name)
+        # Windows has no names that end in a space or a dot.
+        spoken.setdefault(" ".join(normalise_class_name(name).split()).rstrip(" ."), []).append(name)
     few = table[(table["train"] > 0) & (table["train"] < rules.shots)]
     unknown = sorted(set(texts) - {normalise_class_name(name) for name in names})
     conflict = Finding("the same image, byte for byte, in different classes", files.conflicts)
     leak = Finding("the same bytes in more than one of train, val and test", files.leaks)
     errors = [
-        Finding("fewer than two classes", [] if len(names) > 1 else names or ["none at all"]),
+        Finding(
+            "fewer than two classes, so that there is nothing to tell apart",
+            [] if len(names) > 1 else names or ["none at all"],
+        ),
         Finding("images that are missing or cannot be decoded", files.broken),
         Finding("images of 16 or more bits a channel, of an unknown range; convert them to 8 bit", files.deep),
         Finding("classes without test images", list(table.index[table["test"] == 0])),

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from tqdm import tqdm
 
 from heba.sources.look import SIDE, Look, look_at
 
@@ -63,7 +64,7 @@ def _like(small: np.ndarray, aspects: np.ndarray) -> list[tuple[int, int]]:
     vectors = _vectors(small)
     found = []
     step = max(1, AT_ONCE // max(n, 1))
-    for start in range(0, n, step):
+    for start in tqdm(range(0, n, step), desc="compare pictures", delay=2, unit="block"):
         for mirrored in (False, True):
             block = small[start : start + step, :, ::-1] if mirrored else small[start : start + step]
             likeness = _vectors(block) @ vectors[start:].T

@@ -107,6 +107,8 @@ def check_data(
 
     report = own.check(params, name, own.most_shots(params, name))
     print(report.text())
+    if report.errors and name in params.own:
+        print(own.remedy(name, report))
     if report.errors:
         raise typer.Exit(1)
 

@@ -80,6 +80,7 @@ def _span(text: str, *keys: str) -> tuple[int, int]:
             raise ParamsError(f"{PARAMS_FILE}: {'.'.join(keys)}: missing; restore it with `preset {START}`")
         found, node = pairs[key]
     assert found is not None
+    assert node is not None
     lines = text[: node.end_mark.index].rstrip().splitlines(True)
     while lines[-1].lstrip().startswith("#") or not lines[-1].strip():
         lines.pop()

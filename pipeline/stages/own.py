@@ -155,7 +155,8 @@ def _unknown_words(
         return [], []
     drawn = [suite.descriptions(dataset) for dataset in suite.DATASETS]
     texts = [text for found in drawn for name, sentences in found.items() for text in (name, *sentences)]
-    known = sorted({word.lower() for word in words_of(texts)})
+    texts += [datasets.template(dataset, True) for dataset in suite.DATASETS]
+    known = sorted({word.lower() for word in words_of(texts) if word.isalnum()})
     near = {word: difflib.get_close_matches(word.lower(), known) for word in unknown}
     lines = [f"{word}; near is {', '.join(found)}" if found else word for word, found in near.items()]
     return lines, textwrap.wrap(", ".join(known), LINE)
@@ -183,11 +184,16 @@ def refuse_problems(params: Params, name: str, data: Checked) -> None:
         print(f"{name}: {finding.shown(SHOWN)}", file=sys.stderr)
     if report.errors:
         found = "\n".join(finding.shown(SHOWN) for finding in report.errors)
-        remedy = ""
-        if any("the same bytes" in finding.text for finding in report.errors):
-            remedy += f", or set own.{name}.allow_leaks: true for the same bytes"
-        if any(look.problem for look in data.looks.values()) and not data.skipped:
-            remedy += f", or set own.{name}.skip_unreadable: true to go on without images that cannot be read"
         raise ParamsError(
-            f"own.{name}: {found}\nMend these{remedy}. `python -m pipeline check-data {name}` lists all."
+            f"own.{name}: {found}\n{remedy(name, report)} `python -m pipeline check-data {name}` lists all."
         )
+
+
+def remedy(name: str, report: "Report") -> str:
+    """What to do about the errors of an own data set."""
+    text = "Mend these"
+    if any("the same bytes" in finding.text for finding in report.errors):
+        text += f", or set own.{name}.allow_leaks: true for the same bytes"
+    if any("decoded" in finding.text or "16 or more bits" in finding.text for finding in report.errors):
+        text += f", or set own.{name}.skip_unreadable: true to go on without the images that cannot be read"
+    return f"{text}."

@@ -127,7 +127,7 @@ class ServedAdapter(PythonModel):
         """An image as the model takes it, so that no large one is kept."""
         image = open_image(text, row, self.limits)
         try:
-            pixels = resize_and_crop(to_rgb(image), self.classifier.preprocess)
+            pixels = resize_and_crop(to_rgb(image, as_seen=True), self.classifier.preprocess)
         except (DeepImage, LongImage) as error:
             raise Refused(f"image {row}: {error}") from None
         except UNREADABLE:

@@ -343,7 +343,9 @@ def test_classes_that_can_not_be_trained_or_tested(tmp_path):
     split = {"train": [], "val": [], "test": [("a/0.png", 0, "a"), ("b/0.png", 1, "b")]}
     assert report(tmp_path, split).errors == []
     split = {part: [("a/0.png", 0, "a")] for part in PARTS}
-    assert "fewer than two classes" in found(report(tmp_path, split).errors)
+    assert "fewer than two classes, so that there is nothing to tell apart" in found(
+        report(tmp_path, split).errors
+    )
 
 
 def test_a_finding_shows_some_and_says_how_many_more(tmp_path):
@@ -351,3 +353,31 @@ def test_a_finding_shows_some_and_says_how_many_more(tmp_path):
     (note,) = report(root).notes
     assert note.shown(2).splitlines()[1:] == ["  class 0", "  class 1", "  ... and 7 more"]
     assert len(note.shown().splitlines()) == 10
+
+
+pictures = st.lists(st.integers(0, 3), min_size=2, max_size=14)
+
+
+@given(st.lists(pictures, min_size=1, max_size=3))
+def test_images_of_the_same_picture_are_on_one_side(shown):
+    """A class has images of pictures 0 to 3; those of picture 0 are alone each."""
+    picture_of = {f"{c}/{i}": (c, p, i if p == 0 else 0) for c, ps in enumerate(shown) for i, p in enumerate(ps)}
+    files = {str(c): [path for path in picture_of if path.startswith(f"{c}/")] for c in range(len(shown))}
+    groups = [[path for path, own in picture_of.items() if own == one] for one in sorted(set(picture_of.values()))]
+    items = [(path, name) for name, inside in files.items() for path in inside]
+    split = make_split(files, groups)
+    given = given_split({"train": items, "test": [("x", name) for name in files]}, groups)
+    for made, needed in ((split, ("train", "test")), (given, ("train",))):
+        of_part = {part: [item for item in made[part] if item[0] != "x"] for part in PARTS}
+        assert sorted(item[0] for part in PARTS for item in of_part[part]) == sorted(picture_of)
+        for name, inside in files.items():
+            assert all(any(item[2] == name for item in of_part[part]) for part in needed)
+            parts = [{picture_of[item[0]] for item in of_part[part] if item[2] == name} for part in PARTS]
+            if len({picture_of[path] for path in inside}) > 1:
+                assert sum(map(len, parts)) == len(set.union(*parts))
+
+
+def test_pictures_take_the_shares_of_images():
+    files = [f"{i:02}" for i in range(40)]
+    groups = [files[i : i + 2] for i in range(0, 40, 2)]
+    assert counts(make_split({"a": files}, groups)) == {"train": [20], "val": [8], "test": [12]}

@@ -10,12 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from open_clip.transform import image_transform_v2
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from heba.clip.preprocess import DeepImage, LongImage, Preprocess, decode, normalise, resize_and_crop, to_rgb
-from heba.data.images import crop_batch, open_packed, pack_images, sample_crop
+from heba.data.datasets import as_seen
+from heba.data.images import crop_batch, decode_all, make_views, open_packed, pack_images, sample_crop
 from heba.data.prompts import build_prompts, read_descriptions, tokenize
 from heba.evaluation.report import classification_report
+from heba.predict import Classifier
 
 
 def test_descriptions_are_found_whatever_the_spelling_of_the_class():
@@ -165,3 +167,67 @@ def test_classification_report_by_hand():
     assert report["confusion"] == [[1, 1, 0], [1, 2, 0], [0, 0, 0]]
     assert report["accuracy"] == 60
     assert report["per_class"] == [50, pytest.approx(200 / 3), None]
+
+
+@pytest.fixture
+def held_sideways(tmp_path):
+    """An image, and the same as a camera that is held sideways saves it, with the tag that says so."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 36, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    paths = [tmp_path / "upright.png", tmp_path / "sideways.png"]
+    picture.save(paths[0])
+    picture.transpose(Image.Transpose.ROTATE_90).save(paths[1], exif=exif)
+    return paths
+
+
+def test_own_images_are_upright_wherever_they_are_opened_and_benchmarks_as_they_are(tmp_path, held_sideways):
+    preprocess = Preprocess(8)
+
+    def packed(paths, seen):
+        pack_images(paths, preprocess, tmp_path / "images.npy", lambda n: None, seen)
+        return torch.from_numpy(open_packed(tmp_path / "images.npy").copy())
+
+    def viewed(paths, seen):
+        return [make_views(tmp_path, path.name, preprocess, 1, 0, 0.5, as_seen=seen) for path in paths]
+
+    for opened in (packed, viewed, lambda paths, seen: decode_all(paths, lambda n: None, seen)):
+        upright, sideways = opened(held_sideways, True)
+        assert torch.equal(upright, sideways)
+        upright, sideways = opened(held_sideways, False)
+        assert not torch.equal(upright, sideways)
+    assert [as_seen(name) for name in ("dtd", "imagenet_a", "flowers")] == [False, False, True]
+
+
+def test_a_prediction_is_of_the_upright_image(held_sideways):
+    def logits(pixels):
+        return pixels.flatten(1)[:, :3]
+
+    classifier = Classifier(["a", "b", "c"], logits, Preprocess(8), torch.device("cpu"), None)
+    with Image.open(held_sideways[1]) as sideways:
+        found = [p.probabilities for p in classifier.predict([*held_sideways, sideways])]
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_as_pillow_turns_it(orientation):
+    picture = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6))
+    picture.getexif()[ExifTags.Base.Orientation] = orientation
+    wanted = ImageOps.exif_transpose(picture)
+    assert np.array_equal(np.asarray(to_rgb(picture, as_seen=True)), np.asarray(wanted.convert("RGB")))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_parts_are_white_to_a_viewer(mode):
+    picture = Image.new("RGBA", (8, 8), (255, 0, 0, 0)).convert(mode)
+    if mode == "P":
+        picture = Image.new("P", (8, 8), 5)
+        picture.info["transparency"] = 5
+    assert np.asarray(to_rgb(picture, as_seen=True)).min() == 255
+    assert np.asarray(to_rgb(picture)).min() < 255
+
+
+def test_damaged_tags_do_not_make_an_image_unreadable(tmp_path):
+    path = tmp_path / "x.jpg"
+    Image.new("RGB", (8, 8), "red").save(path, exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01")
+    assert decode(path, as_seen=True).size == (8, 8)

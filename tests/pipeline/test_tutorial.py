@@ -18,10 +18,9 @@ def blocks():
 
 def reduce(params):
     """Less of everything that takes time, after the reader's own entries."""
-    params["seeds"] = []
+    params["seeds"] = [1]
     params["methods"] = ["zero_shot", "heba"]
     params["heba"] |= {"epochs": 1, "neg_ratio": 1}
-    params["few_shot"] |= {"shots": params["few_shot"]["shots"][-1:]}
 
 
 def test_every_block_of_the_tutorial_runs(tmp_path):
@@ -41,6 +40,8 @@ def test_every_block_of_the_tutorial_runs(tmp_path):
         done = call(clone, *command)
         assert done.returncode == 0, text + done.stdout + done.stderr
         output = done.stdout
+    assert list(changed["own"]) == ["digits"]
+    assert changed["datasets"] == []
     averages = json.loads((clone / "reports" / "averages.json").read_text())
     assert {method: set(of) for method, of in averages["few_shot"]["digits"].items()} == {
         "zero_shot": {"16"},
