@@ -169,6 +169,7 @@ def load(
     record = config.backbone.model_dump()
     clip, tokenizer, preprocess = _load_backbone(folder, record, Path(root), name, pretrained)
     model, _ = artifact.load(clip.to(where), folder)
+    model.requires_grad_(False)
     if names is None:
         names = config.class_names
         classifier = artifact.read_classifier(folder, len(names))
