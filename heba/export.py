@@ -1,7 +1,7 @@
 """A classifier as one ONNX file, for use where there is no torch: resizing, normalisation, the image tower with
 what was trained in it, and the classifier. The text side is folded into the classifier's tensors.
 
-input     images         uint8 [n, height, width, 3], RGB, of any size; what `numpy.asarray` makes of a Pillow image
+input     images         uint8 [n, height, width, 3], RGB, of any size: Pillow's images as `numpy.asarray` has them
 outputs   logits         float [n, n_classes]
           probabilities  float [n, n_classes], their softmax
 
