@@ -224,7 +224,8 @@ def resize(images: Tensor, preprocess: Preprocess) -> Tensor:
     """
     _, height, width, _ = images.shape
     size = preprocess.size
-    new_height = new_width = size
+    new_height: Any = size
+    new_width: Any = size
     if preprocess.resize_mode == "shortest":
         shorter = torch.sym_min(height, width)
         new_height, new_width = size * height // shorter, size * width // shorter
