@@ -24,7 +24,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-import heba
 from heba import artifact, methods
 from heba.clip.preprocess import Preprocess, normalise, resize_and_crop
 from heba.files import new_file
@@ -186,7 +185,7 @@ def _describe(proto: Any, classifier: Classifier, adapter_sha256: str | None) ->
     if adapter_sha256 is not None:
         metadata["adapter_sha256"] = adapter_sha256
     onnx.helper.set_model_props(proto, metadata)
-    proto.producer_name, proto.producer_version = "heba", heba.__version__
+    proto.producer_name = "heba"
     proto.doc_string = (__doc__ or "").partition("\n\n")[2]
     del proto.graph.value_info[:]  # of the inner tensors; their dimensions have names of torch's
     for value, names in (

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from heba.methods.heba.model import AdaptedCLIP
 from heba.predict import Classifier, logits_of
 from tests.heba import artifacts
 from tests.heba.test_methods import N_CLASSES, SIZE, Data, classifier_of, fitted, settings_of
+from tests.test_rooms import ROOT
 
 onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
@@ -72,7 +74,20 @@ def check_file(classifier, path):
         assert torch.from_numpy(logits).softmax(dim=-1).numpy() == pytest.approx(probabilities, abs=1e-6)
 
 
-def test_a_file_gives_what_torch_gives_and_says_what_it_is(tmp_path):
+def run_the_snippet(path, classifier, folder, monkeypatch, capsys):
+    """That of the documentation, on a photo."""
+    monkeypatch.chdir(folder)
+    shutil.copy(path, "model.onnx")
+    Image.fromarray(noise(50, 70)).save("photo.jpg")
+    blocks = (ROOT / "docs" / "export.md").read_text(encoding="utf-8").split("```python\n")
+    (snippet,) = (block.split("```")[0] for block in blocks if "onnxruntime.InferenceSession" in block)
+    exec(snippet, {})
+    (expected,) = classifier.predict("photo.jpg")
+    named = [f"{n} {p:.1%}" for n, p in zip(expected.classes, expected.probabilities, strict=True)]
+    assert capsys.readouterr().out.splitlines() == named
+
+
+def test_a_file_gives_what_torch_gives_and_says_what_it_is(tmp_path, monkeypatch, capsys):
     classifier, path = trained("tip_adapter", tmp_path), tmp_path / "onnx" / "model.onnx"
     written = write_onnx(classifier, path, adapter_sha256="abc")
     assert written.difference <= TOLERANCE
@@ -90,6 +105,7 @@ def test_a_file_gives_what_torch_gives_and_says_what_it_is(tmp_path):
     assert json.loads(about["classes"]) == classifier.classes
     assert json.loads(about["preprocess"])["size"] == SIZE
     assert (about["method"], about["adapter_sha256"]) == ("tip_adapter", "abc")
+    run_the_snippet(path, classifier, tmp_path, monkeypatch, capsys)
     # Another classifier is told from this one.
     other = trained("zero_shot", tmp_path)
     assert largest_difference(other, path) > TOLERANCE
