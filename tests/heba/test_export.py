@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ import heba
 from heba import artifact, methods
 from heba.clip.preprocess import Preprocess, resize_and_crop
 from heba.clip.tiny import load_tiny_clip
-from heba.export import TOLERANCE, export_onnx, largest_difference, resize, write_onnx
+from heba.export import TOLERANCE, largest_difference, resize, write_onnx
 from heba.methods.heba.model import AdaptedCLIP
 from heba.predict import Classifier, logits_of
+from pipeline.commands import use
 from tests.heba import artifacts
 from tests.heba.test_methods import N_CLASSES, SIZE, Data, classifier_of, fitted, settings_of
 from tests.test_rooms import ROOT
@@ -135,15 +137,36 @@ def test_a_file_whose_logits_are_others_is_not_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
-def test_an_adapter_of_heba_with_hooks_in_the_towers(tmp_path):
+@pytest.fixture
+def adapter(tmp_path):
+    """The folder of an adapter of HeBA, with hooks in the towers."""
     model = AdaptedCLIP(load_tiny_clip()[0], 1, 4, 0.3)
     artifacts.save(model, tmp_path / "adapter", backbone=artifacts.TINY)
     weights = torch.randn(2, model.clip.text_projection.shape[1], generator=torch.Generator().manual_seed(0))
     artifacts.save_classifier(weights, tmp_path / "adapter", scale=0.3)
-    written = export_onnx(tmp_path / "adapter", tmp_path / "model.onnx")
-    assert written.difference <= TOLERANCE
-    session = onnxruntime.InferenceSession(written.path)
+    return tmp_path / "adapter"
+
+
+def export(monkeypatch, *arguments):
+    """`heba export ...` in this process: its exit code."""
+    monkeypatch.setattr(sys, "argv", ["heba", "export", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        use.main()
+    return end.value.code
+
+
+def test_the_command_replaces_no_file_unasked(adapter, tmp_path, monkeypatch, capsys):
+    (tmp_path / "model.onnx").write_text("mine")
+    assert export(monkeypatch, adapter, "--onnx", tmp_path / "model.onnx") == 1
+    assert "model.onnx exists already; name another file, or replace it with" in capsys.readouterr().err
+    assert (tmp_path / "model.onnx").read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_the_command_exports_an_adapter_with_hooks_in_the_towers(adapter, tmp_path, monkeypatch, capsys):
+    assert export(monkeypatch, adapter, "--onnx", tmp_path / "model.onnx") == 0
+    assert "checked with onnxruntime: logits within" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     image = noise(60, 40)
     (found,) = session.run(["probabilities"], {"images": image[None]})[0]
     (expected,) = heba.load(tmp_path / "adapter", device="cpu").predict(Image.fromarray(image))
