@@ -164,11 +164,12 @@ def load(
         )
     folder = Path(folder)
     config = artifact.read_config(folder)
-    where = _device(device)
+    where = find_device(device)
     bf16 = config.bf16 and where.type == "cuda"
     record = config.backbone.model_dump()
     clip, tokenizer, preprocess = _load_backbone(folder, record, Path(root), name, pretrained)
     model, _ = artifact.load(clip.to(where), folder)
+    model.requires_grad_(False)
     if names is None:
         names = config.class_names
         classifier = artifact.read_classifier(folder, len(names))
@@ -178,7 +179,7 @@ def load(
         prompts = prompts_of(used.prompts, all_prompts(names, dict(descriptions or {}), template, ensemble))
         with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
             classifier = _new_classifier(config.method, model, _classes(clip, tokenizer, names, prompts), used)
-    return Classifier(names, _logits(config.method, model, clip, classifier, bf16), preprocess, where, config)
+    return Classifier(names, logits_of(config.method, model, clip, classifier, bf16), preprocess, where, config)
 
 
 def _with_settings(config: artifact.Config, changed: Mapping[str, Any]) -> Any:
@@ -210,7 +211,7 @@ def _new_classifier(method: str, model: Any, classes: Classes, settings: Any) ->
     return methods.part(method, "method").classifier(model, classes, settings, False)
 
 
-def _logits(
+def logits_of(
     method: str, model: Any, clip: Any, classifier: dict[str, Tensor], bf16: bool
 ) -> Callable[[Tensor], Tensor]:
     """Preprocessed images to logits, by a method."""
@@ -276,14 +277,14 @@ def zero_shot(
 ) -> Classifier:
     """CLIP alone, with the backbone `name` and `pretrained` of `heba.clip.backbone.load`, over `classes`; the
     other arguments are those of `load`."""
-    names, where = _names(classes), _device(device)
+    names, where = _names(classes), find_device(device)
     prompts = build_prompts(names, dict(descriptions or {}), template)
     clip, tokenizer, preprocess = backbone.load(name, pretrained, Path(root))
     clip.to(where)
     settings = methods.part(PLAIN, "settings").Settings()
     model = methods.part(PLAIN, "method").build(clip, len(names), settings, seed=0)
     classifier = _new_classifier(PLAIN, model, _classes(clip, tokenizer, names, prompts), settings)
-    return Classifier(names, _logits(PLAIN, model, clip, classifier, False), preprocess, where, None)
+    return Classifier(names, logits_of(PLAIN, model, clip, classifier, False), preprocess, where, None)
 
 
 def _names(classes: Sequence[str]) -> list[str]:
@@ -296,7 +297,7 @@ def _names(classes: Sequence[str]) -> list[str]:
     return names
 
 
-def _device(name: str | None) -> torch.device:
+def find_device(name: str | None) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda: torch finds no GPU; leave it out, or take cpu")
     if name not in (None, "cpu", "cuda"):

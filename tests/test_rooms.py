@@ -22,7 +22,7 @@ SEES = {
     "heba/sources": {"heba/clip", "heba/data"},
     "heba/embedded": {"heba/clip", "heba/data"},
     "heba/methods": {"heba/clip", "heba/data", "heba/fit"},
-    "heba": {"heba/clip", "heba/data", "heba/fit", "heba/methods"},
+    "heba": {"heba/clip", "heba/data", "heba/fit", "heba/methods", "heba/evaluation", "heba/sources"},
     "pipeline/core": HEBA,
     "pipeline/tracking": HEBA | {"pipeline/core"},
     "pipeline/stages": HEBA | {"heba/embedded", "pipeline/core", "pipeline/tracking"},
@@ -105,6 +105,10 @@ NAMED = {
     ("heba/sources/catalog.py", "coop"),  # CoOp's split files, and so is the kind of own data
     ("pipeline/core/params.py", "coop"),
     ("heba/predict.py", "zero_shot"),  # PLAIN, the method of that function
+    ("heba/adaptation.py", "heba"),  # the default
+    ("pipeline/commands/use.py", "heba"),
+    ("pipeline/commands/adapt.py", "heba"),  # the command
+    ("heba/export.py", "heba"),  # the package
 }
 
 

@@ -170,7 +170,7 @@ def encode_images(clip: Any, images: Tensor, prompts: Sequence[Tensor]) -> Tenso
 def encode_embedded(clip: Any, hidden: Tensor, prompts: Sequence[Tensor]) -> Tensor:
     """The same from what enters the first block (`embed_images(clip, images, 0)`)."""
     first = clip.visual.ln_pre(prompts[0]).to(hidden.dtype)
-    hidden = torch.cat([hidden, first.expand(len(hidden), -1, -1)], dim=1)
+    hidden = torch.cat([hidden, first.expand(hidden.shape[0], -1, -1)], dim=1)
     changes = {
         block: Change(tokens=partial(_into_images, vectors)) for block, vectors in enumerate(prompts[1:], 1)
     }
@@ -179,5 +179,5 @@ def encode_embedded(clip: Any, hidden: Tensor, prompts: Sequence[Tensor]) -> Ten
 
 def _into_images(vectors: Tensor, x: Tensor) -> Tensor:
     """Images [n, length, width] with `vectors` [M, width] as their last tokens."""
-    vectors = vectors.to(x.dtype).expand(len(x), -1, -1)
+    vectors = vectors.to(x.dtype).expand(x.shape[0], -1, -1)
     return torch.cat([x[:, : -vectors.shape[1]], vectors], dim=1)

@@ -1,4 +1,5 @@
-"""The command `heba`: classify images with an adapter or with CLIP alone, and tell what an adapter is."""
+"""The command `heba`: adapt CLIP to a folder of images, classify images with an adapter or with CLIP alone, tell
+what an adapter is, and write it as an ONNX file."""
 
 import json
 import sys
@@ -19,8 +20,9 @@ from pipeline.core.params import PARAMS_FILE, load_params
 from pipeline.core.paths import OUT
 
 app = typer.Typer(
-    help="Classify images with adapted CLIP. Train an adapter with `dvc repro`, then: heba predict photo.jpg "
-    "--adapter out/train/eurosat/heba/base_to_novel-16-1",
+    help="Adapt CLIP to your images, and classify with it: `heba adapt photos/` trains on a folder per class, and "
+    "`heba predict photo.jpg --adapter adapter/` classifies; so it does with what `dvc repro` trained, such as "
+    "out/train/eurosat/heba/base_to_novel-16-1.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -53,7 +55,62 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one line an im
 Root = Annotated[
     Path, typer.Option(help="Folder that a backbone's own files (weights, JSON config) are relative to.")
 ]
+Backbone = Annotated[
+    str | None, typer.Option(help="Its JSON config, where it is not that which the training names.")
+]
+Pretrained = Annotated[
+    str | None, typer.Option(help="The file of its weights, where it is not that which the training names.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
+
+
+@app.command()
+def adapt(
+    folder: Annotated[Path, typer.Argument(help="A folder per class, or these below train/, val/ and test/.")],
+    method: Annotated[str, typer.Option(help="One of those of docs/methods.md, such as gda.")] = "heba",
+    shots: Annotated[int, typer.Option(min=1, help="Training images per class.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Of the images that are drawn, and of the training.")] = 1,
+    backbone: Annotated[
+        str, typer.Option(help="tiny, or a model of open_clip such as ViT-B-16-quickgelu.")
+    ] = "tiny",
+    pretrained: Annotated[
+        str | None, typer.Option(help="A tag of open_clip such as openai, or a file of weights.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting of the method, such as scale=0.05. May be repeated."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write the adapter into.")] = Path("adapter"),
+    device: Device = None,
+    root: Root = Path(),
+) -> None:
+    """Train a classifier on a folder of images per class, and test it."""
+    from pipeline.commands import adapt
+
+    if (pretrained is None) != (backbone == "tiny"):
+        raise ValueError("--backbone and --pretrained go together")
+    adapt.run(folder, method, shots, seed, backbone, pretrained, read_settings(setting), out, device, root)
+
+
+@app.command()
+def export(
+    adapter: Annotated[str, typer.Argument(help="As --adapter of predict.")],
+    onnx: Annotated[Path, typer.Option(help="The file to write, such as model.onnx.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace the file where it exists.")] = False,
+    root: Root = Path(),
+    backbone: Backbone = None,
+    pretrained: Pretrained = None,
+) -> None:
+    """Write an adapter as one ONNX file, with its preprocessing, for use without torch."""
+    typer.echo("export: about a minute ...", err=True)
+    written = heba.export_onnx(adapter_folder(adapter), onnx, force, root, backbone, pretrained)
+    print(f"{written.path}: {written.bytes / 1e6:.1f} MB, {told(written.difference)}")
+
+
+def told(difference: float | None) -> str:
+    if difference is None:
+        return "not checked against torch: pip install onnxruntime for that"
+    return f"checked with onnxruntime: logits within {difference:.0e} of torch's"
 
 
 @app.command()
@@ -73,12 +130,8 @@ def predict(
     as_json: AsJson = False,
     device: Device = None,
     root: Root = Path(),
-    backbone: Annotated[
-        str | None, typer.Option(help="Its JSON config, where it is not that which the training names.")
-    ] = None,
-    pretrained: Annotated[
-        str | None, typer.Option(help="The file of its weights, where it is not that which the training names.")
-    ] = None,
+    backbone: Backbone = None,
+    pretrained: Pretrained = None,
 ) -> None:
     """Classify images with a trained adapter."""
     files = find_images(images)

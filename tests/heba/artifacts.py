@@ -1,4 +1,4 @@
-"""What a training of HeBA leaves, written without one."""
+"""What a training of HeBA leaves, written without one, and folders of images."""
 
 from dataclasses import asdict
 
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from heba import artifact
 from heba.clip import backbone
+from heba.embedded.suite import benchmark_image
 from heba.methods.heba.settings import Settings
 
 SHA256 = backbone.sha256(backbone.weights_file("tiny", "embedded"))
@@ -39,3 +40,12 @@ def save_classifier(weights, folder, **more):
     """Weights [n_classes, E], and numbers such as HeBA's scale."""
     numbers = {name: torch.tensor(value) for name, value in more.items()}
     artifact.write_classifier({"weights": F.normalize(weights, dim=-1)} | numbers, folder)
+
+
+def photos_of(folder, classes, n):
+    """`folder`, with a folder of `n` drawings for each of some classes of the embedded ImageNet."""
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for i in range(n):
+            benchmark_image("imagenet", name, i).save(folder / name / f"{i:02}.png")
+    return folder

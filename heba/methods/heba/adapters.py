@@ -101,7 +101,7 @@ class _Adapt(torch.autograd.Function):
             hidden = mixed = x @ down.T  # [tokens, D/r]
             if mid is not None and grid is not None:
                 mid = mid.to(dtype)
-                hidden = _patches(hidden, len(h), grid)
+                hidden = _patches(hidden, h.shape[0], grid)
                 mixed = F.conv2d(hidden, mid, padding=1, groups=len(mid))
             active = F.gelu(mixed)
             if grid is not None:

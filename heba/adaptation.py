@@ -1,0 +1,316 @@
+"""Adapt CLIP to a folder of images: the pipeline's few-shot training of one method, in one function.
+
+The same images, settings and seed give what the stages split, precompute, views, train and evaluate give.
+"""
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from heba import artifact, methods
+from heba.clip import architecture
+from heba.clip import backbone as backbones
+from heba.clip.features import BATCH_SIZE, Classes, encode_prompts, image_features
+from heba.clip.preprocess import Preprocess, decode
+from heba.clip.towers import cut_texts, encode_text_plain, feature_width
+from heba.data import datasets
+from heba.data.images import LabelledImages, Views, for_each_image, make_views
+from heba.data.prompts import KINDS, PARTS, TEMPLATE, Kind, all_prompts, tokenize
+from heba.data.splits import Item, Split, class_names, sample_few_shot
+from heba.evaluation.metrics import wilson
+from heba.evaluation.report import classification_report
+from heba.files import new_folder
+from heba.fit.run import Progress, Run, silent
+from heba.predict import Classifier, find_device, logits_of
+from heba.sources.own import read_own
+
+# Random crops of each training image for methods on frozen features, and the smallest area of one.
+PASSES, CROP = 4, 0.5
+SHOWN = 10  # files that an error names
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What `adapt` made.
+
+    Attributes:
+        method: its name. classes: by label. shots, seed: of the sample.
+        n_train, n_val, n_test: images that it was trained on, chose values on, and was tested on.
+        accuracy: on the test images, in percent. interval: Wilson's, of 95 %, both ends in percent.
+        confusion: [n_classes][n_classes] counts of test images; rows are the true classes.
+        seconds: of the training alone.
+        path: the artifact, for `heba.load` and `heba predict`; None where nothing was to be written.
+        classifier: it, ready to classify images.
+    """
+
+    method: str
+    classes: list[str]
+    shots: int
+    seed: int
+    n_train: int
+    n_val: int
+    n_test: int
+    accuracy: float
+    interval: tuple[float, float]
+    confusion: list[list[int]]
+    seconds: float
+    path: Path | None
+    classifier: Classifier
+
+
+def adapt(
+    folder: Path | str,
+    method: str = "heba",
+    shots: int = 16,
+    seed: int = 1,
+    backbone: str = "tiny",
+    pretrained: str = "embedded",
+    settings: Mapping[str, Any] | None = None,
+    out: Path | str | None = None,
+    device: str | None = None,
+    root: Path | str = Path(),
+    progress: Progress = silent,
+) -> Adaptation:
+    """Train one method on a few images per class of `folder`, and test it once on the test images there.
+
+    Args:
+        folder: a folder per class, or these below train/, val/ and test/. Without these the images of a class are
+            split in the same way every time: half to train, a fifth to val, the rest to test.
+        method: one of `heba.methods.names()`.
+        shots: training images per class, drawn by `seed` as CoOp draws them. seed: of the training's draws too.
+        backbone, pretrained: as in `heba.clip.backbone.load`; the tiny CLIP sees little and knows few words.
+        settings: those of the method that are not to be the paper's. Layers that the backbone does not have become
+            its last ones where `settings` does not name them.
+        out: the folder of the artifact; it may hold another artifact, and nothing else. None: write none.
+        device: cpu or cuda; None: cuda where there is one.
+        root: the folder that files of the backbone are relative to.
+        progress: `with progress(total, what) as done:`, where `done(n)` counts n more of the `total`.
+    Raises:
+        ValueError: a folder that cannot be split or has an image that cannot be read; a method, setting or
+            backbone that does not exist; a class name that the tiny CLIP does not know; an `out` that holds
+            something else.
+        FloatingPointError: a loss that is not finite.
+    """
+    folder, root, target = Path(folder), Path(root), None if out is None else Path(out)
+    if target is not None:
+        check_out(target)
+    where = find_device(device)
+    chosen = choose_settings(method, settings or {}, architecture.read_architecture(backbone, root))
+    split = sample_few_shot(read_own(folder, "folder").split, shots, seed)
+    names, embedded, bf16 = class_names(split), backbone == "tiny", where.type == "cuda"
+    part, about = methods.part(method, "method"), methods.part(method, "settings")
+    clip, tokenizer, preprocess = backbones.load(backbone, pretrained, root)
+    clip.to(where)
+    # First what costs little: the tiny CLIP does not know every name.
+    classes = encode_classes(clip, tokenizer, names, chosen.prompts, embedded, bf16)
+    check_images(split, folder, progress)
+    parts = []
+    for name, passes in (("train", PASSES), ("val", 0)):
+        files = [file for file, _, _ in split[name]]
+        views = None
+        if about.READS == "features" and about.DRAWS:
+            views = encode_views(clip, preprocess, folder, files, seed, passes, bf16, progress)
+        parts.append(
+            LabelledImages([folder / file for file in files], [label for _, label, _ in split[name]], views)
+        )
+    history: list[dict[str, float]] = []
+    run = Run(seed, shots, bf16, on_epoch=history.append, progress=progress)
+    began = time.perf_counter()
+    model = part.build(clip, len(names), chosen, seed)
+    values = part.fit(model, *parts, classes, chosen, run)
+    seconds = time.perf_counter() - began
+    config = artifact.Config(
+        method=method,
+        settings=chosen.model_dump(),
+        class_names=names,
+        backbone=backbone_record(backbone, pretrained, root),
+        protocol="few_shot",
+        dataset=folder.resolve().name,
+        suite="embedded" if embedded else "real",
+        bf16=bf16,
+        seed=seed,
+        shots=shots,
+        threads=torch.get_num_threads(),
+        chosen=values,
+    )
+    with TemporaryDirectory() if target is None else new_folder(target) as written:
+        files_of = Path(written)
+        artifact.write_config(config, files_of)
+        artifact.write_history(history, files_of)
+        trained = part.trained(model)
+        dtype = torch.float16 if about.READS == "pixels" else torch.float32
+        artifact.write_tensors(trained.state_dict(), files_of, dtype)
+        # From what is on disk, so that a loaded adapter is what is tested here.
+        artifact.load_tensors(trained, artifact.read_tensors(files_of), str(files_of))
+        with torch.no_grad(), torch.autocast(where.type, torch.bfloat16, enabled=bf16):
+            tensors = part.classifier(model, classes, chosen, True, progress)
+        artifact.write_classifier(tensors, files_of)
+    model.requires_grad_(False)
+    logits = logits_of(method, model, clip, tensors, bf16)
+    classifier = Classifier(names, logits, preprocess, where, config)
+    report = test(classifier, split["test"], folder, progress)
+    return Adaptation(
+        method=method,
+        classes=names,
+        shots=shots,
+        seed=seed,
+        n_train=len(split["train"]),
+        n_val=len(split["val"]),
+        n_test=report["n"],
+        accuracy=report["accuracy"],
+        interval=wilson(sum(row[i] for i, row in enumerate(report["confusion"])), report["n"]),
+        confusion=report["confusion"],
+        seconds=seconds,
+        path=target,
+        classifier=classifier,
+    )
+
+
+def check_out(folder: Path) -> None:
+    """Raise ValueError where `folder` holds something else than an artifact, which a new one would replace."""
+    if not folder.exists():
+        return
+    ours = {*artifact.FILES, artifact.HISTORY_FILE}
+    if not folder.is_dir() or not {path.name for path in folder.iterdir()} <= ours:
+        raise ValueError(
+            f"{folder}: holds something else than an adapter; name another folder for it (`out`, --out)"
+        )
+
+
+def choose_settings(method: str, given: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
+    """The Settings of a method for a backbone of this `config` (`heba.clip.architecture`), with those that are
+    `given`; ValueError names what is wrong with these."""
+    about = methods.part(method, "settings")
+    depth, width = architecture.depth(dict(config)), architecture.width(dict(config))
+    values = dict(given)
+    try:
+        settings = about.Settings.model_validate(values)
+        for _ in range(2):  # the first layer may lie behind the last one, when that is lower
+            for key in set(about.problems(settings, depth, width)) - set(given):
+                lower = [about.Settings.model_validate(values | {key: layer}) for layer in range(depth, 0, -1)]
+                fitting = [s for s in lower if key not in about.problems(s, depth, width)]
+                if fitting:
+                    settings = fitting[0]
+                    values[key] = getattr(settings, key)
+    except ValidationError as error:
+        found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"settings of {method}: {found}") from None
+    problems = about.problems(settings, depth, width)
+    if problems:
+        raise ValueError(f"settings of {method}: {'; '.join(f'{key}: {text}' for key, text in problems.items())}")
+    return settings
+
+
+def backbone_record(name: str, pretrained: str, root: Path) -> artifact.Backbone:
+    """The backbone as an artifact names it, with the hashes of its files."""
+    file, own = backbones.weights_file(name, pretrained, root), root / name
+    config = backbones.sha256(own) if own.is_file() else None
+    return artifact.Backbone(name=name, pretrained=pretrained, sha256=backbones.sha256(file), config_sha256=config)
+
+
+def encode_classes(clip: Any, tokenizer: Any, names: list[str], kind: Kind, embedded: bool, bf16: bool) -> Classes:
+    """What frozen CLIP makes of class names by their prompts of a kind. All kinds are encoded, as the pipeline
+    does: a feature depends in its last bits on the texts beside it."""
+    prompts = all_prompts(names, {}, TEMPLATE, datasets.ensemble(TEMPLATE, embedded))
+    tokens, _ = tokenize([text for part in PARTS for text in prompts[part].texts], tokenizer)
+    tokens, where = cut_texts(clip, tokens), clip.logit_scale.device
+    with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
+        features = encode_prompts(clip, tokens, partial(encode_text_plain, clip), where)
+    index = torch.tensor([i for part in PARTS for i in prompts[part].class_index])
+    of_kind = torch.tensor([part in KINDS[kind] for part in PARTS for _ in prompts[part].texts])
+    rows = of_kind.nonzero().flatten()
+    rows = rows[index[rows].argsort(stable=True)]
+    return Classes(names, tokens[rows], index[rows], features[rows], tokenizer)
+
+
+def check_images(split: Split, folder: Path, progress: Progress) -> None:
+    """Read all images; ValueError names those that cannot be read, test images that training has too, byte for
+    byte, and what there are no images for."""
+    names = class_names(split)
+    if len(names) < 2:
+        raise ValueError(f"{folder}: one class, {', '.join(names)}; two or more are needed, a folder each")
+    for part in ("train", "test"):
+        missing = sorted(set(names) - {name for _, _, name in split[part]})
+        if missing:
+            raise ValueError(f"{folder}: classes without {part} images: {_some(missing)}")
+    files = {file: part for part, items in split.items() for file, _, _ in items}
+    broken, parts = [], dict[str, dict[str, str]]()
+    with progress(len(files), "read images") as done:
+        for file, found in zip(files, for_each_image(_look, [folder / file for file in files]), strict=True):
+            if isinstance(found, ValueError):
+                broken.append(str(found))
+            else:
+                parts.setdefault(found.hex(), {})[file] = files[file]
+            done(1)
+    if broken:
+        more = f"\n  and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
+        raise ValueError("\n  ".join([f"{folder}: images that cannot be read:", *broken[:SHOWN]]) + more)
+    leaks = [" = ".join(found) for found in parts.values() if len({part == "test" for part in found.values()}) > 1]
+    if leaks:
+        raise ValueError(f"{folder}: test images that training has too, byte for byte; remove one: {_some(leaks)}")
+
+
+def _look(path: Path) -> bytes | ValueError:
+    """The hash of an image's bytes, or why it cannot be read."""
+    try:
+        decode(path)
+        return hashlib.sha256(path.read_bytes()).digest()
+    except ValueError as error:
+        return error
+
+
+def _some(items: list[str]) -> str:
+    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return ", ".join(items[:SHOWN]) + more
+
+
+@torch.no_grad()
+def encode_views(
+    clip: Any,
+    preprocess: Preprocess,
+    folder: Path,
+    files: list[str],
+    seed: int,
+    passes: int,
+    bf16: bool,
+    progress: Progress,
+) -> Views:
+    """What the frozen image tower makes of `files` below `folder`, and of `passes` random crops of each."""
+    where = clip.logit_scale.device
+    make = partial(make_views, folder, preprocess=preprocess, seed=seed, passes=passes, smallest=CROP)
+    size = max(1, BATCH_SIZE.get(where.type, 256) // (2 + passes))
+    found: list[list[torch.Tensor]] = [[], []]
+    images = for_each_image(make, files)
+    with (
+        progress(len(files), "views of few-shot images") as done,
+        torch.autocast(where.type, torch.bfloat16, enabled=bf16),
+    ):
+        while batch := list(islice(images, size)):
+            for kept, tensor in zip(found, image_features(clip, torch.cat(batch).to(where)), strict=True):
+                kept.append(tensor.float().cpu().unflatten(0, (len(batch), 2 + passes)))
+            done(len(batch))
+    if not files:  # no val images
+        found = [[torch.zeros(0, 2 + passes, feature_width(clip))], [torch.zeros(0, 2 + passes, 0)]]
+    views, below = (torch.cat(kept).transpose(0, 1) for kept in found)
+    return Views(views[0], views[1], views[2:], below[0], below[1], below[2:])
+
+
+def test(classifier: Classifier, items: list[Item], folder: Path, progress: Progress) -> dict[str, Any]:
+    """The `classification_report` of a classifier on the images `items` below `folder`."""
+    label = {name: i for i, name in enumerate(classifier.classes)}
+    with progress(len(items), "test images") as done:
+        found = list(classifier.predict([folder / file for file, _, _ in items], top=1, progress=done))
+    broken = [prediction.error for prediction in found if prediction.error]
+    if broken:
+        raise ValueError(f"a test image changed during the training: {broken[0]}")
+    predicted = torch.tensor([label[prediction.classes[0]] for prediction in found])
+    return classification_report(predicted, torch.tensor([i for _, i, _ in items]), classifier.classes)

@@ -1,0 +1,204 @@
+"""`heba.adapt` and `heba adapt`: from a folder of images to a tested adapter."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import yaml
+
+import heba
+from heba import artifact, methods
+from heba.adaptation import choose_settings
+from heba.clip.architecture import read_architecture
+from heba.evaluation.metrics import wilson
+from heba.evaluation.record import read_record
+from heba.fit.run import silent
+from pipeline.commands import use
+from pipeline.core.params import load_params
+from pipeline.stages import backbone, download, evaluate, precompute, split, train, views
+from tests.heba.artifacts import photos_of
+from tests.test_rooms import ROOT
+
+CLASSES = ("fish", "balloon", "clock")
+SHORT = {"epochs": 2, "batch_size": 4, "scale": 0.1}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return photos_of(tmp_path_factory.mktemp("own") / "photos", CLASSES, 10)
+
+
+@pytest.fixture(scope="module")
+def adapted(photos, tmp_path_factory):
+    return heba.adapt(photos, "gda", shots=4, out=tmp_path_factory.mktemp("adapted") / "adapter")
+
+
+def test_wilson_of_known_counts():
+    assert wilson(0, 10) == pytest.approx((0, 27.75), abs=0.01)
+    assert wilson(8, 10) == pytest.approx((49.02, 94.33), abs=0.01)
+    assert wilson(50, 50) == pytest.approx((92.87, 100), abs=0.01)
+    with pytest.raises(ValueError, match="11 of 10 images"):
+        wilson(11, 10)
+
+
+def test_what_is_written_is_what_was_tested(photos, adapted):
+    assert adapted.classes == sorted(CLASSES)
+    assert (adapted.n_train, adapted.n_val, adapted.n_test) == (12, 6, 9)
+    assert sum(map(sum, adapted.confusion)) == 9
+    right = sum(row[i] for i, row in enumerate(adapted.confusion))
+    assert adapted.accuracy == 100 * right / 9
+    assert adapted.interval == wilson(right, 9)
+    files = sorted(photos.rglob("*.png"))
+    loaded = heba.load(adapted.path)
+    assert list(loaded.predict(files)) == list(adapted.classifier.predict(files))
+    config = artifact.read_config(adapted.path)
+    assert (config.method, config.protocol, config.dataset, config.shots) == ("gda", "few_shot", "photos", 4)
+    assert config.chosen == {"alpha": pytest.approx(config.chosen["alpha"])}
+    assert heba.adapt(photos, "gda", shots=4).accuracy == adapted.accuracy  # and nothing is written
+
+
+@pytest.mark.slow
+def test_the_numbers_are_those_of_the_pipeline(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    raw = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    raw |= {"datasets": [], "seeds": [], "methods": ["zero_shot", "gda", "prolip", "coop", "heba"]}
+    raw["own"] = {"photos": {"kind": "folder", "path": "photos"}}
+    raw["transfer"] |= {"protocols": [], "targets": [], "variants": []}
+    raw["few_shot"] = {"datasets": ["photos"], "seeds": [1], "shots": [4]}
+    raw["heba"] |= {"epochs": 2}
+    raw["coop"] |= {"epochs_few": 2}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    shutil.copytree(photos, tmp_path / "photos")
+    params = load_params()
+    backbone.run(params)
+    for stage in (download, split, precompute, views):
+        stage.run(params, "photos")
+    for method in params.methods:
+        train.run(params, "photos", method)
+    evaluate.run(params, "photos")
+    for method in params.methods:
+        block = {key: value for key, value in raw[method].items() if key != "overrides"}
+        found = heba.adapt(tmp_path / "photos", method, shots=4, settings=block, out=tmp_path / method)
+        theirs = tmp_path / "out" / "train" / "photos" / method / "few_shot-4-1"
+        for name in (artifact.ADAPTER_FILE, artifact.CLASSIFIER_FILE, artifact.HISTORY_FILE):
+            assert (found.path / name).read_bytes() == (theirs / name).read_bytes(), (method, name)
+        assert artifact.read_config(theirs).chosen == found.classifier.config.chosen
+        record = read_record(tmp_path / "out" / "evaluate" / "photos" / method / "few_shot-4-1.json").groups["all"]
+        assert (record.accuracy, record.confusion) == (found.accuracy, found.confusion), method
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_the_defaults_fit_a_shallow_backbone(method, tmp_path):
+    config = read_architecture("tiny", tmp_path)
+    settings = choose_settings(method, {}, config)
+    assert methods.part(method, "settings").problems(settings, 4, 128) == {}
+
+
+def test_settings_that_are_wrong_are_named(tmp_path):
+    config = read_architecture("tiny", tmp_path)
+    assert choose_settings("heba", {}, config).end == 4
+    for given, message in (
+        ({"end": 5}, "settings of heba: end: 5 is beyond the last layer, 4"),
+        ({"scale": "much"}, "settings of heba: scale: Input should be a valid number"),
+        ({"place": 1}, "settings of heba: place: Extra inputs are not permitted"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            choose_settings("heba", given, config)
+    with pytest.raises(ValueError, match="there is no method 'hebba'; known are ape, "):
+        choose_settings("hebba", {}, config)
+
+
+def copied(photos, tmp_path):
+    return shutil.copytree(photos, tmp_path / "copy")
+
+
+def test_folders_that_cannot_be_adapted_to(photos, tmp_path):
+    (tmp_path / "empty").mkdir()
+    one = tmp_path / "one"
+    shutil.copytree(photos / "fish", one / "fish")
+    strange = copied(photos, tmp_path)
+    (strange / "fish").rename(strange / "Blume")
+    for folder, message in (
+        (tmp_path / "nowhere", "nowhere: there is no such folder"),
+        (tmp_path / "empty", "empty holds no folders"),
+        (one, "one: one class, fish; two or more are needed"),
+        (strange, "does not know Blume"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            heba.adapt(folder, "gda", out=tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_images_that_cannot_be_read_or_are_tested_too_are_named(photos, tmp_path):
+    folder = copied(photos, tmp_path)
+    for name in ("00.png", "01.png"):
+        (folder / "fish" / name).write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"copy: images that cannot be read:\n .*fish/0.\.png: not a readable"):
+        heba.adapt(folder, "gda", out=tmp_path / "adapter")
+    for path in (folder / "fish").iterdir():
+        shutil.copy(folder / "clock" / "00.png", path)
+    with pytest.raises(ValueError, match=r"test images that training has too, byte for byte; .*fish/0.\.png"):
+        heba.adapt(folder, "gda", out=tmp_path / "adapter")
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_another_folder_is_not_replaced_and_an_adapter_is(photos, adapted, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds something else than an adapter"):
+        heba.adapt(photos, "zero_shot", out=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    out = shutil.copytree(adapted.path, tmp_path / "adapter")
+    heba.adapt(photos, "zero_shot", shots=1, out=out)
+    assert artifact.read_config(out).method == "zero_shot"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "notes.txt"]
+
+
+def test_ctrl_c_leaves_what_was_there(photos, adapted, tmp_path):
+    out = shutil.copytree(adapted.path, tmp_path / "adapter")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    class Interrupted:
+        def __enter__(self):
+            return lambda n: None
+
+        def __exit__(self, *about):
+            raise KeyboardInterrupt
+
+    for what in ("read images", "prompts"):  # before the training, and while the adapter is written
+
+        def progress(total, shown, what=what):
+            return Interrupted() if shown == what else silent(total, shown)
+
+        with pytest.raises(KeyboardInterrupt):
+            heba.adapt(photos, "heba", shots=1, settings=SHORT, out=out, progress=progress)
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+        assert list(tmp_path.iterdir()) == [out]
+
+
+def test_the_command_tells_the_result_and_what_to_type_next(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["heba", *arguments])
+        with pytest.raises(SystemExit) as end:
+            use.main()
+        return end.value.code, *capsys.readouterr()
+
+    settings = [f"--set={name}={value}" for name, value in SHORT.items()]
+    code, out, err = run("adapt", str(photos), "--shots", "2", *settings)
+    assert code == 0
+    assert "note: the tiny CLIP sees little" in err
+    lines = dict(line.split(":", 1) for line in out.splitlines())
+    assert lines["images"].strip() == "6 to train, 6 to choose values, 9 to test"
+    assert lines["next"].strip() == "heba predict NEW_IMAGES --adapter adapter"
+    code, out, _ = run(*lines["next"].split()[1:2], str(photos / "fish"), "--adapter", "adapter", "--json")
+    assert code == 0
+    assert len(json.loads(out.splitlines()[0])["classes"]) == 3
+    assert run("adapt", str(photos), "--pretrained", "openai")[0] == 1
+    code, _, err = run("adapt", str(photos), "--method", "hebba")
+    assert code == 1
+    assert "there is no method 'hebba'" in err
+    assert "heba adapt photos/" in run("--help")[1].split("Commands")[0]
