@@ -28,7 +28,9 @@ class OwnData:
     left_out: list[str] = field(default_factory=list)
 
 
-def read_own(root: Path, kind: str, file: str | None = None, aside: str | None = None) -> OwnData:
+def read_own(
+    root: Path, kind: str, file: str | None = None, aside: str | None = None, split: Path | None = None
+) -> OwnData:
     """Read the data set in the folder `root`.
 
     Args:
@@ -36,6 +38,7 @@ def read_own(root: Path, kind: str, file: str | None = None, aside: str | None =
             optionally split) or `coop` (a split file like CoOp's).
         file: the name of the CSV or split file, where the folder has several.
         aside: a file in the folder that is not to be read, such as the descriptions.
+        split: a split file that lies elsewhere, for `coop`.
 
     Raises ValueError, which names the file and for a CSV the line.
     """
@@ -45,10 +48,12 @@ def read_own(root: Path, kind: str, file: str | None = None, aside: str | None =
         return _read_folders(root, aside)
     if kind == "csv":
         return OwnData(_read_csv(root, _file(root, ".csv", file, aside)))
-    path = _file(root, ".json", file, aside)
-    split = read_split(path)
+    path = split or _file(root, ".json", file, aside)
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such split file")
+    found = read_split(path)
     return OwnData(
-        {part: [(_inside(root, f, str(path)), label, name) for f, label, name in split[part]] for part in PARTS}
+        {part: [(_inside(root, f, str(path)), label, name) for f, label, name in found[part]] for part in PARTS}
     )
 
 

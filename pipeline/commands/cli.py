@@ -13,14 +13,16 @@ import psutil
 import typer
 import yaml
 
+from heba.data.prompts import TEMPLATE
 from heba.data.protocols import PROTOCOLS
 from pipeline.core.params import MOST, MOST_SEED, Params, ParamsError, load_params
 from pipeline.core.paths import new_folder
 from pipeline.runner import lockfile
 
 app = typer.Typer(
-    help="The stages of the HeBA pipeline. `dvc repro` runs them in order; each runs alone too, "
-    "from the repository's root, and reads params.yaml there.",
+    help="`python -m pipeline compare photos/` says which method suits a folder of images best. The other "
+    "commands are the stages of the HeBA pipeline: `dvc repro` runs them in order; each runs alone too, from the "
+    "repository's root, and reads params.yaml there.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -270,6 +272,63 @@ def waves() -> None:
 
     for wave in repro.waves(dvc_inside.make_plan(main_root())):
         print(*wave)
+
+
+@app.command()
+def compare(
+    folder: Annotated[Path, typer.Argument(help="A folder of images, in a folder per class.")],
+    methods: Annotated[
+        str, typer.Option(help="Methods, such as gda,heba. Default: zero_shot and a choice, the fast ones first.")
+    ] = "",
+    budget: Annotated[
+        str, typer.Option(help="Time after which no other method begins, such as 90s, 10m or 2h.")
+    ] = "",
+    shots: Annotated[
+        str, typer.Option(help="Training images per class; several, such as 1,2,4,8, also make a curve.")
+    ] = "16",
+    seeds: Annotated[
+        int, typer.Option(min=1, max=100, help="Splits; of a folder with a test part, few-shot samples.")
+    ] = 5,
+    backbone: Annotated[str, typer.Option(help="tiny, a model of open_clip, or its JSON config.")] = "tiny",
+    pretrained: Annotated[
+        str | None, typer.Option(help="A tag of open_clip such as openai, or a file of weights.")
+    ] = None,
+    template: Annotated[str, typer.Option(help="Prompt of a class, with {} for its name.")] = TEMPLATE,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the project that is made. Default: compare/NAME here.")
+    ] = None,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Leave files out that are no readable images.")
+    ] = False,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, max=MOST_JOBS, help="Stages at a time. Default: CPUs, at most 4.")
+    ] = None,
+) -> None:
+    """Say which method suits a folder of images best, how good it is, and how sure that is.
+
+    docs/own-images.md says more.
+    """
+    from pipeline.commands.photos import project, run
+
+    counts = _names(shots)
+    if not counts or not all(count.isdecimal() and 0 < int(count) <= MOST for count in counts):
+        raise ParamsError(f"--shots {shots}: write numbers from 1 on, with commas between")
+    seconds = project.seconds_of(budget) if budget else None
+    run.run(
+        folder,
+        out,
+        run.Options(
+            _names(methods),
+            seconds,
+            sorted(map(int, counts)),
+            seeds,
+            backbone,
+            pretrained,
+            template,
+            skip_unreadable,
+            jobs,
+        ),
+    )
 
 
 @app.command()

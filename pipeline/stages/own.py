@@ -26,7 +26,8 @@ def read(params: Params, name: str) -> tuple[OwnData, dict[str, list[str]]]:
     """The split and the descriptions of an own data set; ParamsError names it and what is wrong."""
     entry, root = params.own[name], images_folder(params, name)
     try:
-        data = read_own(root, entry.kind, entry.file, entry.descriptions)
+        split = main_root() / entry.split if entry.split else None
+        data = read_own(root, entry.kind, entry.file, entry.descriptions, split)
         return data, read_descriptions(root / entry.descriptions) if entry.descriptions else {}
     except ValueError as error:
         raise ParamsError(f"own.{name}: {error}") from None
