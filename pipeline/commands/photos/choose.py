@@ -5,7 +5,8 @@ Each combination is trained on the split's few-shot sample. The test images are 
 """
 
 import json
-from itertools import product
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +17,8 @@ from heba import methods
 from heba.clip.features import BATCH_SIZE
 from heba.clip.preprocess import decode, normalise, preprocess_of, resize_and_crop
 from heba.data.images import Images, LabelledImages, for_each_image
-from heba.data.splits import class_names
-from heba.fit.run import Run
+from heba.data.splits import Split, class_names
+from heba.fit.run import Run, silent
 from heba.fit.search import accuracy, first_best
 from pipeline.core.params import Params
 from pipeline.core.paths import new_file
@@ -39,8 +40,20 @@ class Choice(NamedTuple):
     n: int
 
 
-def combinations(grid: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+def one_by_one(
+    grid: dict[str, list[Any]], score: Callable[[dict[str, Any]], float]
+) -> tuple[list[tuple[dict[str, Any], float]], dict[str, Any]]:
+    """All settings that were tried, with their scores, and the best: of each setting in turn the first best value,
+    the others as they are by then, or their first value."""
+    tried: list[tuple[dict[str, Any], float]] = []
+    best = {name: values[0] for name, values in grid.items()}
+    for name, values in grid.items():
+        candidates = [best | {name: value} for value in values]
+        for settings in candidates:
+            if settings not in [known for known, _ in tried]:
+                tried.append((settings, score(settings)))
+        best = first_best(candidates, lambda settings: next(s for known, s in tried if known == settings))
+    return tried, best
 
 
 def search(
@@ -52,15 +65,14 @@ def search(
     """
     known: dict[str, float] = json.loads(KNOWN.read_text(encoding="utf-8")) if KNOWN.is_file() else {}
     found, backbone = {}, None
-    tried = combinations(grid)
-    with tqdm(total=len(datasets) * len(tried), desc=f"settings of {method}", delay=2, unit="training") as bar:
-        for dataset in datasets:
-            sample = read_sample(dataset, shots, seed)
-            if {label for _, label, _ in sample["val"]} != set(range(len(class_names(sample)))):
-                bar.update(len(tried))
-                continue
-            shares = []
-            for settings in tried:
+    samples = {name: read_sample(name, shots, seed) for name in datasets}
+    able = [name for name in datasets if has_val(samples[name])]
+    n = 1 + sum(len(values) - 1 for values in grid.values())
+    with tqdm(total=len(able) * n, desc=f"settings of {method}", delay=2, unit="training") as bar:
+        for dataset in able:
+
+            def score(settings: dict[str, Any], dataset: str = dataset) -> float:
+                nonlocal backbone
                 trial = with_settings(params, method, {dataset: settings})
                 training = Training("few_shot", dataset, method, shots, seed)
                 digest = config_of(trial, training).inputs_sha256 or ""
@@ -69,12 +81,17 @@ def search(
                     known[digest] = share(trial, *backbone, training)
                     with new_file(KNOWN) as path:
                         path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-                shares.append(known[digest])
                 bar.update(1)
-            pairs = list(zip(tried, shares, strict=True))
-            best, _ = first_best(pairs, lambda pair: pair[1])
-            found[dataset] = Choice(pairs, best, len(sample["val"]))
+                return known[digest]
+
+            tried, best = one_by_one(grid, score)
+            found[dataset] = Choice(tried, best, len(samples[dataset]["val"]))
     return found
+
+
+def has_val(sample: Split) -> bool:
+    """Whether each class has validation images."""
+    return {label for _, label, _ in sample["val"]} == set(range(len(class_names(sample))))
 
 
 def with_settings(params: Params, method: str, settings: dict[str, dict[str, Any]]) -> Params:
@@ -93,7 +110,8 @@ def share(params: Params, clip: Any, tokenizer: Any, training: Training) -> floa
     classes = read_classes(training.dataset, settings.prompts, tokenizer)
     train, val = (labelled(sample, part, images, labels, None) for part in ("train", "val"))
     checkpoint = checkpoint_path(config)
-    run = Run(training.seed, training.shots, config.bf16, params.cuda_graphs, checkpoint, progress=progress)
+    shown = progress if sys.stderr.isatty() else silent  # a line of a log every two seconds is too much
+    run = Run(training.seed, training.shots, config.bf16, params.cuda_graphs, checkpoint, progress=shown)
     model = method.build(clip, len(labels), settings, training.seed)
     try:
         method.fit(model, train, val, classes, settings, run)

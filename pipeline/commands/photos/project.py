@@ -4,12 +4,10 @@ It is a copy and no link, so that the project can be run, committed and sent by 
 with, its experiments work, and no change elsewhere changes it. The next `compare` brings the copy up to date.
 """
 
-import contextlib
+import hashlib
 import json
 import re
-import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from pipeline.commands.photos.splits import Plan
 from pipeline.commands.presets import FOLDER as PRESETS
 from pipeline.core.code import ROOT
 from pipeline.core.params import PARAMS_FILE, ParamsError
-from pipeline.core.paths import new_file, writable
+from pipeline.core.paths import new_file
 from pipeline.runner import processes
 
 MARK = "compare.json"  # in a folder that `compare` made: which images it is about
@@ -30,15 +28,8 @@ STAGES = (
     "evaluate-own",
 )
 IGNORED = (
-    "__pycache__/",
-    "/data/",
-    "/out/",
-    "/mlartifacts/",
-    "/mlflow.db*",
-    "/.heba/",
-    "/.heba-mlflow.lock",
-    "/report.html",
-    "/best/",
+    *("__pycache__/", "/data/", "/out/", "/mlartifacts/", "/mlflow.db*", "/.heba/", "/.heba-mlflow.lock"),
+    *("/report.html", "/best/"),
 )
 DVC_IGNORED = ("/data", "/mlartifacts", ".*.tmp", "__pycache__")
 DVC_CONFIG = "[core]\n    analytics = false\n    autostage = false\n[cache]\n    type = hardlink,symlink\n"
@@ -49,28 +40,23 @@ def default_folder(images: Path) -> Path:
     return Path("compare") / (images.resolve().name or "images")
 
 
-@contextlib.contextmanager
-def made(folder: Path, images: Path) -> Iterator[None]:
+def make(folder: Path, images: Path) -> None:
     """Make the project's folder, or go on with one that an earlier call made of the same images.
 
     ValueError where it holds something else, or lies among the images.
     """
-    mark, about = folder / MARK, {"images": str(images)}
+    mark = folder / MARK
+    text = json.dumps({"images": str(images)}, ensure_ascii=False) + "\n"
     if folder.resolve().is_relative_to(images):
         raise ValueError(f"--out {folder} lies in the folder of the images; name another place")
     if mark.is_file():
-        with contextlib.suppress(ValueError):
-            if json.loads(mark.read_text(encoding="utf-8")) != about:
-                raise ParamsError(
-                    f"{folder} compares the images of another folder ({mark}); name another place with --out"
-                )
+        if mark.read_text(encoding="utf-8") != text:
+            raise ValueError(
+                f"{folder} compares the images of another folder, see {mark}; name another place with --out"
+            )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there and no project of `compare`; name another place with --out")
-    with writable(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with new_file(mark) as path:
-            path.write_text(json.dumps(about, ensure_ascii=False) + "\n", encoding="utf-8")
-    yield
+    _write(mark, text)
 
 
 def lay_out(folder: Path) -> None:
@@ -125,21 +111,14 @@ def write_splits(folder: Path, plan: Plan) -> dict[str, str]:
     (folder / "splits").mkdir(exist_ok=True)
     files = {}
     for name, split in plan.splits.items():
-        with new_file(folder / "splits" / f"{name}.json") as path:
-            write_split(split, path)
-            digest = _sha256(path)
-            files[name] = f"splits/{name}-{digest}.json"
-            shutil.copyfile(path, folder / files[name])
+        path = folder / "splits" / f"{name}.json"
+        write_split(split, path)
+        files[name] = f"splits/{name}-{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}.json"
+        path.replace(folder / files[name])
     for path in (folder / "splits").iterdir():
         if path.relative_to(folder).as_posix() not in files.values():
             path.unlink()
     return files
-
-
-def _sha256(path: Path) -> str:
-    import hashlib
-
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 def preset(suite: str) -> dict[str, Any]:

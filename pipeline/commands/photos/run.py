@@ -83,7 +83,8 @@ def run(images: Path, out: Path | None, options: Options) -> None:
         print(f"warning: {warning}", file=sys.stderr)
     split, left_out = read(images)
     plan = plan_of(images, split, options.repeats)
-    with project.made(folder, images), contextlib.chdir(folder):
+    project.make(folder, images)
+    with contextlib.chdir(folder):
         root = Path.cwd()
         project.lay_out(root)
         files = project.write_splits(root, plan)

@@ -13,6 +13,7 @@ from scipy import stats
 from pipeline.report.statistics import ALPHA, RESAMPLES, holm
 
 FEWEST_RUNS = 3  # of fewer splits or samples, the spread says too little
+SAME = 1e-9  # below it, what should be 0
 AT_ONCE = 100  # flips of all signs
 
 
@@ -36,11 +37,14 @@ def same_test(shares: Sequence[float], n: int) -> tuple[float, float]:
 def resampled(shares: Sequence[float], test_ratio: float, n: int) -> tuple[float, float]:
     """The interval of the mean accuracy over splits of the same images: Nadeau and Bengio's corrected resampled t,
     whose variance is (1 / splits + test_ratio) s^2, where `test_ratio` is the number of tested images per other
-    image. Where Wilson's, of all `n` different test images, is wider, as where all splits agree, it is that."""
+    image. Where Wilson's, of all `n` different test images, is wider, as where all splits agree, it is that, and
+    with fewer than FEWEST_RUNS splits too."""
     share, k = float(np.mean(shares)), len(shares)
-    error = math.sqrt((1 / k + test_ratio) * float(np.var(shares, ddof=1))) if k > 1 else 0.0
-    half = float(stats.t.ppf(1 - ALPHA / 2, k - 1)) * error if k > 1 else 0.0
     low, high = wilson(share, n)
+    if k < FEWEST_RUNS:
+        return low, high
+    error = math.sqrt((1 / k + test_ratio) * float(np.var(shares, ddof=1)))
+    half = float(stats.t.ppf(1 - ALPHA / 2, k - 1)) * error
     if 2 * half > high - low:
         return max(0.0, share - half), min(1.0, share + half)
     return low, high
@@ -51,8 +55,8 @@ def runs_differ(differences: Sequence[float], test_ratio: float) -> float:
     `test_ratio` of 0."""
     k, mean = len(differences), float(np.mean(differences))
     error = math.sqrt((1 / k + test_ratio) * float(np.var(differences, ddof=1)))
-    if error == 0:
-        return float(mean == 0)
+    if error < SAME:
+        return float(abs(mean) < SAME)
     return float(2 * stats.t.sf(abs(mean) / error, k - 1))
 
 
