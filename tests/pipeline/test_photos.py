@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 
 from heba.data.splits import PARTS
 from pipeline.commands.photos import page, project, results, verdict
-from pipeline.commands.photos.choose import Choice, one_by_one
+from pipeline.commands.photos.choose import Choice, one_by_one, sentences
 from pipeline.commands.photos.splits import Plan, make_plan
 from pipeline.core.params import ParamsError, load_params
 from tests.pipeline.repository import ROOT, call, environment, wait_for
@@ -218,9 +218,10 @@ def test_the_table_has_what_was_measured(summary):
 def test_names_are_text_in_the_page(summary, tmp_path):
     params, found = summary
     Image.fromarray(np.zeros((40, 20, 3), np.uint8)).save(tmp_path / "x<y>9.png")
-    choices = {"HeBA": {"split-1": Choice([({"scale": 0.1}, 0.5), ({"scale": 0.4}, 0.75)], {"scale": 0.4}, 4)}}
+    choice = Choice([({"scale": 0.1}, 0.5), ({"scale": 0.4}, 0.75)], {"scale": 0.4}, 4)
+    settings = sentences({"HeBA": {"split-1": choice}})
     html = page.render(
-        found, params, tmp_path, "how <it> was", ["note <n>"], ["file <f>.png"], choices, "versions", "<warning>"
+        found, params, tmp_path, "how <it> was", ["note <n>"], ["file <f>.png"], settings, "versions", "<warning>"
     )
     assert "<script>alert" not in html
     assert "&lt;script&gt;alert" in html

@@ -89,6 +89,22 @@ def search(
     return found
 
 
+def sentences(choices: dict[str, dict[str, Choice]]) -> list[str]:
+    """What was chosen, by the title of the method and split, and among what, on how many validation images."""
+    lines = []
+    for title, found in choices.items():
+        for split, choice in found.items():
+            tried = "; ".join(f"{words(s)}: {100 * share:.1f} %" for s, share in choice.tried)
+            lines.append(
+                f"{title}, {split}: {words(choice.best)}, the best on {choice.n} validation images ({tried})."
+            )
+    return lines
+
+
+def words(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
 def has_val(sample: Split) -> bool:
     """Whether each class has validation images."""
     return {label for _, label, _ in sample["val"]} == set(range(len(class_names(sample))))

@@ -3,7 +3,6 @@
 import base64
 import io
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
@@ -11,7 +10,6 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from heba.clip.preprocess import decode
-from pipeline.commands.photos.choose import Choice
 from pipeline.commands.photos.results import Line, Results, hardest, pairs
 from pipeline.core.params import Params
 from pipeline.report import figures
@@ -108,6 +106,8 @@ methods took the image for that.</p>
 <h2>Settings</h2>
 {% for line in settings %}
 <p>{{ line }}</p>
+{% else %}
+<p>The defaults of each method.</p>
 {% endfor %}
 <p class="note">{{ versions }}</p>
 <script>{{ script }}</script>
@@ -123,12 +123,12 @@ def render(
     about: str,
     notes: list[str],
     findings: list[str],
-    choices: dict[str, dict[str, Choice]],
+    settings: list[str],
     versions: str,
     warning: str,
 ) -> str:
     """The page. `about`: how it was tested; `notes`: sentences under the table; `findings`: of the images;
-    `choices`: by method and split; `versions`: of what made it."""
+    `settings`: what was chosen; `versions`: of what made it."""
     method = results.advice.method
     matrix = results.confusion(method)
     whole = len(results.names) <= MATRIX
@@ -148,7 +148,7 @@ def render(
         classes=by_class(results),
         hard=[(*one, thumbnail(images / one[0])) for one in hardest(results, MOST_HARD)],
         findings=findings,
-        settings=setting_lines(choices),
+        settings=settings,
         versions=versions,
         script=Markup(SCRIPT),
     )
@@ -193,19 +193,3 @@ def thumbnail(path: Path) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def setting_lines(choices: dict[str, dict[str, Choice]]) -> list[str]:
-    """What was chosen, and among what, on how many validation images."""
-    lines = []
-    for title, found in choices.items():
-        for split, choice in found.items():
-            tried = "; ".join(f"{words(s)}: {100 * share:.1f} %" for s, share in choice.tried)
-            lines.append(
-                f"{title}, {split}: {words(choice.best)}, the best on {choice.n} validation images ({tried})."
-            )
-    return lines or ["The defaults of each method, and what it chooses on validation images by itself."]
-
-
-def words(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in settings.items())

@@ -18,7 +18,7 @@ from pipeline.commands.photos.splits import Plan
 from pipeline.commands.presets import FOLDER as PRESETS
 from pipeline.core.code import ROOT
 from pipeline.core.params import PARAMS_FILE, ParamsError
-from pipeline.core.paths import new_file
+from pipeline.core.paths import OUT, new_file
 from pipeline.runner import processes
 
 MARK = "compare.json"  # in a folder that `compare` made: which images it is about
@@ -126,6 +126,18 @@ def preset(suite: str) -> dict[str, Any]:
     others."""
     name = "demo" if suite == "embedded" else "paper"
     return yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def methods_done(folder: Path, raw: dict[str, Any]) -> list[str]:
+    """The methods of an earlier call on the same data and backbone as `raw`, the last of which may not be done;
+    none where these differ, or what all methods need is not there."""
+    path = folder / PARAMS_FILE
+    earlier = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    same = all(earlier.get(key) == raw[key] for key in ("suite", "own", "backbone", "few_shot"))
+    there = all(
+        (folder / OUT / kind / name).is_dir() for kind in ("split", "precompute-own") for name in raw["own"]
+    )
+    return earlier["methods"] if same and there else []
 
 
 def write_params(folder: Path, raw: dict[str, Any]) -> None:

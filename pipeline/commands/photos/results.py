@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from heba import methods
+from heba import artifact, methods
 from heba.data.splits import class_names, read_split
 from heba.evaluation.record import read_record
 from pipeline.commands.photos import verdict
@@ -106,9 +106,9 @@ def summarise(params: Params, plan: Plan, tests: pd.DataFrame, seconds: dict[str
     for method in order:
         own = right[right["method"] == method]
         low, high = interval(plan, list(runs[method]), n)
-        shown = confused(confusion(own, len(names)), names)
+        most = confused(confusion(own, len(names)), names)
         share = float(runs[method].mean())
-        lines.append(Line(method, titles[method], 100 * share, 100 * low, 100 * high, seconds.get(method), shown))
+        lines.append(Line(method, titles[method], 100 * share, 100 * low, 100 * high, seconds.get(method), most))
     shares = {line.method: line.accuracy / 100 for line in lines}
     best = max(shares, key=lambda name: shares[name])
     ps = {method: difference(plan, right, best, method) for method in order if method != best}
@@ -160,6 +160,11 @@ def confused(matrix: np.ndarray, names: list[str]) -> str:
     return "nothing"
 
 
+def shown(text: str) -> str:
+    """Text for a terminal, without what is no letter but a command to it: names may have any."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
+
+
 def table(results: Results) -> str:
     """The table for a terminal."""
     rows = [
@@ -178,7 +183,7 @@ def table(results: Results) -> str:
     for row in (heads, *rows):
         cells = [row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2, 3)), row[4]]
         lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return shown("\n".join(lines))
 
 
 def hardest(results: Results, most: int) -> list[tuple[str, str, str]]:
@@ -197,6 +202,21 @@ def hardest(results: Results, most: int) -> list[tuple[str, str, str]]:
         listed = [f"{results.names[label]} ({count})" for label, count in taken.items()]
         found.append((str(file), results.names[int(there["label"].iloc[0])], ", ".join(listed[:3])))
     return found
+
+
+def chosen_by_methods(params: Params, shots: int) -> list[str]:
+    """What methods chose on validation images by themselves, in a sentence each; a value per split or sample."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for training in trainings(params):
+        if training.shots == shots:
+            for name, value in artifact.read_config(training.folder).chosen.items():
+                found.setdefault(training.method, {}).setdefault(name, []).append(f"{value:g}")
+    return [
+        f"{methods.part(method, 'settings').TITLE} chose "
+        + "; ".join(f"{name} {', '.join(values)}" for name, values in chosen.items())
+        + "."
+        for method, chosen in found.items()
+    ]
 
 
 def artifact_folder(params: Params, plan: Plan, method: str, shots: int) -> Path:

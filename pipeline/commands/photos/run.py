@@ -36,7 +36,7 @@ TINY = (
     f"The backbone is the tiny CLIP, which sees little and knows few words: its numbers say little about these "
     f"images. Give a real one: {REAL}"
 )
-SHOWN = 10  # items of a finding that the terminal shows
+SHOWN, LISTED = 10, 200  # items of a finding in the terminal and in the report
 PROTOCOL = "few_shot"  # which trains on all classes
 
 
@@ -101,27 +101,34 @@ def run(images: Path, out: Path | None, options: Options) -> None:
             "transfer": {"protocols": [], "source": "", "targets": [], "variants": [], "seeds": []},
             "few_shot": {"datasets": list(files), "seeds": plan.seeds, "shots": sorted(options.shots)},
         }
-        project.write_params(root, raw | {"methods": listed})
+        before = project.methods_done(root, raw)
+        project.write_params(root, raw | {"methods": listed[:1]})
         findings = check(load_params(), next(iter(files)), left_out, plan)
         print(f"{len(class_names(split))} classes; {plan.text()}")
         project.commit(root, "compare: before the first training")
-        ran = train(root, raw, listed, plan, options)
+        ran = train(root, raw, listed, before, plan, options)
         params = load_params()
         tests = results.read_tests(params)
-        found = results.summarise(params, plan, tests, results.training_seconds(params, params.shots))
-        notes += [*notes_of(plan, params, ran)]
+        try:
+            seconds = results.training_seconds(params, params.shots)
+        except ValueError as error:  # the store does not answer; all else is here
+            seconds = {}
+            print(f"warning: without the seconds of trainings: {error}", file=sys.stderr)
+        found = results.summarise(params, plan, tests, seconds)
+        notes += notes_of(plan, params, ran)
         with new_folder(root / BEST) as best:
             source = results.artifact_folder(params, plan, found.advice.method, found.shots)
             shutil.copytree(source, best, dirs_exist_ok=True)
         commit = project.commit(root, f"compare: {', '.join(ran.done)}")
         titled = {methods.part(name, "settings").TITLE: choice for name, choice in ran.choices.items()}
-        html = page.render(
-            found, params, images, plan.text(), notes, findings, titled, versions(params, commit), warning
-        )
+        chosen = choose.sentences(titled)
+        settings = chosen + results.chosen_by_methods(params, found.shots)
+        about = versions(params, commit)
+        html = page.render(found, params, images, plan.text(), notes, findings, settings, about, warning)
         with new_file(root / REPORT) as path:
             path.write_text(html, encoding="utf-8")
     print(f"\n{results.table(found)}\n\n{found.advice.text}\n")
-    for line in [*page.setting_lines(titled)[: len(plan.splits)], *notes]:
+    for line in [*chosen, *notes]:
         print(f"note: {line}")
     tell(folder, options, found, warning)
     if ran.failed:
@@ -185,27 +192,33 @@ def check(params: Params, name: str, left_out: list[str], plan: Plan) -> list[st
     """What `check-data` finds, as text, on the terminal too; ParamsError where something must be mended."""
     report = own.check(params, name, params.shots)
     if report.errors:
-        found = "\n".join(finding.shown(SHOWN) for finding in report.errors)
+        found = results.shown("\n".join(finding.shown(SHOWN) for finding in report.errors))
         raise ParamsError(f"the images have problems; mend them and run the same again:\n{found}")
     for finding in report.notes:
-        print(f"note: {finding.shown(SHOWN)}", file=sys.stderr)
-    told = [finding.shown() for finding in report.notes]
+        print(f"note: {results.shown(finding.shown(SHOWN))}", file=sys.stderr)
+    told = [finding.shown(LISTED) for finding in report.notes]
     for text, files in (
         ("no images by their suffix, left out", left_out),
         ("show the same picture as an image of another part, left out", plan.left_out),
     ):
         if files:
             print(f"note: {text}: {len(files)}", file=sys.stderr)
-            told.append("\n  ".join([f"{text}:", *files]))
+            told.append("\n  ".join([f"{text}: {len(files)}", *files[:LISTED]]))
     return told
 
 
-def train(root: Path, raw: dict[str, Any], listed: list[str], plan: Plan, options: Options) -> Ran:
-    """Train and evaluate the methods, group after group; params.yaml has those that are done."""
+def train(
+    root: Path, raw: dict[str, Any], listed: list[str], before: list[str], plan: Plan, options: Options
+) -> Ran:
+    """Train and evaluate the methods, group after group; params.yaml has those that are done. Those that an
+    earlier call has done come `before` the others: all that is theirs is there."""
     began = time.monotonic()
-    frozen = [name for name in listed if methods.part(name, "settings").READS == "features"]
-    others = [[name] for name in listed if name not in frozen]
-    waiting = [[name] for name in listed] if options.budget else [frozen, *others]
+    before = [name for name in listed if name in before]
+    left = [name for name in listed if name not in before]
+    frozen = [name for name in left if methods.part(name, "settings").READS == "features"]
+    others = [[name] for name in left if name not in frozen]
+    groups = [before, *([[name] for name in left] if options.budget else [frozen, *others])]
+    waiting = [group for group in groups if group]
     grids = yaml.safe_load(DEFAULTS.read_text(encoding="utf-8"))["search"][raw["suite"]]
     done: list[str] = []
     failed: list[str] = []
@@ -217,7 +230,7 @@ def train(root: Path, raw: dict[str, Any], listed: list[str], plan: Plan, option
         params = load_params()
         try:
             for name in group:
-                if name in grids and done:
+                if name in grids and (done or name in before):
                     searched = choose.search(
                         params, name, list(plan.splits), params.shots, plan.seeds[0], grids[name]
                     )
@@ -233,7 +246,7 @@ def train(root: Path, raw: dict[str, Any], listed: list[str], plan: Plan, option
                 file=sys.stderr,
             )
             raise
-        except (repro.StageError, FloatingPointError) as error:
+        except (repro.StageError, FloatingPointError, RuntimeError) as error:  # out of memory, say
             if len(group) > 1:
                 waiting = [[name] for name in group] + waiting
                 continue
