@@ -13,10 +13,10 @@ from typing import Any
 
 import yaml
 
+import heba
 from heba.data.splits import write_split
 from pipeline.commands.photos.splits import Plan
 from pipeline.commands.presets import FOLDER as PRESETS
-from pipeline.core.code import ROOT
 from pipeline.core.params import PARAMS_FILE, ParamsError
 from pipeline.core.paths import OUT, new_file
 from pipeline.runner import processes
@@ -61,8 +61,8 @@ def make(folder: Path, images: Path) -> None:
 
 def lay_out(folder: Path) -> None:
     """The code, the DAG of own data, git and DVC; what is there stays as it is."""
-    for package in ("heba", "pipeline"):
-        mirror(ROOT / package, folder / package)
+    for package in (Path(heba.__file__).parent, Path(__file__).parents[2]):
+        mirror(package, folder / package.name)
     stages = yaml.safe_load(DAG.read_text(encoding="utf-8"))["stages"]
     _write(folder / "dvc.yaml", _dump({"stages": {name: stages[name] for name in STAGES}}))
     _write(folder / ".gitignore", "\n".join(IGNORED) + "\n")

@@ -290,12 +290,12 @@ def versions(params: Params, commit: str) -> str:
 def tell(folder: Path, options: Options, found: Results, warning: str) -> None:
     """Where the report and the adapter are, and what to do with it."""
     line = next(line for line in found.lines if line.method == found.advice.method)
-    command = ["heba", "predict", "NEW_IMAGES", "--adapter", str(folder / BEST)]
+    arguments = ["NEW_IMAGES", "--adapter", str(folder / BEST)]
     backbone = backbone_of(options)
     for option, value in (("--backbone", backbone["name"]), ("--pretrained", backbone["pretrained"])):
-        command += [option, value] if Path(value).is_file() else []
+        arguments += [option, value] if Path(value).is_file() else []
     print(f"report: {folder / REPORT}")
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"{line.title}, trained on the first split, is in {folder / BEST}. Classify other images with:")
-    print(f"  {shlex.join(command)}")
+    print(f"  heba predict {shlex.join(arguments)}")
