@@ -7,7 +7,6 @@ from pathlib import Path
 import matplotlib as mpl
 import pandas as pd
 from jinja2 import Environment
-from markupsafe import Markup
 
 from heba.clip.preprocess import decode
 from pipeline.commands.photos.results import Line, Results, hardest, pairs
@@ -60,7 +59,7 @@ svg { max-width: 100%; height: auto }
 {% endfor %}
 {% if curves %}
 <h2>Accuracy over shots</h2>
-{{ curves }}
+{{ curves|safe }}
 {% endif %}
 <h2>What {{ title }} confuses</h2>
 <p class="note">Rows are the true classes; tests of all splits and samples.</p>
@@ -110,7 +109,7 @@ methods took the image for that.</p>
 <p>The defaults of each method.</p>
 {% endfor %}
 <p class="note">{{ versions }}</p>
-<script>{{ script }}</script>
+<script>{{ script|safe }}</script>
 </html>
 """
 )
@@ -150,7 +149,7 @@ def render(
         findings=findings,
         settings=settings,
         versions=versions,
-        script=Markup(SCRIPT),
+        script=SCRIPT,
     )
 
 
@@ -158,7 +157,7 @@ def _line(results: Results, method: str) -> Line:
     return next(line for line in results.lines if line.method == method)
 
 
-def curves(results: Results, params: Params) -> Markup | str:
+def curves(results: Results, params: Params) -> str:
     """A figure of the mean accuracy over shots; nothing of one number of shots."""
     if len(params.few_shot.shots) < 2:
         return ""
@@ -167,7 +166,7 @@ def curves(results: Results, params: Params) -> Markup | str:
     table = runs.groupby(["method", "shots"]).agg(accuracy="mean", std="std").reset_index().assign(dataset="all")
     with mpl.rc_context(figures.STYLE):
         drawn = figures.curves(table, [line.method for line in results.lines], embedded=False)
-    return Markup(next(iter(drawn.values())))
+    return next(iter(drawn.values()))
 
 
 def by_class(results: Results) -> list[tuple[str, int, list[float]]]:
