@@ -108,9 +108,9 @@ class Classifier:
         try:
             if isinstance(image, Image.Image):
                 with READING[id(image) % len(READING)]:
-                    opened = to_rgb(image)
+                    opened = to_rgb(image, as_seen=True)
             else:
-                opened = decode(Path(image))
+                opened = decode(Path(image), as_seen=True)
             return file, torch.from_numpy(resize_and_crop(opened, self.preprocess).copy())
         except UNREADABLE as error:
             return file, str(error)

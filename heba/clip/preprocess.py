@@ -1,12 +1,13 @@
 """How a model wants its images: decoding, the test transform, and normalisation."""
 
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -22,6 +23,18 @@ UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 # The longer side of an image to its shorter one. Resizing takes memory in proportion to it: a line of one pixel by
 # 65500, which is a small file, takes 13 GB at 224.
 MAX_ASPECT = 100
+
+
+# What turns an image as its EXIF orientation says; 1 is upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
@@ -66,32 +79,82 @@ def preprocess_of(clip: Any) -> Preprocess:
     return Preprocess(height, **values)
 
 
+# Of 65536: an image of 16 bits that is darker everywhere uses 12 bits or fewer of them, and would come out black.
+LEAST_OF_16_BITS = 4096
+
+
 class DeepImage(ValueError):
-    """An image of 16 or more bits a channel; Pillow would turn it white in RGB without a warning."""
+    """An image of 16 or more bits a channel, of which the range of its values is not known; Pillow would turn it
+    white in RGB without a warning."""
 
 
 class LongImage(ValueError):
     """An image of which one side is more than MAX_ASPECT times the other."""
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The image as RGB. DeepImage when its values do not fit into 8 bits (what they range over is not known);
-    LongImage when no picture has its shape."""
-    if image.mode.startswith(("I", "F")):
-        raise DeepImage(f"an image of 16 or more bits a channel (Pillow's mode {image.mode}); convert it to 8 bit")
+def to_rgb(image: Image.Image, as_seen: bool = False) -> Image.Image:
+    """The image as RGB, of an animated one the first frame. DeepImage when its values do not fit into 8 bits (what
+    they range over is not known); LongImage when no picture has its shape.
+
+    `as_seen`: as a viewer shows it, turned as its EXIF tag says and on white where it is transparent. The official
+    code of the benchmarks does neither.
+    """
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise LongImage(
             f"{image.width} x {image.height} pixels, one side more than {MAX_ASPECT} times the other; crop it"
         )
+    deep = is_deep(image)
+    if as_seen:
+        image = upright(image)
+    if deep:
+        image = _eight_bits(image)
+    elif image.mode.startswith(("I", "F")):
+        raise _deep(image)
+    if as_seen and is_transparent(image):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def decode(path: Path) -> Image.Image:
-    """Decode an image file completely, as RGB. ValueError names a file that is missing or damaged; DeepImage and
-    LongImage, one that `to_rgb` refuses."""
+def is_deep(image: Image.Image) -> bool:
+    """Whether an image has values of 0 to 65535. Pillow has those of some files as 32 bits."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """Whether an image says how transparent its pixels are."""
+    return "A" in image.getbands() or "transparency" in image.info
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image, turned and mirrored as its EXIF tag says."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (struct.error, *UNREADABLE):  # damaged tags; the picture may be whole
+        return image
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    pixels = np.asarray(image)
+    if pixels.max() < LEAST_OF_16_BITS:
+        raise _deep(image)
+    return Image.fromarray((pixels >> 8).astype(np.uint8))
+
+
+def _deep(image: Image.Image) -> DeepImage:
+    return DeepImage(
+        f"an image of 16 or more bits a channel (Pillow's mode {image.mode}), and what its values range over is "
+        "not known; convert it to 8 bit"
+    )
+
+
+def decode(path: Path, as_seen: bool = False) -> Image.Image:
+    """Decode an image file completely, as RGB (`to_rgb`). ValueError names a file that is missing or damaged;
+    DeepImage and LongImage, one that `to_rgb` refuses."""
     try:
         with Image.open(path) as image:
-            return to_rgb(image)
+            return to_rgb(image, as_seen)
     except (DeepImage, LongImage) as error:
         raise type(error)(f"{path}: {error}") from None
     except UNREADABLE as error:

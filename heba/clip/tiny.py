@@ -1,7 +1,7 @@
 """The tiny CLIP: open_clip's architecture and tokenizer, weights from this repository."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,11 @@ def known_tokens() -> set[int]:
     return set(load_file(FOLDER / "model.safetensors")["token_ids"].tolist())
 
 
+def words_of(texts: Iterable[str]) -> set[str]:
+    """The words of some texts."""
+    return {word.strip(".,") for text in texts for word in text.split()}
+
+
 class KnownWords:
     """The tokenizer of the pretrained tiny CLIP, which refuses words without an embedding."""
 
@@ -36,17 +41,18 @@ class KnownWords:
     def encode(self, text: str) -> list[int]:
         return self.plain.encode(text)
 
+    def unknown(self, texts: list[str]) -> list[str]:
+        """The words of `texts`, as far as they are read, that pretraining did not see."""
+        tokens = set(self.plain(texts).flatten().tolist()) - self.known
+        return sorted(word for word in words_of(texts) if tokens & set(self.encode(word))) if tokens else []
+
     def __call__(self, texts: list[str]) -> Tensor:
         """Tokens [n, context]; ValueError names the words that pretraining did not see."""
-        tokens = self.plain(texts)
-        unknown = set(tokens.flatten().tolist()) - self.known
-        if unknown:
-            spoken = {word.strip(".,") for text in texts for word in text.split()}
-            words = sorted(word for word in spoken if unknown & set(self.encode(word)))
+        if words := self.unknown(texts):
             raise ValueError(
                 f"the tiny CLIP does not know {', '.join(words)}; take other words or a real backbone"
             )
-        return tokens
+        return self.plain(texts)
 
 
 def load_tiny_clip() -> tuple[Any, Callable[[list[str]], Tensor]]:

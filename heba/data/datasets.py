@@ -56,6 +56,12 @@ BENCHMARKS = tuple(name for name, about in TABLE.items() if not about.variant)
 VARIANTS = tuple(name for name, about in TABLE.items() if about.variant)
 
 
+def as_seen(name: str) -> bool:
+    """How the images of a data set are opened (`heba.clip.preprocess.to_rgb`): own ones as a viewer shows them,
+    those of a benchmark as its official code opens them."""
+    return name not in TABLE
+
+
 def title(name: str) -> str:
     """The name of a data set in tables; own data has none but its name."""
     return TABLE[name].title if name in TABLE else name

@@ -97,6 +97,7 @@ class LabelledImages:
         files: their paths. labels: from 0 on.
         views: their frozen features, for a method that reads features; of validation images, `augmented` has no
             passes.
+        as_seen: how the files are opened (`heba.clip.preprocess.to_rgb`).
     Raises:
         ValueError: names an image whose features are not finite.
     """
@@ -104,6 +105,7 @@ class LabelledImages:
     files: list[Path]
     labels: list[int]
     views: Views | None = None
+    as_seen: bool = False
 
     def __post_init__(self) -> None:
         broken = (
@@ -117,8 +119,9 @@ class LabelledImages:
             )
 
 
-def decode_all(files: Sequence[Path], done: Callable[[int], object]) -> list[Tensor]:
-    """The images [3, height, width] uint8, as they are, for the crops of all epochs; `done` counts them.
+def decode_all(files: Sequence[Path], done: Callable[[int], object], as_seen: bool = False) -> list[Tensor]:
+    """The images [3, height, width] uint8, as they are, for the crops of all epochs; `done` counts them, and
+    `as_seen` is how they are opened (`heba.clip.preprocess.to_rgb`).
 
     ValueError names a file that cannot be read, and says so when they do not fit into the memory that is free.
     """
@@ -132,8 +135,12 @@ def decode_all(files: Sequence[Path], done: Callable[[int], object]) -> list[Ten
             f"{len(files)} training images take {needed / 1e9:.1f} GB of memory, of which {free / 1e9:.1f} GB are "
             "free: scale them down, to a shorter side of some 500 pixels, or take fewer shots"
         )
+
+    def pixels(path: Path) -> Tensor:
+        return torch.from_numpy(np.array(decode(path, as_seen)).transpose(2, 0, 1))
+
     images = []
-    for image in for_each_image(lambda path: torch.from_numpy(np.array(decode(path)).transpose(2, 0, 1)), files):
+    for image in for_each_image(pixels, files):
         images.append(image)
         done(1)
     return images
@@ -158,9 +165,14 @@ def for_each_image(work: Callable[[Any], Any], paths: Iterable[Any]) -> Iterator
 
 
 def pack_images(
-    paths: Sequence[Path], preprocess: Preprocess, out: Path, progress: Callable[[int], object]
+    paths: Sequence[Path],
+    preprocess: Preprocess,
+    out: Path,
+    progress: Callable[[int], object],
+    as_seen: bool = False,
 ) -> None:
-    """Decode, resize and crop the images at `paths` into one array [n, 3, size, size] uint8 in the file `out`."""
+    """Decode, resize and crop the images at `paths` into one array [n, 3, size, size] uint8 in the file `out`;
+    `as_seen` is how they are opened (`heba.clip.preprocess.to_rgb`)."""
     header = {
         "descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)),
         "fortran_order": False,
@@ -169,7 +181,7 @@ def pack_images(
     # Written, not mapped: on a full disk a write is an error, and a page of a map the end of the process.
     with out.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for pixels in for_each_image(lambda path: resize_and_crop(decode(path), preprocess), paths):
+        for pixels in for_each_image(lambda path: resize_and_crop(decode(path, as_seen), preprocess), paths):
             file.write(pixels.tobytes())
             progress(1)
 
@@ -200,13 +212,21 @@ def sample_crop(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def make_views(folder: Path, file: str, preprocess: Preprocess, seed: int, passes: int, smallest: float) -> Tensor:
+def make_views(
+    folder: Path,
+    file: str,
+    preprocess: Preprocess,
+    seed: int,
+    passes: int,
+    smallest: float,
+    as_seen: bool = False,
+) -> Tensor:
     """The test transform of an image, its mirror image, and `passes` random crops of at least the area `smallest`,
     mirrored half of the time: [2 + passes, 3, size, size], preprocessed.
 
-    An image has the same crops in every sample of a seed.
+    An image has the same crops in every sample of a seed. `as_seen`: `heba.clip.preprocess.to_rgb`.
     """
-    image = decode(folder / file)
+    image = decode(folder / file, as_seen)
     plain = torch.from_numpy(resize_and_crop(image, preprocess).copy())
     fixed = normalise(torch.stack([plain, plain.flip(-1)]), preprocess)
     if not passes:

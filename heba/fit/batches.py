@@ -24,7 +24,7 @@ def crops(clip: Any, train: LabelledImages, size: int, run: Run, keep_last: bool
     mirrored half of the time. `keep_last`: also of what is left over, as in `shuffled`."""
     where, preprocess = clip.logit_scale.device, preprocess_of(clip)
     with run.progress(len(train.files), "decode training images") as done:
-        images = [image.to(where) for image in decode_all(train.files, done)]
+        images = [image.to(where) for image in decode_all(train.files, done, train.as_seen)]
     labels = torch.tensor(train.labels, device=where)
 
     def epoch(_: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:

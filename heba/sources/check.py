@@ -1,17 +1,14 @@
 """Check a data set: what it contains, and what is wrong with it."""
 
-import hashlib
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 
-from heba.clip.preprocess import DeepImage, decode
-from heba.data.images import for_each_image
 from heba.data.prompts import normalise_class_name
 from heba.data.splits import PARTS, Split, class_names
+from heba.sources.look import ODD, Look
 
 
 class Finding(NamedTuple):
@@ -67,16 +64,18 @@ class Rules:
 
 def check(
     split: Split,
-    images: Path,
+    looks: Mapping[str, Look],
+    same: Sequence[Sequence[str]],
     descriptions: dict[str, list[str]],
     rules: Rules,
-    progress: Callable[[int], object] = lambda n: None,
 ) -> Report:
-    """Decode every image of `split` under the folder `images` and look for what is wrong."""
+    """What is wrong with a split, from `looks` at its images, and the groups of those that show the `same`
+    picture."""
     names = class_names(split)
     texts = {normalise_class_name(name): sentences for name, sentences in descriptions.items()}
     table = _counts(split, names, texts)
-    files = _files(split, images, progress)
+    files = _files(split, looks)
+    alike = _alike(split, looks, same)
     spoken: dict[str, list[str]] = {}
     for name in names:
         spoken.setdefault(normalise_class_name(name), []).append(name)
@@ -87,13 +86,17 @@ def check(
     errors = [
         Finding("fewer than two classes", [] if len(names) > 1 else names or ["none at all"]),
         Finding("images that are missing or cannot be decoded", files.broken),
-        Finding("images of 16 or more bits a channel; convert them to 8 bit", files.deep),
+        Finding("images of 16 or more bits a channel, of an unknown range; convert them to 8 bit", files.deep),
         Finding("classes without test images", list(table.index[table["test"] == 0])),
         # The test sets of domain generalisation have none at all.
         Finding("classes without train images", list(table.index[table["train"] == 0]) if split["train"] else []),
     ]
     notes = [
         Finding("the same bytes more than once", files.twice),
+        Finding("the same picture, not byte for byte, in different classes", alike.conflicts),
+        Finding("the same picture, not byte for byte, in more than one of train, val and test", alike.leaks),
+        Finding("the same picture, not byte for byte, more than once in a part", alike.twice),
+        *[Finding(text, [file for file in looks if name in looks[file].odd]) for name, text in ODD.items()],
         Finding(
             "classes whose names are the same in a prompt",
             [" = ".join(map(repr, group)) for group in spoken.values() if len(group) > 1],
@@ -125,9 +128,17 @@ def _counts(split: Split, names: list[str], texts: dict[str, list[str]]) -> pd.D
     return table
 
 
+class _Alike(NamedTuple):
+    """Groups of images, each as a text: conflicts, in different classes; leaks, in several parts of one; twice, in
+    one part."""
+
+    conflicts: list[str]
+    leaks: list[str]
+    twice: list[str]
+
+
 class _Files(NamedTuple):
-    """broken: images that cannot be read. deep: those of more than 8 bits. Groups of the same bytes: conflicts,
-    in different classes; leaks, in several parts of one; twice, in one part."""
+    """broken: images that cannot be read. deep: those of more than 8 bits. Groups of the same bytes: `_Alike`."""
 
     broken: list[str]
     deep: list[str]
@@ -136,28 +147,35 @@ class _Files(NamedTuple):
     twice: list[str]
 
 
-def _files(split: Split, images: Path, progress: Callable[[int], object]) -> _Files:
-    uses: dict[str, list[tuple[str, int, str]]] = {}
+Uses = dict[str, list[tuple[str, int, str]]]  # of a file: part, label, class name
+
+
+def _uses(split: Split) -> Uses:
+    uses: Uses = {}
     for part in PARTS:
         for file, label, name in split[part]:
             uses.setdefault(file, []).append((part, label, name))
+    return uses
 
-    def look(path: Path) -> str:
-        """The hash of an image's bytes, or "deep" or "broken"."""
-        try:
-            decode(path)
-            return hashlib.sha256(path.read_bytes()).hexdigest()
-        except DeepImage:
-            return "deep"
-        except (ValueError, OSError):
-            return "broken"
 
+def _files(split: Split, looks: Mapping[str, Look]) -> _Files:
+    uses = _uses(split)
     by_hash: dict[str, list[str]] = {}
-    for file, digest in zip(uses, for_each_image(look, [images / file for file in uses]), strict=True):
-        by_hash.setdefault(digest, []).append(file)
-        progress(1)
-    found = _Files(by_hash.pop("broken", []), by_hash.pop("deep", []), [], [], [])
-    for files in by_hash.values():
+    for file in uses:
+        by_hash.setdefault(looks[file].problem or looks[file].digest, []).append(file)
+    broken, deep = by_hash.pop("broken", []), by_hash.pop("deep", [])
+    return _Files(broken, deep, *_sorted_out(by_hash.values(), uses))
+
+
+def _alike(split: Split, looks: Mapping[str, Look], same: Sequence[Sequence[str]]) -> _Alike:
+    uses = _uses(split)
+    groups = [[file for file in group if file in uses] for group in same]
+    return _sorted_out([group for group in groups if len({looks[file].digest for file in group}) > 1], uses)
+
+
+def _sorted_out(groups: Iterable[Sequence[str]], uses: Uses) -> _Alike:
+    found = _Alike([], [], [])
+    for files in groups:
         where = [(file, *use) for file in files for use in uses[file]]
         if len(where) < 2:
             continue

@@ -423,9 +423,11 @@ def cost(
 
 @app.command()
 def preset(
-    name: Annotated[str, typer.Argument(help="demo (embedded data, the committed one) or paper.")],
+    name: Annotated[
+        str, typer.Argument(help="demo (embedded data, the committed one), paper, or own: without the benchmarks.")
+    ],
 ) -> None:
-    """Write params.yaml from a named preset and show what changes."""
+    """Write params.yaml from a named preset, with its entries of own, and show what changes."""
     from pipeline.commands import presets
 
     print(presets.write(name))

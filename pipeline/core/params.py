@@ -67,7 +67,8 @@ class Data(_Strict):
 
 class Own(_Strict):
     """A user's own data set; `path` is the folder of its images, in which `file` and `descriptions` are. Of the
-    kind coop, `split` may name a split file instead, relative to the repository, in which it lies."""
+    kind coop, `split` may name a split file instead, relative to the repository, in which it lies. The data set is
+    in few_shot, which trains on all classes, and where that is asked for in base_to_novel."""
 
     kind: Literal["folder", "csv", "coop"]
     path: Text
@@ -76,6 +77,8 @@ class Own(_Strict):
     template: Annotated[str, Field(pattern=TEMPLATE_PATTERN)] = TEMPLATE
     descriptions: Annotated[str, Field(pattern="^[^/]+$")] | None = None
     allow_leaks: bool = False
+    skip_unreadable: bool = False
+    base_to_novel: bool = False
 
 
 class Params(_Strict):
@@ -222,7 +225,9 @@ def _impossible_protocols(raw: dict[str, Any], own: dict[Any, Any]) -> list[str]
     targets, few = _value(raw, "transfer", "targets"), _value(raw, "few_shot", "datasets")
     if isinstance(datasets, list):
         if not datasets and not own:
-            problems.append("datasets: empty, and so is own, so that there is no data")
+            problems.append(
+                "datasets: empty, and so is own, so that there is no data; docs/tutorial.md has an entry of own"
+            )
         transfer = _value(raw, "transfer", "protocols") != []
         if transfer and isinstance(source, str) and source not in datasets:
             problems.append(f"transfer.source: {source!r} must be one of datasets")

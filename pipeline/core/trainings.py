@@ -67,13 +67,15 @@ def stage_folder(protocol: str) -> Path:
 def samples(params: Params, dataset: str) -> list[Sample]:
     """The few-shot samples of a data set that are trained on, whatever the method."""
     found = []
-    if dataset in [*params.datasets, *params.own]:
+    own, few = params.own.get(dataset), params.few_shot
+    if dataset in params.datasets or (own and own.base_to_novel):
         found += [("base_to_novel", params.shots, seed) for seed in params.seeds]
     if dataset == params.transfer.source and params.transfer.protocols:
         found += [("cross_dataset", params.shots, seed) for seed in params.transfer.seeds]
-    if dataset in params.few_shot.datasets:
-        few = params.few_shot
+    if dataset in few.datasets:
         found += [("few_shot", shots, seed) for shots in few.shots for seed in few.seeds]
+    elif own:
+        found += [("few_shot", params.shots, seed) for seed in params.seeds]
     return found
 
 

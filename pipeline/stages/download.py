@@ -22,7 +22,7 @@ from heba.data import datasets
 from heba.data.splits import Split, read_split
 from pipeline.core.params import Params, stage_of
 from pipeline.core.paths import OUT, data_folder, main_root, new_file, new_folder, reading, writable
-from pipeline.stages.own import is_linked, lay_out, refuse_problems
+from pipeline.stages.own import is_linked, lay_out, read, refuse_problems
 
 THREADS = 8  # that read and hash images
 AT_ONCE = 4096  # images that they are given
@@ -92,21 +92,21 @@ def _hash(path: Path) -> tuple[str, int]:
 
 def run(params: Params, dataset: str) -> str:
     """Provide the images of `dataset` and write out/download/<dataset>.json; returns a line about it."""
-    own = dataset in params.own
-    if own:
-        refuse_problems(params, dataset)
+    data = read(params, dataset) if dataset in params.own else None
+    if data:
+        refuse_problems(params, dataset, data)
     folder = dataset_folder(params, dataset)
     with _locked(folder):
         with new_folder(folder) as temporary:
-            if own:
-                lay_out(params, dataset, temporary)
+            if data:
+                lay_out(params, dataset, temporary, data)
                 about = {"template": params.own[dataset].template}
             elif params.suite == "embedded":
                 about = _generate(dataset, temporary)
             else:
                 about = _fetch(params, dataset, temporary)
-        suite = "own" if own else params.suite
-        manifest = {"dataset": dataset, "suite": suite} | about | describe_folder(folder, own)
+        suite = "own" if data else params.suite
+        manifest = {"dataset": dataset, "suite": suite} | about | describe_folder(folder, own=bool(data))
     with new_file(manifest_path(dataset)) as path:
         path.write_text(json.dumps(manifest, indent=1) + "\n")
     return f"{manifest['images']} images, {manifest['bytes'] / 1e6:.1f} MB"
@@ -244,7 +244,7 @@ def verified_folder(params: Params, dataset: str, images: bool = False) -> Path:
     if own and (_changed(folder, manifest) or not is_linked(params, dataset, folder)):
         # When images or params go back to what they were, DVC takes the manifest from its cache and runs nothing.
         with _locked(folder), new_folder(folder) as temporary:
-            lay_out(params, dataset, temporary)
+            lay_out(params, dataset, temporary, read(params, dataset))
     if changed := _changed(folder, manifest):
         what = "is not the file of" if changed.is_file() else "is missing, though there is"
         raise DataError(f"{changed} {what} the manifest {manifest_path(dataset)}; {remedy}")
@@ -278,7 +278,7 @@ def _damage(images: Path, split: Split, own: bool) -> str:
 
     def broken(file: str) -> str | None:
         try:
-            decode(images / file)
+            decode(images / file, as_seen=own)
         except ValueError:
             return file
         return None

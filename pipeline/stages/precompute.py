@@ -23,7 +23,7 @@ from heba.clip.features import Classes, encode_images, encode_prompts, image_fea
 from heba.clip.preprocess import Preprocess, preprocess_of
 from heba.clip.towers import cut_texts, encode_text_plain, feature_width
 from heba.data import datasets
-from heba.data.datasets import TABLE
+from heba.data.datasets import TABLE, as_seen
 from heba.data.images import open_packed, pack_images
 from heba.data.prompts import KINDS, PARTS, Kind, all_prompts, read_descriptions, tokenize
 from heba.data.splits import Item, class_names, read_split
@@ -119,7 +119,7 @@ def run(params: Params, dataset: str) -> str:
         index = torch.tensor([i for part in PARTS for i in prompts[part].class_index])
         part = torch.tensor([i for i, part in enumerate(PARTS) for _ in prompts[part].texts])
         _texts(params, clip, tokens, {"index": index, "part": part}, out)
-        _images(params, split["test"], data / "images", clip, out)
+        _images(params, split["test"], data / "images", as_seen(dataset), clip, out)
     return f"{len(tokens)} prompts of {len(names)} classes, {len(split['test'])} test images"
 
 
@@ -137,11 +137,11 @@ def _texts(params: Params, clip: Any, tokens: Tensor, about: dict[str, Tensor], 
     save_file(about | {"tokens": tokens.contiguous(), "features": features}, out / "text.safetensors")
 
 
-def _images(params: Params, test: list[Item], folder: Path, clip: Any, out: Path) -> None:
+def _images(params: Params, test: list[Item], folder: Path, seen: bool, clip: Any, out: Path) -> None:
     preprocess = preprocess_of(clip)
     packed = out / "images.npy"
     with tqdm(total=len(test), desc="pack test images", delay=2, unit="image") as bar:
-        pack_images([folder / file for file, _, _ in test], preprocess, packed, bar.update)
+        pack_images([folder / file for file, _, _ in test], preprocess, packed, bar.update, seen)
 
     def encode(images: Tensor) -> Tensor:
         return torch.cat(image_features(clip, images), dim=-1)

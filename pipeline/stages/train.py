@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from heba import artifact, methods
+from heba.data.datasets import as_seen
 from heba.data.images import LabelledImages, Views
 from heba.data.splits import Split, base_labels, class_names, select_classes
 from heba.fit.run import Run
@@ -183,7 +184,8 @@ def train(
     images = verified_folder(params, dataset) / "images"
     classes = read_classes(dataset, settings.prompts, tokenizer).select(labels)
     views = read_views(dataset, training.shots, training.seed) if needs_views(training.method) else {}
-    parts = [labelled(split, part, images, labels, views.get(part)) for part in ("train", "val")]
+    seen = as_seen(training.dataset)
+    parts = [labelled(split, part, images, labels, views.get(part), seen) for part in ("train", "val")]
     checkpoint = checkpoint_path(config)
     temporary_name(checkpoint)  # removes what a killed training has left of one
     if checkpoint.exists():
@@ -221,9 +223,12 @@ def train(
     return history[-1]["loss"] if history else None
 
 
-def labelled(split: Split, part: str, images: Path, labels: range, views: Views | None) -> LabelledImages:
-    """The images of a part of a sample that are of the classes `labels`, with their `views`."""
+def labelled(
+    split: Split, part: str, images: Path, labels: range, views: Views | None, seen: bool
+) -> LabelledImages:
+    """The images of a part of a sample that are of the classes `labels`, with their `views`, opened as seen or
+    not."""
     chosen = select_classes(split, labels)[part]
     rows = torch.tensor([row for row, item in enumerate(split[part]) if item[1] in labels], dtype=torch.long)
     files, targets = [images / file for file, _, _ in chosen], [label for _, label, _ in chosen]
-    return LabelledImages(files, targets, views.select(rows) if views else None)
+    return LabelledImages(files, targets, views.select(rows) if views else None, seen)

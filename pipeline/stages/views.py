@@ -21,6 +21,7 @@ from heba import methods
 from heba.clip.features import BATCH_SIZE, image_features
 from heba.clip.preprocess import preprocess_of
 from heba.clip.towers import feature_width
+from heba.data.datasets import as_seen
 from heba.data.images import Views, for_each_image, make_views
 from pipeline.core import code
 from pipeline.core.params import Params, stage_of
@@ -106,15 +107,26 @@ def encode_sample(params: Params, clip: Any, dataset: str, shots: int, seed: int
     tensors: dict[str, Tensor] = {}
     for part in ("train", "val"):
         files = [file for file, _, _ in sample[part]]
-        views = encode_views(params, clip, folder, files, seed, params.views.passes if part == "train" else 0)
+        passes = params.views.passes if part == "train" else 0
+        views = encode_views(params, clip, folder, files, as_seen(dataset), seed, passes)
         tensors |= {f"{part}.{field.name}": getattr(views, field.name).contiguous() for field in fields(Views)}
     return tensors
 
 
-def encode_views(params: Params, clip: Any, folder: Path, files: list[str], seed: int, passes: int) -> Views:
-    """The views of `files` below `folder`, `passes` random ones of each."""
+def encode_views(
+    params: Params, clip: Any, folder: Path, files: list[str], seen: bool, seed: int, passes: int
+) -> Views:
+    """The views of `files` below `folder`, opened as seen or not, `passes` random ones of each."""
     preprocess, where = preprocess_of(clip), device(params)
-    make = partial(make_views, folder, preprocess=preprocess, seed=seed, passes=passes, smallest=params.views.crop)
+    make = partial(
+        make_views,
+        folder,
+        preprocess=preprocess,
+        seed=seed,
+        passes=passes,
+        smallest=params.views.crop,
+        as_seen=seen,
+    )
     size = max(1, BATCH_SIZE.get(where.type, 256) // (2 + passes))
     features: list[Tensor] = []
     hidden: list[Tensor] = []

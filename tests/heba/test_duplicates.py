@@ -83,6 +83,8 @@ def test_plain_images_and_those_that_differ_in_place_or_colour_are_told_apart(tm
     for value in (0, 3, 128, 252, 255):
         save(Image.new("RGB", (40, 40), (value,) * 3), tmp_path / f"plain-{value}.png")
     save(Image.new("RGB", (40, 40), "white"), tmp_path / "plain-again.png")
+    for i in range(3):
+        save(Image.new("RGB", (40, 40), (200, i, 90)), tmp_path / f"plain-{i}.png")
     for colour in ("red", "green", "blue"):
         for left in (4, 14):
             image = Image.new("RGB", (40, 40), "white")

@@ -10,6 +10,8 @@ from PIL import Image
 
 from heba.data.splits import PARTS, class_names, read_split, write_split
 from heba.sources.check import Rules, check
+from heba.sources.duplicates import same_pictures
+from heba.sources.look import look_at
 from heba.sources.own import IMAGE_SUFFIXES, given_split, make_split, read_own
 from pipeline.commands.use import find_images
 
@@ -81,12 +83,13 @@ def test_coops_proportions():
 def test_a_folder_per_class(tmp_path):
     root = folder_of_classes(tmp_path / "with space", {"Zebra": 4, "été à la plage": 2})
     image(root / "Zebra" / "UPPER.JPEG", 700)
-    for junk in (".DS_Store", "Zebra/.hidden.png", "Zebra/Thumbs.db", "notes.txt", "texts.json", "__MACOSX/x.png"):
+    hidden = (".DS_Store", "Zebra/.hidden.png", "Zebra/Thumbs.db", "Desktop.ini", "__MACOSX/x.png")
+    for junk in (*hidden, "Zebra/about.doc", "notes.txt", "texts.json"):
         (root / junk).parent.mkdir(exist_ok=True)
         (root / junk).write_bytes(b"")
     data = read_own(root, "folder", aside="texts.json")
     assert class_names(data.split) == ["Zebra", "été à la plage"]
-    assert sorted(data.left_out) == ["Zebra/Thumbs.db", "notes.txt"]
+    assert sorted(data.left_out) == ["Zebra/about.doc", "notes.txt"]
     assert sorted(paths(data.split))[-3:] == ["Zebra/UPPER.JPEG", "été à la plage/0.png", "été à la plage/1.png"]
     assert all((root / path).is_file() for path in paths(data.split))
     write_split(data.split, tmp_path / "split.json")
@@ -246,9 +249,10 @@ def test_a_split_file_keeps_its_labels(tmp_path):
 
 def report(root, split=None, **options):
     split = split or read_own(root, "folder").split
-    others = {key: options.pop(key) for key in ("progress",) if key in options}
+    looks = look_at(root, paths(split), options.pop("progress", lambda n: None))
     descriptions = options.pop("descriptions", {})
-    return check(split, root, descriptions, Rules(**{"shots": 1, "allow_leaks": False} | options), **others)
+    rules = Rules(**{"shots": 1, "allow_leaks": False} | options)
+    return check(split, looks, same_pictures(looks), descriptions, rules)
 
 
 def found(findings):
@@ -325,7 +329,9 @@ def test_images_of_16_bits_are_an_error(tmp_path):
     root = folder_of_classes(tmp_path, {"cat": 4, "dog": 4})
     Image.new("I;16", (8, 8), 900).save(root / "dog" / "2.png")
     errors = found(report(root).errors)
-    assert errors == {"images of 16 or more bits a channel; convert them to 8 bit": ["dog/2.png"]}
+    assert errors == {
+        "images of 16 or more bits a channel, of an unknown range; convert them to 8 bit": ["dog/2.png"]
+    }
 
 
 def test_classes_that_can_not_be_trained_or_tested(tmp_path):

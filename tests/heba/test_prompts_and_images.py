@@ -117,12 +117,19 @@ def test_a_truncated_image_is_named(tmp_path):
         decode(path)
 
 
-@pytest.mark.parametrize("kind", ["16.png", "32.tif", "float.tif", "16.pgm"])
-def test_more_than_eight_bits_are_refused_and_not_white(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["16.png", "16.tif", "16.pgm"])
+def test_sixteen_bits_are_scaled_to_eight(tmp_path, kind):
     """Pillow's RGB of them is white wherever a value is above 255."""
+    path, values = tmp_path / kind, np.arange(0, 65536, 1024).reshape(8, 8)
+    Image.fromarray(values.astype(np.uint16)).save(path)
+    assert np.array_equal(np.asarray(decode(path)), np.repeat(values[:, :, None] // 256, 3, axis=2))
+
+
+@pytest.mark.parametrize("kind", ["12.png", "32.tif", "float.tif", "12.pgm"])
+def test_more_than_eight_bits_of_an_unknown_range_are_refused_and_not_white_or_black(tmp_path, kind):
     dtype = {"32": np.int32, "float": np.float32}.get(kind.split(".")[0], np.uint16)
     path = tmp_path / kind
-    Image.fromarray(np.arange(0, 6400, 100).reshape(8, 8).astype(dtype)).save(path)
+    Image.fromarray(np.arange(0, 4096, 64).reshape(8, 8).astype(dtype)).save(path)
     message = rf"{kind}: an image of 16 or more bits a channel .* convert it to 8 bit"
     with pytest.raises(DeepImage, match=message):
         decode(path)

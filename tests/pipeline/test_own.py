@@ -139,11 +139,11 @@ def repo(tmp_path_factory):
     only_own(params)
     params["own"] = {
         "drawn": {"kind": "folder", "path": str(outside), "descriptions": "texts.json"},
-        "listed": {"kind": "csv", "path": "my photos"},
+        "listed": {"kind": "csv", "path": "my photos", "base_to_novel": True},
     }
     params |= {"seeds": [1], "shots": 2}
     params["methods"] = ["zero_shot", "heba"]
-    params["few_shot"] = {"datasets": ["listed"], "seeds": [], "shots": [1]}
+    params["few_shot"] = {"datasets": [], "seeds": [], "shots": [1]}
     params["heba"] |= {"epochs": 1, "batch_size": 4}
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     initialise(folder)
@@ -175,7 +175,7 @@ def outside_of(repo):
 
 def test_own_data_goes_to_the_report_and_is_not_copied(repo):
     metrics = json.loads((repo / "reports" / "metrics.json").read_text())
-    assert set(metrics["base_to_novel"]) == {"listed"}
+    assert set(metrics["base_to_novel"]) == set(metrics["few_shot"]) == {"listed"}
     prompts = json.loads((repo / "out" / "precompute-own" / "listed" / "prompts.json").read_text())
     assert prompts["prompts"]["descriptions"] == ["a photo of a cat.", "a photo of a dog."]
     assert json.loads((repo / "data" / "own" / "drawn" / "descriptions.json").read_text()) == {

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.commands import presets
 from pipeline.core.params import ParamsError, load_params, settings_of
+from pipeline.core.trainings import samples, trainings
 from pipeline.stages.backbone import computing, use_bf16
 from tests.heba import third
 from tests.pipeline.repository import ROOT, environment, stage
@@ -291,8 +292,65 @@ def test_writing_a_preset_shows_the_difference(tmp_path):
     presets.write("demo", target)
     assert "already" in presets.write("demo", target)
     assert "+suite: real" in presets.write("paper", target)
-    with pytest.raises(ParamsError, match="known are demo, paper"):
+    with pytest.raises(ParamsError, match="known are demo, paper, own"):
         presets.write("nope", target)
+
+
+OWN = """own:   # of mine
+  flowers:
+    kind: folder
+    path: photos   # as they are
+"""
+
+
+@pytest.mark.parametrize("name", ["demo", "paper", "own"])
+def test_every_preset_keeps_the_entries_of_own(tmp_path, name):
+    target = tmp_path / "params.yaml"
+    target.write_text((ROOT / "params.yaml").read_text().replace("own: {}\n", OWN))
+    assert presets.write(name, target).endswith("\nkept in own: flowers")
+    assert OWN in target.read_text()
+    params = load_params(target)
+    assert list(params.own) == ["flowers"]
+    assert params.own["flowers"].path == "photos"
+    assert "\nbackbone:\n" in target.read_text()
+    assert presets.write(name, target).startswith(f"{target} is the preset {name} already")
+
+
+def test_the_preset_own_leaves_all_but_the_benchmarks(tmp_path):
+    target = tmp_path / "params.yaml"
+    assert "no entry in own yet" in presets.write("own", target)
+    with pytest.raises(ParamsError, match="datasets: empty, and so is own"):
+        load_params(target)
+    text = target.read_text().replace("own: {}\n", OWN).replace("shots: 16 ", "shots: 5  # of mine ", 1)
+    target.write_text(text.replace("few_shot:\n  datasets: []", "few_shot:\n  datasets: [flowers]"))
+    presets.write("own", target)
+    params, demo = load_params(target), load_params(presets.FOLDER / "demo.yaml")
+    assert "shots: 5  # of mine" in target.read_text()
+    assert (params.shots, params.few_shot.datasets) == (5, ["flowers"])
+    assert (params.datasets, params.transfer.protocols, params.transfer.variants) == ([], [], [])
+    assert params.blocks == demo.blocks
+    assert {training.dataset for training in trainings(params)} == {"flowers"}
+
+
+def test_a_preset_never_overwrites_entries_that_it_cannot_read(tmp_path):
+    target = tmp_path / "params.yaml"
+    target.write_text("own: {flowers: [\n")
+    with pytest.raises(ParamsError, match="Mend it, or move it away"):
+        presets.write("demo", target)
+    assert target.read_text() == "own: {flowers: [\n"
+
+
+def test_own_data_is_trained_on_all_classes_and_in_base_to_novel_where_asked(tmp_path):
+    def change(raw):
+        entry = {"kind": "folder", "path": "photos"}
+        raw["own"] = {"plain": entry, "named": entry, "both": entry | {"base_to_novel": True}}
+        raw |= {"shots": 8, "seeds": [1, 2]}
+        raw["few_shot"] |= {"datasets": ["named"], "shots": [1, 4], "seeds": [3]}
+
+    params = load_params(write(tmp_path, change))
+    assert samples(params, "plain") == [("few_shot", 8, 1), ("few_shot", 8, 2)]
+    assert samples(params, "named") == [("few_shot", 1, 3), ("few_shot", 4, 3)]
+    assert {protocol for protocol, _, _ in samples(params, "both")} == {"base_to_novel", "few_shot"}
 
 
 @pytest.mark.parametrize(("precision", "bf16"), [("auto", False), ("fp32", False), ("bf16", True)])

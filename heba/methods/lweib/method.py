@@ -110,7 +110,7 @@ def fit(
     model: HookedCLIP, train: LabelledImages, val: LabelledImages, classes: Classes, settings: Settings, run: Run
 ) -> dict[str, float]:
     with run.progress(len(train.files), "decode training images") as done:
-        images = decode_all(train.files, done)
+        images = decode_all(train.files, done, train.as_seen)
     train_adapters(model, images, train.labels, text_bank(model, classes), recipe(settings), run)
     return {}
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from heba import methods
 from heba.clip.features import BATCH_SIZE
 from heba.clip.preprocess import decode, normalise, preprocess_of, resize_and_crop
+from heba.data.datasets import as_seen
 from heba.data.images import Images, LabelledImages, for_each_image
 from heba.data.splits import Split, class_names
 from heba.fit.run import Run, silent
@@ -123,8 +124,9 @@ def share(params: Params, clip: Any, tokenizer: Any, training: Training) -> floa
     settings, labels = config.method_settings(), range(len(config.class_names))
     sample = read_sample(training.dataset, training.shots, training.seed)
     images = verified_folder(params, training.dataset) / "images"
+    seen = as_seen(training.dataset)
     classes = read_classes(training.dataset, settings.prompts, tokenizer)
-    train, val = (labelled(sample, part, images, labels, None) for part in ("train", "val"))
+    train, val = (labelled(sample, part, images, labels, None, seen) for part in ("train", "val"))
     checkpoint = checkpoint_path(config)
     shown = progress if sys.stderr.isatty() else silent  # a line of a log every two seconds is too much
     run = Run(training.seed, training.shots, config.bf16, params.cuda_graphs, checkpoint, progress=shown)
@@ -147,7 +149,7 @@ def logits_of(method: str, model: Any, clip: Any, classifier: dict[str, torch.Te
     classifier = {name: tensor.to(where) for name, tensor in classifier.items()}
 
     def pixels(path: Path) -> torch.Tensor:
-        return torch.from_numpy(resize_and_crop(decode(path), preprocess).copy())
+        return torch.from_numpy(resize_and_crop(decode(path, val.as_seen), preprocess).copy())
 
     found, size = [], BATCH_SIZE.get(where.type, 256)
     for start in range(0, len(val.files), size):

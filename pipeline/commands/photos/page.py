@@ -185,7 +185,7 @@ def by_class(results: Results) -> list[tuple[str, int, list[float]]]:
 def thumbnail(path: Path) -> str:
     """A small picture as an address of its own content; nothing where the file cannot be read any more."""
     try:
-        image = decode(path)
+        image = decode(path, as_seen=True)
     except ValueError:
         return ""
     image.thumbnail((SIDE, SIDE))

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,10 @@ from tqdm import tqdm
 import heba
 from heba import methods
 from heba.clip.architecture import depth, read_architecture, width
-from heba.data.splits import Split, class_names
-from heba.sources.duplicates import near_duplicates
+from heba.data.splits import class_names
+from heba.sources.check import Finding
+from heba.sources.duplicates import same_pictures
+from heba.sources.look import Look, look_at
 from heba.sources.own import read_own
 from pipeline.commands.photos import choose, page, project, results
 from pipeline.commands.photos.choose import Choice
@@ -28,6 +31,7 @@ from pipeline.core.params import PARAMS_FILE, Params, ParamsError, load_params
 from pipeline.core.paths import new_file, new_folder
 from pipeline.runner import repro
 from pipeline.stages import own
+from pipeline.stages.own import Checked
 
 DEFAULTS = Path(__file__).with_name("defaults.yaml")
 REPORT, BEST = "report.html", Path("best")
@@ -37,7 +41,7 @@ TINY = (
     f"images. Give a real one: {REAL}"
 )
 SHOWN, LISTED = 10, 200  # items of a finding in the terminal and in the report
-PROTOCOL = "few_shot"  # which trains on all classes
+WITHOUT = "classes without descriptions"  # which no class of a folder has here
 
 
 class Options(NamedTuple):
@@ -81,16 +85,14 @@ def run(images: Path, out: Path | None, options: Options) -> None:
     warning = TINY if suite == "embedded" else ""
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
-    split, left_out = read(images)
-    plan = plan_of(images, split, options.repeats)
+    data = read(images, options.skip_unreadable)
+    plan = make_plan(data.split, data.same, options.repeats)
     project.make(folder, images)
     with contextlib.chdir(folder):
         root = Path.cwd()
         project.lay_out(root)
         files = project.write_splits(root, plan)
-        entry: dict[str, Any] = {"kind": "coop", "path": str(images), "template": options.template}
-        if options.skip_unreadable:
-            entry["skip_unreadable"] = True
+        entry = {"kind": "coop", "path": str(images), "template": options.template}
         raw |= {
             "suite": suite,
             "datasets": [],
@@ -103,8 +105,8 @@ def run(images: Path, out: Path | None, options: Options) -> None:
         }
         before = project.methods_done(root, raw)
         project.write_params(root, raw | {"methods": listed[:1]})
-        findings = check(load_params(), next(iter(files)), left_out, plan)
-        print(f"{len(class_names(split))} classes; {plan.text()}")
+        findings = check(load_params(), next(iter(files)), data, plan)
+        print(f"{len(class_names(data.split))} classes; {plan.text()}")
         project.commit(root, "compare: before the first training")
         ran = train(root, raw, listed, before, plan, options)
         params = load_params()
@@ -173,38 +175,39 @@ def effort(name: str, raw: dict[str, Any]) -> tuple[bool, int]:
     return about.READS == "pixels", work.steps * (work.images + work.prompts)
 
 
-def read(images: Path) -> tuple[Split, list[str]]:
-    """The images of a folder, as own data of the kind `folder` has them; and what is no image there."""
-    data = read_own(images, "folder")
+def read(images: Path, skip_unreadable: bool) -> Checked:
+    """The images of a folder, as own data of the kind `folder` has them, each opened once."""
+    looks: dict[str, Look] = {}
+    skipped: list[str] = []
+
+    def look(files: list[str]) -> tuple[list[str], list[list[str]]]:
+        with tqdm(total=len(files), desc="look at the images", delay=2, unit="image") as bar:
+            looks.update(look_at(images, files, bar.update))
+        if skip_unreadable:
+            skipped.extend(file for file in looks if looks[file].problem)
+        return skipped, []
+
+    data = read_own(images, "folder", look_at=look)
     if len(class_names(data.split)) < 2:
-        raise ValueError(f"{images}: one class alone; to tell classes apart there must be two or more folders")
-    return data.split, data.left_out
+        raise ValueError(f"{images}: one class alone; to tell classes apart there must be two folders or more")
+    return Checked(data.split, data.left_out, {}, looks, same_pictures(looks), skipped)
 
 
-def plan_of(images: Path, split: Split, repeats: int) -> Plan:
-    files = sorted({file for part in split.values() for file, *_ in part})
-    with tqdm(total=len(files), desc="look for the same pictures", delay=2, unit="image") as bar:
-        same = near_duplicates(images, files, bar.update)
-    return make_plan(split, same, repeats)
-
-
-def check(params: Params, name: str, left_out: list[str], plan: Plan) -> list[str]:
-    """What `check-data` finds, as text, on the terminal too; ParamsError where something must be mended."""
-    report = own.check(params, name, params.shots)
+def check(params: Params, name: str, data: Checked, plan: Plan) -> list[str]:
+    """What `check-data` finds of the split `name`, as text, on the terminal too; ParamsError where something must
+    be mended."""
+    report = own.check_own(params, name, replace(data, split=plan.splits[name]), params.shots)
     if report.errors:
         found = results.shown("\n".join(finding.shown(SHOWN) for finding in report.errors))
-        raise ParamsError(f"the images have problems; mend them and run the same again:\n{found}")
-    for finding in report.notes:
+        unread = any(look.problem for look in data.looks.values()) and not data.skipped
+        remedy = ", or set --skip-unreadable to go on without what cannot be read" if unread else ""
+        raise ParamsError(f"{found}\nMend these{remedy}, and run the same again.")
+    notes = [finding for finding in report.notes if not finding.text.startswith(WITHOUT)]
+    if plan.left_out:
+        notes.append(Finding("the same picture as an image of another part, left out", plan.left_out))
+    for finding in notes:
         print(f"note: {results.shown(finding.shown(SHOWN))}", file=sys.stderr)
-    told = [finding.shown(LISTED) for finding in report.notes]
-    for text, files in (
-        ("no images by their suffix, left out", left_out),
-        ("show the same picture as an image of another part, left out", plan.left_out),
-    ):
-        if files:
-            print(f"note: {text}: {len(files)}", file=sys.stderr)
-            told.append("\n  ".join([f"{text}: {len(files)}", *files[:LISTED]]))
-    return told
+    return [finding.shown(LISTED) for finding in notes]
 
 
 def train(
