@@ -1,6 +1,7 @@
 """`python -m pipeline compare FOLDER`: splits, how sure an answer is, the page, and the whole of it."""
 
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -11,12 +12,15 @@ import pytest
 from PIL import Image
 from scipy import stats
 from sklearn.datasets import load_digits
+from typer.testing import CliRunner
 
 from heba.data.splits import PARTS
-from pipeline.commands.photos import page, project, results, verdict
+from pipeline.commands.cli import app
+from pipeline.commands.photos import page, project, results, run, verdict
 from pipeline.commands.photos.choose import Choice, one_by_one, sentences
 from pipeline.commands.photos.splits import Plan, make_plan
 from pipeline.core.params import ParamsError, load_params
+from tests.heba.test_own import folder_of_classes, image
 from tests.pipeline.repository import ROOT, call, environment, wait_for
 from tests.pipeline.test_params import write
 
@@ -247,6 +251,32 @@ def test_a_folder_that_is_no_project_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match="the images of another folder"):
         project.make(tmp_path / "new", other)
     assert [path.name for path in other.iterdir()] == ["mine.txt"]
+
+
+def test_a_folder_that_cannot_be_compared_says_why(tmp_path):
+    folder_of_classes(tmp_path / "one", {"star": 4})
+    folder_of_classes(tmp_path / "mixed", {"star": 4, "fish": 4})
+    image(tmp_path / "mixed" / "a.png", 1)
+    (tmp_path / "empty").mkdir()
+    for name, message in (
+        ("none", "there is no such folder"),
+        ("empty", "holds no folders; each class needs one"),
+        ("one", "one class alone"),
+        ("mixed", r"images in no class's folder: a\.png"),
+        ("one/star/0.png", "is a file"),
+    ):
+        result = CliRunner().invoke(app, ["compare", str(tmp_path / name), "--out", str(tmp_path / "made")])
+        assert re.search(message, str(result.exception)), (name, result.exception)
+    assert not (tmp_path / "made").exists()
+
+
+def test_files_that_cannot_be_read_are_left_out_where_that_is_asked_for(tmp_path):
+    folder_of_classes(tmp_path, {"star": 4, "fish": 4})
+    (tmp_path / "fish" / "broken.jpg").write_text("no image")
+    kept, left = (run.read(tmp_path, skip) for skip in (False, True))
+    assert (kept.skipped, left.skipped) == ([], ["fish/broken.jpg"])
+    listed = [{file for part in data.split.values() for file, *_ in part} for data in (kept, left)]
+    assert listed[0] - listed[1] == {"fish/broken.jpg"}
 
 
 def test_the_budget_has_a_unit():
