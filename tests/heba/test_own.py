@@ -351,3 +351,15 @@ def test_a_finding_shows_some_and_says_how_many_more(tmp_path):
     (note,) = report(root).notes
     assert note.shown(2).splitlines()[1:] == ["  class 0", "  class 1", "  ... and 7 more"]
     assert len(note.shown().splitlines()) == 10
+
+
+def test_a_split_file_may_lie_elsewhere(tmp_path):
+    folder = folder_of_classes(tmp_path / "images", {"a": 2, "b": 2})
+    split = {
+        part: [(f"{name}/{i}.png", label, name) for label, name in enumerate("ab")]
+        for part, i in (("train", 0), ("test", 1))
+    }
+    write_split(split | {"val": []}, tmp_path / "split.json")
+    assert read_own(folder, "coop", split=tmp_path / "split.json").split == split | {"val": []}
+    with pytest.raises(ValueError, match="there is no such split file"):
+        read_own(folder, "coop", split=tmp_path / "none.json")

@@ -49,6 +49,14 @@ def test_one_entry_is_enough_and_benchmarks_may_be_left_out(tmp_path):
         (lambda raw: raw["own"]["my-set"].update(kind="zip"), r"own\.my-set\.kind: .*'folder', 'csv' or 'coop'"),
         (lambda raw: raw["own"]["my-set"].update(template="a photo"), r"own\.my-set\.template"),
         (lambda raw: raw["own"]["my-set"].update(descriptions="../x.json"), r"own\.my-set\.descriptions"),
+        (
+            lambda raw: raw["own"]["my-set"].update(split="x.json"),
+            r"own\.my-set\.split: goes with kind: coop alone",
+        ),
+        (
+            lambda raw: raw["own"]["my-set"].update(kind="coop", split="../x.json"),
+            r"own\.my-set\.split: '../x\.json' lies outside the repository",
+        ),
         (lambda raw: raw["own"]["my-set"].update(pth="x"), r"own\.my-set\.pth: unknown key"),
         (lambda raw: raw["own"]["my-set"].update(path="data/x"), r"own\.my-set\.path: 'data/x' lies in data/"),
         (
