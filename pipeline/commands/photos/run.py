@@ -132,7 +132,7 @@ def run(images: Path, out: Path | None, options: Options) -> None:
     print(f"\n{results.table(found)}\n\n{found.advice.text}\n")
     for line in [*chosen, *notes]:
         print(f"note: {line}")
-    tell(folder, options, found, warning)
+    tell(folder, options, plan, found, warning)
     if ran.failed:
         raise ValueError(f"failed: {', '.join(ran.failed)}; the output of each stands above")
 
@@ -262,6 +262,7 @@ def train(
         shares = results.shares_at(results.read_tests(load_params()), params.shots)
         for name in group:
             print(f"{methods.part(name, 'settings').TITLE}: {100 * shares[name]:.1f} %", flush=True)
+    done.sort(key=listed.index)
     raw["methods"] = done
     project.write_params(root, raw)
     return Ran(done, [name for group in waiting for name in group], failed, choices)
@@ -290,7 +291,7 @@ def versions(params: Params, commit: str) -> str:
     )
 
 
-def tell(folder: Path, options: Options, found: Results, warning: str) -> None:
+def tell(folder: Path, options: Options, plan: Plan, found: Results, warning: str) -> None:
     """Where the report and the adapter are, and what to do with it."""
     line = next(line for line in found.lines if line.method == found.advice.method)
     arguments = ["NEW_IMAGES", "--adapter", str(folder / BEST)]
@@ -300,5 +301,6 @@ def tell(folder: Path, options: Options, found: Results, warning: str) -> None:
     print(f"report: {folder / REPORT}")
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
-    print(f"{line.title}, trained on the first split, is in {folder / BEST}. Classify other images with:")
+    first = "with the first sample" if plan.kind == "given" else "on the first split"
+    print(f"{line.title}, trained {first}, is in {folder / BEST}. Classify other images with:")
     print(f"  heba predict {shlex.join(arguments)}")
