@@ -13,7 +13,6 @@ from scipy import stats
 from pipeline.report.statistics import ALPHA, RESAMPLES, holm
 
 FEWEST_RUNS = 3  # of fewer splits or samples, the spread says too little
-SAME = 1e-9  # below it, what should be 0
 AT_ONCE = 100  # flips of all signs
 
 
@@ -48,16 +47,6 @@ def resampled(shares: Sequence[float], test_ratio: float, n: int) -> tuple[float
     if 2 * half > high - low:
         return max(0.0, share - half), min(1.0, share + half)
     return low, high
-
-
-def runs_differ(differences: Sequence[float], test_ratio: float) -> float:
-    """The two-sided p of the differences of two methods over splits (`resampled`), or over few-shot samples with a
-    `test_ratio` of 0."""
-    k, mean = len(differences), float(np.mean(differences))
-    error = math.sqrt((1 / k + test_ratio) * float(np.var(differences, ddof=1)))
-    if error < SAME:
-        return float(abs(mean) < SAME)
-    return float(2 * stats.t.sf(abs(mean) / error, k - 1))
 
 
 def images_differ(differences: Sequence[float]) -> float:
