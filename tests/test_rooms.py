@@ -104,6 +104,7 @@ NAMED = {
     ("pipeline/__main__.py", "heba"),  # the package
     ("heba/sources/catalog.py", "coop"),  # CoOp's split files, and so is the kind of own data
     ("pipeline/core/params.py", "coop"),
+    ("pipeline/commands/photos/run.py", "coop"),
     ("heba/predict.py", "zero_shot"),  # PLAIN, the method of that function
     ("heba/adaptation.py", "heba"),  # the default
     ("pipeline/commands/use.py", "heba"),

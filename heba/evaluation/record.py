@@ -17,13 +17,17 @@ class _Strict(BaseModel):
 
 
 class Group(_Strict):
-    """The test images of some classes, told apart among these classes alone (`classification_report`)."""
+    """The test images of some classes, told apart among these classes alone (`classification_report`).
+
+    `predicted`, of own data alone, is the predicted label of each test image, in the order of the split.
+    """
 
     n: Annotated[int, Field(ge=1)]
     accuracy: Percent
     class_names: list[str]
     per_class: list[Percent | None]
     confusion: list[list[int]]
+    predicted: list[int] | None = None
 
 
 class Record(_Strict):

@@ -42,7 +42,12 @@ def trust(files: list[str]) -> tuple[Sequence[str], Groups]:
 
 
 def read_own(
-    root: Path, kind: str, file: str | None = None, aside: str | None = None, look_at: LookAt = trust
+    root: Path,
+    kind: str,
+    file: str | None = None,
+    aside: str | None = None,
+    look_at: LookAt = trust,
+    split: Path | None = None,
 ) -> OwnData:
     """Read the data set in the folder `root`.
 
@@ -52,6 +57,7 @@ def read_own(
         file: the name of the CSV or split file, where the folder has several.
         aside: a file in the folder that is not to be read, such as the descriptions.
         look_at: called once, with all images.
+        split: a split file that lies elsewhere, for `coop`.
 
     Raises ValueError, which names the file and for a CSV the line.
     """
@@ -64,8 +70,10 @@ def read_own(
         parts = _read_folders(root, aside, left_out)
     elif kind == "csv":
         parts = _read_csv(root, _file(root, ".csv", file, aside))
+    elif split is not None and not split.is_file():
+        raise ValueError(f"{split}: there is no such split file")
     else:
-        return OwnData(_read_labels(root, _file(root, ".json", file, aside), look_at))
+        return OwnData(_read_labels(root, split or _file(root, ".json", file, aside), look_at))
     without, same = look_at([path for items in parts.values() for path, _ in items])
     return OwnData(_split(parts, set(without), same), left_out)
 

@@ -12,7 +12,9 @@ from typing import Annotated, Any, Literal
 import psutil
 import typer
 import yaml
+from click.core import ParameterSource
 
+from heba.data.prompts import TEMPLATE
 from heba.data.protocols import PROTOCOLS
 from pipeline.commands import version
 from pipeline.core.params import MOST, MOST_SEED, Params, ParamsError, load_params
@@ -20,8 +22,9 @@ from pipeline.core.paths import new_folder
 from pipeline.runner import lockfile
 
 app = typer.Typer(
-    help="The stages of the HeBA pipeline. `dvc repro` runs them in order; each runs alone too, "
-    "from the repository's root, and reads params.yaml there.",
+    help="`python -m pipeline compare photos/` says which method suits a folder of images best. The other "
+    "commands are the stages of the HeBA pipeline: `dvc repro` runs them in order; each runs alone too, from the "
+    "repository's root, and reads params.yaml there.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -69,6 +72,83 @@ def read_settings(pairs: list[str] | None) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"--set {pair}: write name=value")
     return found
+
+
+@app.command()
+def compare(
+    context: typer.Context,
+    what: Annotated[
+        str,
+        typer.Argument(help="A folder of images, in a folder per class; or an experiment, branch, tag or commit."),
+    ],
+    other: Annotated[
+        str | None,
+        typer.Argument(
+            help="Of a revision: what it is compared with. Default: workspace, the reports as they are."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Of revisions: print JSON.")] = False,
+    methods: Annotated[
+        str, typer.Option(help="Methods, such as gda,heba. Default: zero_shot and a choice, the fast ones first.")
+    ] = "",
+    budget: Annotated[
+        str, typer.Option(help="Time after which no other method begins, such as 90s, 10m or 2h.")
+    ] = "",
+    shots: Annotated[
+        str, typer.Option(help="Training images per class; several, such as 1,2,4,8, also make a curve.")
+    ] = "16",
+    seeds: Annotated[
+        int, typer.Option(min=1, max=100, help="Splits; of a folder with a test part, few-shot samples.")
+    ] = 5,
+    backbone: Annotated[str, typer.Option(help="tiny, a model of open_clip, or its JSON config.")] = "tiny",
+    pretrained: Annotated[
+        str | None, typer.Option(help="A tag of open_clip such as openai, or a file of weights.")
+    ] = None,
+    template: Annotated[str, typer.Option(help="Prompt of a class, with {} for its name.")] = TEMPLATE,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the project that is made. Default: compare/NAME here.")
+    ] = None,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Leave files out that are no readable images.")
+    ] = False,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, max=MOST_JOBS, help="Stages at a time. Default: CPUs, at most 4.")
+    ] = None,
+) -> None:
+    """Say which method suits a folder of images best; or compare the results of two revisions.
+
+    `compare photos/` says how good each method is, and how sure that is: docs/own-images.md. `compare A B`
+    compares the accuracies of two DVC experiments or git revisions, and says which differences are more than noise:
+    docs/pipeline.md. All options but --json are of the first.
+    """
+    given = [name for name in context.params if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
+    of_images = [name for name in given if name not in ("what", "other", "as_json")]
+    if other is None and (of_images or what.endswith("/") or Path(what).exists()):
+        if as_json:
+            raise ParamsError("--json: is of two revisions, not of a folder of images")
+        from pipeline.commands.photos import project, run
+
+        counts = _names(shots)
+        if not counts or not all(count.isdecimal() and 0 < int(count) <= MOST for count in counts):
+            raise ParamsError(f"--shots {shots}: write numbers from 1 on, with commas between")
+        options = run.Options(
+            methods=_names(methods),
+            budget=project.seconds_of(budget) if budget else None,
+            shots=sorted(map(int, counts)),
+            repeats=seeds,
+            backbone=backbone,
+            pretrained=pretrained,
+            template=template,
+            skip_unreadable=skip_unreadable,
+            jobs=jobs,
+        )
+        run.run(Path(what), out, options)
+        return
+    if of_images:
+        raise ParamsError(f"--{of_images[0].replace('_', '-')}: is of a folder of images, not of revisions")
+    from pipeline.commands import revisions
+
+    print(revisions.text(what, other or revisions.WORKSPACE, as_json))
 
 
 @app.command()
@@ -370,23 +450,6 @@ def ablate(
         "python -m pipeline report",
     ]:
         print(f"  {step}")
-
-
-@app.command()
-def compare(
-    what: Annotated[str, typer.Argument(help="An experiment, branch, tag or commit.")],
-    other: Annotated[
-        str | None, typer.Argument(help="What it is compared with. Default: workspace, the reports as they are.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Compare the accuracies of two DVC experiments or git revisions: averages, data sets, and whether the
-    differences are more than noise."""
-    if other is None and Path(what).is_dir():
-        raise ParamsError(f"compare {what}: this is a folder; name an experiment, a branch, a tag or a commit")
-    from pipeline.commands import revisions
-
-    print(revisions.text(what, other or revisions.WORKSPACE, as_json))
 
 
 @app.command()

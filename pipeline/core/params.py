@@ -66,12 +66,14 @@ class Data(_Strict):
 
 
 class Own(_Strict):
-    """A user's own data set; `path` is the folder of its images, in which `file` and `descriptions` are. It is in
-    few_shot, which trains on all classes, and where that is asked for in base_to_novel."""
+    """A user's own data set; `path` is the folder of its images, in which `file` and `descriptions` are. Of the
+    kind coop, `split` may name a split file instead, relative to the repository, in which it lies. The data set is
+    in few_shot, which trains on all classes, and where that is asked for in base_to_novel."""
 
     kind: Literal["folder", "csv", "coop"]
     path: Text
     file: Text | None = None
+    split: Text | None = None
     template: Annotated[str, Field(pattern=TEMPLATE_PATTERN)] = TEMPLATE
     descriptions: Annotated[str, Field(pattern="^[^/]+$")] | None = None
     allow_leaks: bool = False
@@ -319,6 +321,12 @@ def _impossible_own(own: dict[Any, Any]) -> list[str]:
             )
         if name in (*BENCHMARKS, *VARIANTS, "average"):
             problems.append(f"own: the name {name!r} is taken, choose another")
+        split = _value(entry, "split")
+        if isinstance(split, str) and "\0" not in split:
+            if _value(entry, "kind") != "coop":
+                problems.append(f"own.{name}.split: goes with kind: coop alone")
+            elif not (main_root() / split).resolve().is_relative_to(main_root()):
+                problems.append(f"own.{name}.split: {split!r} lies outside the repository")
         path = entry.get("path") if isinstance(entry, dict) else None
         if not isinstance(path, str) or "\0" in path:
             continue

@@ -182,7 +182,9 @@ def evaluate(
                     columns = torch.arange(len(labels))
                 predicted, targets = predict(models, name, classifiers, test, labels, columns, where)
             for groups, by_one in zip(found, predicted, strict=True):
-                groups[group] = Group(**classification_report(by_one, targets, part.names))
+                listed = by_one.tolist() if dataset in params.own else None
+                report = classification_report(by_one, targets, part.names)
+                groups[group] = Group(**report, predicted=listed)
     finally:
         for model in models:
             method.detach(model)

@@ -70,7 +70,8 @@ def read(params: Params, name: str) -> Checked:
         return skipped, same
 
     try:
-        data = read_own(root, entry.kind, entry.file, entry.descriptions, look)
+        split = main_root() / entry.split if entry.split else None
+        data = read_own(root, entry.kind, entry.file, entry.descriptions, look, split)
         descriptions = read_descriptions(root / entry.descriptions) if entry.descriptions else {}
     except ValueError as error:
         raise ParamsError(f"own.{name}: {error}") from None

@@ -381,3 +381,15 @@ def test_pictures_take_the_shares_of_images():
     files = [f"{i:02}" for i in range(40)]
     groups = [files[i : i + 2] for i in range(0, 40, 2)]
     assert counts(make_split({"a": files}, groups)) == {"train": [20], "val": [8], "test": [12]}
+
+
+def test_a_split_file_may_lie_elsewhere(tmp_path):
+    folder = folder_of_classes(tmp_path / "images", {"a": 2, "b": 2})
+    split = {
+        part: [(f"{name}/{i}.png", label, name) for label, name in enumerate("ab")]
+        for part, i in (("train", 0), ("test", 1))
+    }
+    write_split(split | {"val": []}, tmp_path / "split.json")
+    assert read_own(folder, "coop", split=tmp_path / "split.json").split == split | {"val": []}
+    with pytest.raises(ValueError, match="there is no such split file"):
+        read_own(folder, "coop", split=tmp_path / "none.json")
