@@ -101,13 +101,21 @@ class Page:
 
     def click(self, text: str, what: str = "button, a, [role=button], [role=menuitem]") -> None:
         """Click on the innermost element with this text, of those that the selector `what` gives."""
+        self.run(f"{self._found(text, what)}.click()")
+
+    def follow(self, text: str) -> None:
+        """Open the address of the link with this text, here and not in a window of its own."""
+        self.open(self.run(f"{self._found(text, 'a')}.href"))
+
+    def _found(self, text: str, what: str) -> str:
+        """A JavaScript expression for an element, once it is there."""
         found = f"[...document.querySelectorAll({json.dumps(what)})]"
         chosen = f"{found}.findLast((e) => (e.innerText || '').trim() === {json.dumps(text)})"
         until = time.monotonic() + PATIENCE
         while not self.run(f"Boolean({chosen})"):
             assert time.monotonic() < until, f"there is no {text} to click on:\n{self.text()}"
             time.sleep(0.2)
-        self.run(f"{chosen}.click()")
+        return chosen
 
     def picture(self, path: Path) -> None:
         """Write what the window shows, as PNG."""

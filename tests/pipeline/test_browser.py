@@ -62,7 +62,7 @@ def test_the_table_of_runs_has_the_accuracy_after_one_click(client, address, pag
     experiment, run = training(client)
     page.open(f"{address}/#/experiments/{experiment}?workflowType=machine_learning")
     page.wait_for(run.info.run_name, "dvc repro train@dtd-heba", "dtd (")
-    page.click("The runs with their accuracy")
+    page.follow("The runs with their accuracy")
     page.wait_for(*(f"\n{shown(run.data.metrics[name])}\n" for name in ("base", "novel", "h")))
 
 
@@ -70,7 +70,7 @@ def test_an_experiment_that_opens_on_the_pages_for_genai_leads_there_too(client,
     """As MLflow opens it in a browser in which nothing was chosen yet."""
     experiment, run = training(client)
     page.open(f"{address}/#/experiments/{experiment}")
-    page.click("The runs with their accuracy")
+    page.follow("The runs with their accuracy")
     page.wait_for(run.info.run_name, f"\n{shown(run.data.metrics['h'])}\n")
 
 
@@ -86,8 +86,7 @@ def test_a_run_says_what_it_is(client, address, page):
         f"HeBA on DTD, 2 shots, seed 1: base {run.data.metrics['base']:.2f} %, ",
         *rows,
         parent,
-        "family: tower",
-        "dtd-test (",
+        "dtd (",
     )
 
 
@@ -97,11 +96,11 @@ def test_the_summary_shows_the_averages_and_the_report(client, address, page):
     h = f"{summary.data.metrics['base_to_novel.heba.h']:.2f}"
     page.open(f"{where}?workflowType=machine_learning")
     page.wait_for("Averages over the benchmarks, in percent.", h)
-    page.click("the report")
+    page.follow("the report")
     page.wait_for("trainings.csv", "HeBA: results", "Base-to-novel generalisation\nLeaderboard")
     page.open(f"{where}?workflowType=machine_learning")
-    page.click("trainings for base_to_novel")
-    page.wait_for("mlflow.parentRunId", training(client)[1].info.run_name)
+    page.follow("trainings for base_to_novel")
+    page.wait_for(training(client)[1].info.run_name, "matching runs")
 
 
 def test_two_summaries_are_compared_in_two_clicks(client, address, page):
