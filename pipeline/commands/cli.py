@@ -118,7 +118,7 @@ def compare(
     """Say which method suits a folder of images best; or compare the results of two revisions.
 
     `compare photos/` says how good each method is, and how sure that is: docs/own-images.md. `compare A B`
-    compares the accuracies of two DVC experiments or git revisions, and says which differences are more than noise:
+    compares the accuracies of two DVC experiments or git revisions, and says which differences are not noise:
     docs/pipeline.md. All options but --json are of the first.
     """
     given = [name for name in context.params if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
