@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from heba.clip.blocks import Change, Packing, pack
+from heba.clip.device import send
 from heba.clip.towers import (
     check_inside,
     check_text_inside,
@@ -101,8 +102,8 @@ def embed_texts(clip: Any, tokens: Tensor) -> Texts:
     where = clip.logit_scale.device
     text = text_tower(clip)
     packing = pack(text_lengths(clip, tokens), where, whole_context(clip))
-    tokens = tokens[:, : packing.length].to(where)
-    return Texts(tokens, text.token_embedding(tokens).to(text.transformer.get_cast_dtype()), packing)
+    tokens = send(tokens[:, : packing.length], where)
+    return Texts(tokens, text.token_embedding(tokens), packing)
 
 
 def tokens_with_room(tokenizer: Tokenizer, texts: list[str], room: int) -> Tensor:
