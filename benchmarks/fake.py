@@ -6,21 +6,24 @@ What waits for the GPU is recorded, and so is every kernel, which `benchmarks.ke
 
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+import heba
 from heba.clip.preprocess import mean_and_std
 
 aten = torch.ops.aten
+OURS = f"{Path(heba.__file__).parent}/"
 # They make a tensor without a kernel.
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh", "alias"}
 FREE |= {"device", "_unsafe_view", "_reshape_alias", "set_", "is_pinned", "_pin_memory"}
@@ -80,9 +83,9 @@ class FakeGPU(TorchDispatchMode):
         return out
 
     def _wait(self, what: str) -> None:
-        frames = [f for f in traceback.extract_stack() if "/heba/" in f.filename]
-        where = frames[-1] if frames else None
-        self.waits.append(f"{where.filename.partition('/heba/')[2]}:{where.lineno} {what}" if where else what)
+        frames = [f for f in traceback.extract_stack() if f.filename.startswith(OURS)]
+        where = f"{frames[-1].filename.removeprefix(OURS)} {frames[-1].name}" if frames else "elsewhere"
+        self.waits.append(f"{where}: {what}")
 
     def _check(self, name: str, tensors: list[Tensor], args: Any, kwargs: Any) -> None:
         here = [x for x in tensors if x.device.type == "cpu" and x.dim()]
@@ -105,7 +108,9 @@ class FakeGPU(TorchDispatchMode):
                 raise TypeError(f"{name}: {', '.join(sorted(map(str, kinds)))}, and a GPU takes one type")
 
 
-def gradients(outputs: Sequence[Tensor], wanted: Sequence[Tensor], retain_graph: bool = False) -> list[Tensor | None]:
+def gradients(
+    outputs: Sequence[Tensor], wanted: Sequence[Tensor], retain_graph: bool = False
+) -> list[Tensor | None]:
     """The gradients of the sum of `outputs`, by a walk over autograd's graph; torch's own engine needs a GPU."""
     nodes: list[Any] = []
     seen: set[Any] = set()
@@ -186,7 +191,12 @@ def _grad(outputs: Any, inputs: Any, *_: object, **__: object) -> tuple[Tensor |
 
 
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
 ) -> Tensor:
     """The kernel that a GPU has for it, one forward and one backward."""
     if attn_mask is None and q.dtype != torch.float32:

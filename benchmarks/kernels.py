@@ -1,5 +1,4 @@
-"""`python -m benchmarks.kernels`: the kernels of HeBA's training step and of its evaluation on a GPU, counted without
-one."""
+"""`python -m benchmarks.kernels`: the kernels of HeBA's step and evaluation on a GPU, counted without one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -88,8 +87,12 @@ def main(
 ) -> None:
     """Count what a GPU would run for a training step and an evaluation."""
     found = count_all(backbone, images, classes, test, not fp32)
-    frame = pd.DataFrame.from_dict(found, orient="index").map(lambda x: f"{x:,}" if isinstance(x, int) else f"{x:.2f}")
-    print(f"{backbone}, {images} images x {classes} classes, {'fp32' if fp32 else 'bf16'}; counted, not measured\n")
+    frame = pd.DataFrame.from_dict(found, orient="index").map(
+        lambda x: f"{x:,}" if isinstance(x, int) else f"{x:.2f}"
+    )
+    print(
+        f"{backbone}, {images} images x {classes} classes, {'fp32' if fp32 else 'bf16'}; counted, not measured\n"
+    )
     print(frame.to_markdown())
 
 

@@ -85,6 +85,17 @@ class Packing:
             x = x.new_zeros(len(self.eot) * self.length, x.shape[1]).index_copy_(0, self.rows, x)
         return x.unflatten(0, (len(self.eot), self.length))
 
+    def times(self, n: int) -> "Packing":
+        """Of all texts `n` times, one whole list after the other."""
+        places = len(self.eot) * self.length
+
+        def after(x: Tensor, step: int) -> Tensor:
+            return (x + step * torch.arange(n, device=x.device).unsqueeze(1)).flatten()
+
+        if self.rows is None:
+            return Packing(None, self.eot.repeat(n), after(self.read, places), self.length)
+        return Packing(after(self.rows, places), self.eot.repeat(n), after(self.read, len(self.rows)), self.length)
+
     def positions(self) -> Tensor:
         """[T], of each token in its text."""
         rows = self.rows

@@ -89,11 +89,8 @@ class Texts:
 
     def times(self, n: int) -> "Texts":
         """All texts `n` times, one whole list after the other."""
-        lengths = (self.packing.eot + 1).tolist() * n
-        context = None if self.packing.rows is not None else self.packing.length
-        packing = pack(lengths, self.tokens.device, context)
         order = None if self.order is None else self.order.repeat(n, 1)
-        return Texts(self.tokens.repeat(n, 1), self.embeddings.repeat(n, 1, 1), packing, order)
+        return Texts(self.tokens.repeat(n, 1), self.embeddings.repeat(n, 1, 1), self.packing.times(n), order)
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 def in_bf16(clip: Any) -> Any:
     """`clip` with the weights of its linear layers and convolutions in bf16, in place.
 
-    Under autocast to bf16 it computes the same, bit for bit: autocast casts these at every use. Without autocast it
-    computes nothing. All other weights stay in fp32, as autocast leaves them.
+    Under autocast to bf16 it computes the same, bit for bit: autocast casts these at every use. It needs autocast
+    then. All other weights stay in fp32, as autocast leaves them.
     """
     for module in clip.modules():
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.MultiheadAttention):

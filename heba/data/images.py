@@ -229,7 +229,7 @@ LARGEST = 32
 
 def keep_images(images: Sequence[Tensor], preprocess: Preprocess, where: torch.device) -> list[Tensor]:
     """uint8 `images` [3, h, w], kept for crops on `where`: there, or, where they take more than `MOST_ON_GPU`, in
-    memory that a GPU copies from while it computes. One of too large a side stays as it is, for the CPU to crop."""
+    memory that a GPU copies from while it computes. One with too long a side stays for the CPU to crop."""
     if where.type != "cuda":
         return list(images)
     fits = sum(image.numel() for image in images) <= MOST_ON_GPU

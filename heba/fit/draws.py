@@ -185,6 +185,12 @@ def send_steps(steps: list[Step], where: torch.device) -> list[Step]:
         targets, prompts, eot, read = islice(numbers, 4)
         text, visual = islice(scales, 2)
         packing = replace(step.packing, eot=eot, read=read)
-        moved.append(replace(step, targets=targets, prompts=prompts, packing=packing, text_scales=text, visual_scales=visual))
+        moved.append(
+            replace(
+                step, targets=targets, prompts=prompts, packing=packing, text_scales=text, visual_scales=visual
+            )
+        )
     # The rows come last, for a packing may have none.
-    return [s if s.packing.rows is None else replace(s, packing=replace(s.packing, rows=next(numbers))) for s in moved]
+    return [
+        s if s.packing.rows is None else replace(s, packing=replace(s.packing, rows=next(numbers))) for s in moved
+    ]

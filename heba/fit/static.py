@@ -27,11 +27,11 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor, valid: Tensor, label_s
 class StaticStep:
     """Computes the loss of a step and leaves the gradients in the adapters' `grad`.
 
-    Classes are padded to the most that a step can have, with texts of one token, and masked in the loss. What is left
-    of the number of tokens that texts are rounded up to is taken from behind their EOT, where it changes nothing.
-    Texts that are all equally long (`HookedCLIP.pack`) are made longer instead. On a GPU the work is captured at
-    the first step of each number and replayed from then on; the graphs share their memory, for nothing in it outlives
-    a replay. On a CPU it is done as it stands.
+    Classes are padded to the most that a step can have, with texts of one token, and masked in the loss. The
+    number of tokens is rounded up with such as stand behind an EOT, where they change nothing. Texts that are equally
+    long (`HookedCLIP.pack`) are made longer instead. On a GPU the work is captured at the first step of each
+    number and replayed from then on; the graphs share their memory, for nothing in it outlives a replay. On a CPU
+    it is done as it stands.
 
     Args:
         batch_size: images in every step. size: their side in pixels.
@@ -55,8 +55,8 @@ class StaticStep:
         self.text_scales, self.visual_scales = (torch.ones(blocks, device=device) for _ in range(2))
         self.loss = torch.zeros((), device=device)
         self.parameters = list(model.adapters.parameters())
-        for parameter in self.parameters:  # what no loss depends on keeps these zeros, as in `update`
-            parameter.grad = torch.zeros_like(parameter)
+        # Of what no loss depends on they stay zero, as in `update`.
+        self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def __call__(self, images: Tensor, step: Step) -> Tensor:
@@ -68,6 +68,8 @@ class StaticStep:
             if tokens not in self.graphs:
                 self.graphs[tokens] = self._capture(tokens)
             self.graphs[tokens].replay()
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
         return self.loss.clone()
 
     def fill(self, images: Tensor, step: Step) -> int:
@@ -128,7 +130,7 @@ class StaticStep:
             logits = model.logit_factor() * image @ text.T
             loss = masked_cross_entropy(logits, self.targets, self.valid, self.recipe.label_smoothing)
         found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        pairs = [(p.grad, new) for p, new in zip(self.parameters, found, strict=True) if new is not None]
+        pairs = [(old, new) for old, new in zip(self.gradients, found, strict=True) if new is not None]
         torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
         self.loss.copy_(loss.detach())
 

@@ -59,8 +59,8 @@ def _local_files(params: Params) -> dict[str, Path]:
 
 
 def load_backbone(params: Params) -> tuple[Any, Tokenizer]:
-    """The model (in the precision of params, eval mode, on their device) and its tokenizer; ValueError when the weights or the
-    config are not those of out/backbone.json."""
+    """The model (eval mode, in the precision and on the device of params) and its tokenizer; ValueError when the
+    weights or the config are not those of out/backbone.json."""
     if RECORD.is_file():
         record = read_record()
         for key, file in _local_files(params).items():
