@@ -217,9 +217,9 @@ def move(self: nn.Module, *_: object, **__: object) -> nn.Module:
         for name, value in part._parameters.items():
             if value is not None and value.device.type == "cpu":
                 part._parameters[name] = nn.Parameter(value.detach().to("cuda"), value.requires_grad)
-        for name, value in part._buffers.items():
-            if value is not None:
-                part._buffers[name] = value.to("cuda")
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = buffer.to("cuda")
     return self
 
 

@@ -28,10 +28,10 @@ class StaticStep:
     """Computes the loss of a step and leaves the gradients in the adapters' `grad`.
 
     Classes are padded to the most that a step can have, with texts of one token, and masked in the loss. The
-    number of tokens is rounded up with such as stand behind an EOT, where they change nothing. Texts that are equally
-    long (`HookedCLIP.pack`) are made longer instead. On a GPU the work is captured at the first step of each
-    number and replayed from then on; the graphs share their memory, for nothing in it outlives a replay. On a CPU
-    it is done as it stands.
+    number of tokens is rounded up with such as stand behind an EOT, where they change nothing. Texts that are
+    equally long (`HookedCLIP.pack`) are made longer instead. On a GPU the work is captured at the first step of
+    each number and replayed from then on; the graphs share their memory, for nothing in it outlives a replay. On
+    a CPU it is done as it stands.
 
     Args:
         batch_size: images in every step. size: their side in pixels.
