@@ -124,21 +124,20 @@ def steps(part: Part) -> None:
     names = ["heba", "coop"] if part.tiny else in_towers()
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
-            here = losses(name, Path(folder), part.device)[0]
-            if part.device != "cpu":
+
+            def on_both(name: str = name) -> Row:
                 # Dropout draws its masks where it is.
                 drawn = "dropout" in methods.part(name, "settings").Settings.model_fields
-                there = losses(name, Path(folder), "cpu")[0]
-                part.attempt(
-                    lambda a=here, b=there, d=drawn: compared(a, b, "bf16" if d else "fp32"),
-                    method=name,
-                    what="fp32, GPU and CPU",
-                )
-            part.attempt(
-                lambda n=name, a=here: compared(losses(n, Path(folder), part.device, bf16=True)[0], a, "bf16"),
-                method=name,
-                what="bf16 and fp32",
-            )
+                own, cpu = (losses(name, Path(folder), where)[0] for where in (part.device, "cpu"))
+                return compared(own, cpu, "bf16" if drawn else "fp32")
+
+            def in_both(name: str = name) -> Row:
+                fast, whole = (losses(name, Path(folder), part.device, bf16=bf16)[0] for bf16 in (True, False))
+                return compared(fast, whole, "bf16")
+
+            if part.device != "cpu":
+                part.attempt(on_both, method=name, what="fp32, GPU and CPU")
+            part.attempt(in_both, method=name, what="bf16 and fp32")
 
 
 def graphs(part: Part) -> None:

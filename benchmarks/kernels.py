@@ -74,6 +74,7 @@ def count_all(backbone: str, images: int, classes: int, test: int, bf16: bool = 
             with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=bf16):
                 model.encode_image(normalise(raw, preprocess))
 
+        evaluate()
         found[f"{test} test images"] = counted(gpu, evaluate)
     return found
 
