@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from heba.clip.device import send_parts
+from heba.clip.device import send
 from heba.fit.loop import Schedule, cosine, finite, train_epochs, update
 from heba.fit.run import Run
 from heba.fit.search import accuracy, first_best
@@ -52,7 +52,8 @@ def train_views(
     def run_epoch(epoch: int, generator: torch.Generator, done: Callable[[int], object]) -> list[float]:
         features = views[epoch % len(views)]
         losses = []
-        for rows in send_parts(list(batches(generator)), views.device):
+        for rows in batches(generator):
+            rows = send(rows, views.device)
             value = loss(features[rows], labels[rows])
             update(module, optimizer, value)
             losses.append(value.detach())
