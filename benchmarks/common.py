@@ -33,9 +33,25 @@ Workers = Annotated[int, typer.Option(min=0, help="Processes of the plain path's
 Classes = Annotated[int, typer.Option(min=2, help="Number of classes.")]
 
 
-def make_clip(backbone: str, device: str) -> Any:
-    """`backbone` with random weights."""
+def tiny_clip(layers: int = 12) -> Any:
+    """A narrow one, as deep as ViT-B/16."""
     import open_clip
+
+    torch.manual_seed(0)
+    return open_clip.CLIP(
+        embed_dim=32,
+        vision_cfg={"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": layers},
+        text_cfg={"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": layers},
+        quick_gelu=True,
+    ).eval()
+
+
+def make_clip(backbone: str, device: str) -> Any:
+    """`backbone` with random weights; "tiny" is a `tiny_clip` of three blocks."""
+    import open_clip
+
+    if backbone == "tiny":
+        return tiny_clip(3).to(device)
 
     logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of random weights
     torch.manual_seed(0)

@@ -22,6 +22,7 @@ from benchmarks.common import (
     make_clip,
     relative,
     table,
+    tiny_clip,
     way,
 )
 from heba import methods
@@ -34,17 +35,6 @@ from heba.fit.loop import update
 from heba.fit.run import Run
 
 Step = Callable[[], Tensor]
-
-
-def tiny_clip() -> Any:
-    """As deep as ViT-B/16, and narrow."""
-    torch.manual_seed(0)
-    return open_clip.CLIP(
-        embed_dim=32,
-        vision_cfg={"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 12},
-        text_cfg={"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 12},
-        quick_gelu=True,
-    ).eval()
 
 
 def classes_of(clip: Any, n: int) -> ClassFeatures:

@@ -16,6 +16,7 @@ from torch import Tensor
 from heba import artifact, methods
 from heba.artifact import CONFIG_FILE
 from heba.clip import architecture, backbone
+from heba.clip.device import in_bf16, send
 from heba.clip.features import BATCH_SIZE, Classes, encode_prompts, image_features
 from heba.clip.preprocess import UNREADABLE, Preprocess, decode, normalise, resize_and_crop, to_rgb
 from heba.clip.towers import encode_text_plain
@@ -119,7 +120,7 @@ class Classifier:
     def _classify(self, waiting: list[Prediction], pixels: list[Tensor], top: int) -> Iterator[Prediction]:
         best: Iterator[tuple[list[float], list[int]]] = iter(())
         if pixels:
-            batch = normalise(torch.stack(pixels).to(self.device), self.preprocess)
+            batch = normalise(send(torch.stack(pixels), self.device), self.preprocess)
             values, which = self.logits(batch).softmax(dim=-1).topk(min(top, len(self.classes)))
             best = zip(values.tolist(), which.tolist(), strict=True)
         for prediction in waiting:
@@ -168,7 +169,7 @@ def load(
     bf16 = config.bf16 and where.type == "cuda"
     record = config.backbone.model_dump()
     clip, tokenizer, preprocess = _load_backbone(folder, record, Path(root), name, pretrained)
-    model, _ = artifact.load(clip.to(where), folder)
+    model, _ = artifact.load((in_bf16(clip) if bf16 else clip).to(where), folder)
     model.requires_grad_(False)
     if names is None:
         names = config.class_names

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from heba.clip.activation import quick_gelu
+from heba.clip.device import send
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,25 @@ class Change:
 PLAIN = Change()
 
 
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(rows)
+        ctx.n = len(x)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+        (rows,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.n, *grad.shape[1:]).index_copy_(0, rows, grad), None
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x[rows], of rows that are all different: the backward copies them, where autograd's sorts and adds."""
+    return _Rows.apply(x, rows)
+
+
 @dataclass(frozen=True)
 class Packing:
     """Texts of different lengths laid end to end, so that nothing is computed for the padding after EOT. Attention
@@ -56,13 +77,24 @@ class Packing:
     def pack(self, x: Tensor) -> Tensor:
         """[n, length, width] to [T, width]."""
         x = x.flatten(0, 1)
-        return x if self.rows is None else x[self.rows]
+        return x if self.rows is None else take_rows(x, self.rows)
 
     def unpack(self, x: Tensor) -> Tensor:
         """[T, width] to [n, length, width], zeros for the padding."""
         if self.rows is not None:
-            x = x.new_zeros(len(self.eot) * self.length, x.shape[1]).index_copy(0, self.rows, x)
+            x = x.new_zeros(len(self.eot) * self.length, x.shape[1]).index_copy_(0, self.rows, x)
         return x.unflatten(0, (len(self.eot), self.length))
+
+    def times(self, n: int) -> "Packing":
+        """Of all texts `n` times, one whole list after the other."""
+        places = len(self.eot) * self.length
+
+        def after(x: Tensor, step: int) -> Tensor:
+            return (x + step * torch.arange(n, device=x.device).unsqueeze(1)).flatten()
+
+        if self.rows is None:
+            return Packing(None, self.eot.repeat(n), after(self.read, places), self.length)
+        return Packing(after(self.rows, places), self.eot.repeat(n), after(self.read, len(self.rows)), self.length)
 
     def positions(self) -> Tensor:
         """[T], of each token in its text."""
@@ -79,12 +111,13 @@ def pack(lengths: Sequence[int], device: torch.device, context: int | None = Non
     """
     n = torch.tensor(lengths)
     if context is not None:
-        return Packing(None, (n - 1).to(device), (torch.arange(len(n)) * context + n - 1).to(device), context)
+        read = torch.arange(len(n)) * context + n - 1
+        return Packing(None, send(n - 1, device), send(read, device), context)
     length = int(n.max())
     rows = None
     if int(n.min()) < length:
-        rows = (torch.arange(length) < n[:, None]).flatten().nonzero().flatten().to(device)
-    return Packing(rows, (n - 1).to(device), (n.cumsum(0) - 1).to(device), length)
+        rows = send((torch.arange(length) < n[:, None]).flatten().nonzero().flatten(), device)
+    return Packing(rows, send(n - 1, device), send(n.cumsum(0) - 1, device), length)
 
 
 def is_plain(block: Any) -> bool:
@@ -179,7 +212,7 @@ def run_last_block(
     """
     if not is_plain(block):
         x = run_block(block, x, packing, mask, change)
-        return x[:, 0] if read is None else x[read]
+        return x[:, 0] if read is None else take_rows(x, read)
     attn: nn.MultiheadAttention = block.attn
     width, weight, bias = x.shape[-1], attn.in_proj_weight, attn.in_proj_bias
     x, h = _enter(block, x, change)
@@ -187,7 +220,7 @@ def run_last_block(
     if packing is not None:
         kv = packing.unpack(kv)
     k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [n, heads, length, head width]
-    h, x = (h[:, 0], x[:, 0]) if read is None else (h[read], x[read])
+    h, x = (h[:, 0], x[:, 0]) if read is None else (take_rows(h, read), take_rows(x, read))
     q = _add(F.linear(h, weight[:width], bias[:width]), h, change.q)
     q = q.unflatten(-1, (attn.num_heads, 1, -1))
     allowed = None if seen is None else seen[:, None, None]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from heba.clip.blocks import Change, Packing, pack
+from heba.clip.device import send
 from heba.clip.towers import (
     check_inside,
     check_text_inside,
@@ -88,11 +89,8 @@ class Texts:
 
     def times(self, n: int) -> "Texts":
         """All texts `n` times, one whole list after the other."""
-        lengths = (self.packing.eot + 1).tolist() * n
-        context = None if self.packing.rows is not None else self.packing.length
-        packing = pack(lengths, self.tokens.device, context)
         order = None if self.order is None else self.order.repeat(n, 1)
-        return Texts(self.tokens.repeat(n, 1), self.embeddings.repeat(n, 1, 1), packing, order)
+        return Texts(self.tokens.repeat(n, 1), self.embeddings.repeat(n, 1, 1), self.packing.times(n), order)
 
 
 @torch.no_grad()
@@ -101,8 +99,8 @@ def embed_texts(clip: Any, tokens: Tensor) -> Texts:
     where = clip.logit_scale.device
     text = text_tower(clip)
     packing = pack(text_lengths(clip, tokens), where, whole_context(clip))
-    tokens = tokens[:, : packing.length].to(where)
-    return Texts(tokens, text.token_embedding(tokens).to(text.transformer.get_cast_dtype()), packing)
+    tokens = send(tokens[:, : packing.length], where)
+    return Texts(tokens, text.token_embedding(tokens), packing)
 
 
 def tokens_with_room(tokenizer: Tokenizer, texts: list[str], room: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from heba.clip.device import sent
 from heba.clip.preprocess import Preprocess, normalise
 from heba.clip.towers import cut_texts, image_hidden, text_lengths
 
@@ -60,8 +61,8 @@ def encode_images(
     """
     features = []
     batch_size = batch_size or BATCH_SIZE.get(device.type, 256)
-    for start in range(0, len(images), batch_size):
-        batch = torch.from_numpy(images[start : start + batch_size]).to(device)
+    starts = range(0, len(images), batch_size)
+    for batch in sent((torch.from_numpy(images[i : i + batch_size]) for i in starts), device):
         features.append(encode(normalise(batch, preprocess)).float())
         progress(len(batch))
     return torch.cat(features).cpu() if features else torch.zeros(0, 1)
@@ -97,8 +98,7 @@ def encode_prompts(
     order = lengths.argsort(stable=True)
     features = []
     for part in order.split(batch_size or BATCH_SIZE.get(device.type, 256)):
-        batch = cut_texts(clip, different[part], reach).to(device)
-        features.append(encode(batch).float())
+        features.append(encode(cut_texts(clip, different[part], reach)).float())
         progress(len(part))
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order))

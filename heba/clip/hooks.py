@@ -180,14 +180,15 @@ class HookedCLIP(nn.Module):
         hidden = embed_tokens(self.clip, tokens[:, : packing.length], self.start - 1)
         return self.encode_text_from(hidden, packing, scales)
 
-    def pack(self, lengths: Sequence[int]) -> Packing:
-        """The packing of texts of `lengths` (`towers.text_lengths`) as the text tower needs them."""
+    def pack(self, lengths: Sequence[int], where: torch.device | None = None) -> Packing:
+        """The packing of texts of `lengths` (`towers.text_lengths`) as the text tower needs them, on its device or
+        on another one, `where`."""
         context = self.context
         if (
             context is None and self.reach
         ):  # all equally long, as adapters that mix tokens take them without copies
             context = min(max(lengths) + self.reach, text_tower(self.clip).context_length)
-        return pack(lengths, self.clip.logit_scale.device, context)
+        return pack(lengths, where or self.clip.logit_scale.device, context)
 
     def encode_text_from(self, hidden: Tensor, packing: Packing, scales: Scales | float | None = None) -> Tensor:
         """Text features [n, E] from the frozen hidden states [n, length, width] below block `start`

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from heba.clip.architecture import SUPPORTED
-from heba.clip.blocks import PLAIN, Change, Packing, is_plain, pack, run_block, run_last_block
+from heba.clip.blocks import PLAIN, Change, Packing, is_plain, pack, run_block, run_last_block, take_rows
+from heba.clip.device import send
 
 
 @dataclass(frozen=True)
@@ -167,10 +168,9 @@ def padded_texts(clip: Any, tokens: Tensor, reach: int, tokenizer: Callable[[lis
 def embed_tokens(clip: Any, tokens: Tensor, n_blocks: int) -> Tensor:
     """Hidden states [n, length, width] of `tokens` [n, length] after the first `n_blocks` blocks."""
     text = text_tower(clip)
-    dtype = text.transformer.get_cast_dtype()
     length = tokens.shape[1]
-    tokens = tokens.to(text.positional_embedding.device)
-    x = text.token_embedding(tokens).to(dtype) + text.positional_embedding[:length].to(dtype)
+    tokens = send(tokens, text.positional_embedding.device)
+    x = text.token_embedding(tokens) + text.positional_embedding[:length]
     for block in text.transformer.resblocks[:n_blocks]:
         x = block(x, attn_mask=_mask(text, length))
     return x
@@ -185,7 +185,7 @@ def frozen_texts(clip: Any, tokens: Tensor, n_blocks: int) -> tuple[Tensor, Pack
     hidden states [n, length, width], on the device of `clip`, and their packing."""
     where = clip.logit_scale.device
     packing = pack(text_lengths(clip, tokens), where, whole_context(clip))
-    batches = tokens[:, : packing.length].to(where).split(TEXT_BATCH)
+    batches = send(tokens[:, : packing.length], where).split(TEXT_BATCH)
     return torch.cat([embed_tokens(clip, batch, n_blocks) for batch in batches]), packing
 
 
@@ -218,7 +218,7 @@ def run_text_blocks(
         x = run_block(text.transformer.resblocks[i], x, packing, mask, changes.get(i, PLAIN))
     last, change = text.transformer.resblocks[end], changes.get(end, PLAIN)
     if whole:
-        x = run_block(last, x, packing, mask, change)[packing.read]
+        x = take_rows(run_block(last, x, packing, mask, change), packing.read)
     else:
         # Under a causal mask, the token that is read sees what is not after it.
         seen = None if mask is None else torch.arange(packing.length, device=x.device) <= packing.eot.unsqueeze(1)

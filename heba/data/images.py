@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from heba.clip.device import send
 from heba.clip.preprocess import Preprocess, decode, normalise, resize_and_crop
 from heba.clip.towers import embed_images
 
@@ -239,15 +240,43 @@ def make_views(
     return torch.cat([fixed, crop_batch([pixels] * passes, boxes, flips, preprocess)])
 
 
+CPU = torch.device("cpu")
+MOST_ON_GPU = 8e9  # bytes of a training's images; an H200 has 140e9, a small GPU 12e9
+# The antialiased resize of a GPU keeps a row of weights on the chip, which a side of more than 42 times the size
+# overruns.
+LARGEST = 32
+
+
+def keep_images(images: Sequence[Tensor], preprocess: Preprocess, where: torch.device) -> list[Tensor]:
+    """uint8 `images` [3, h, w], kept for crops on `where`: there, or, where they take more than `MOST_ON_GPU`, in
+    memory that a GPU copies from while it computes. One with too long a side stays for the CPU to crop."""
+    if where.type != "cuda":
+        return list(images)
+    fits = sum(image.numel() for image in images) <= MOST_ON_GPU
+
+    def keep(image: Tensor) -> Tensor:
+        if max(image.shape) > LARGEST * preprocess.size:
+            return image
+        return image.to(where) if fits else image.pin_memory()
+
+    return [keep(image) for image in images]
+
+
 def crop_batch(
-    images: Sequence[Tensor], boxes: Sequence[Sequence[int]], flips: Sequence[bool], preprocess: Preprocess
+    images: Sequence[Tensor],
+    boxes: Sequence[Sequence[int]],
+    flips: Sequence[bool],
+    preprocess: Preprocess,
+    where: torch.device = CPU,
 ) -> Tensor:
     """Cut the boxes out of uint8 `images` [3, h, w], resize to the model's size (antialiased), flip where asked,
-    and normalise. Returns [n, 3, size, size] fp32."""
+    and normalise. Returns [n, 3, size, size] fp32 on `where`; `images` are those of `keep_images`."""
     out = []
     size, mode = (preprocess.size, preprocess.size), preprocess.interpolation
     for image, (top, left, h, w), flip in zip(images, boxes, flips, strict=True):
+        if max(image.shape) <= LARGEST * preprocess.size:
+            image = image.to(where, non_blocking=True)
         crop = image[None, :, top : top + h, left : left + w].float()
-        crop = interpolate(crop, size=size, mode=mode, antialias=True, align_corners=False)
+        crop = send(interpolate(crop, size=size, mode=mode, antialias=True, align_corners=False), where)
         out.append(crop.flip(-1) if flip else crop)
     return normalise(torch.cat(out).round_().clamp_(0, 255), preprocess)

@@ -10,7 +10,7 @@ from torch import Tensor
 from heba.clip.hooks import HookedCLIP
 from heba.clip.preprocess import preprocess_of
 from heba.clip.towers import embed_tokens
-from heba.data.images import crop_batch
+from heba.data.images import crop_batch, keep_images
 from heba.fit.draws import Recipe, Step, TextBank, plan_epoch
 from heba.fit.loop import History, Schedule, cosine, finite, make_optimizer, train_epochs, update
 from heba.fit.run import Run
@@ -82,7 +82,7 @@ def train(
     """
     device = model.logit_factor().device
     preprocess = preprocess_of(model.clip)
-    data = [image.to(device) for image in images]
+    data = keep_images(images, preprocess, device)
     sizes = [(image.shape[1], image.shape[2]) for image in images]
     optimizer = make_optimizer(model.adapters, recipe.lr, recipe.momentum, recipe.weight_decay)
     if run.cuda_graphs:
@@ -95,7 +95,7 @@ def train(
     def run_epoch(_: int, generator: torch.Generator, done: Callable[[int], object]) -> list[float]:
         losses = []
         for step in plan_epoch(labels, sizes, bank, model, recipe, generator):
-            batch = crop_batch([data[j] for j in step.images], step.boxes, step.flips, preprocess)
+            batch = crop_batch([data[j] for j in step.images], step.boxes, step.flips, preprocess, device)
             losses.append(take(batch, step))
             done(1)
         return finite(losses)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from heba.clip.device import send_parts
 from heba.clip.features import image_features
 from heba.clip.preprocess import preprocess_of
-from heba.data.images import LabelledImages, crop_batch, decode_all, sample_crop
+from heba.data.images import LabelledImages, crop_batch, decode_all, keep_images, sample_crop
 from heba.fit.features import passes, shuffled
 from heba.fit.loop import History, Schedule, finite, train_epochs, update
 from heba.fit.run import Run
@@ -24,15 +25,16 @@ def crops(clip: Any, train: LabelledImages, size: int, run: Run, keep_last: bool
     mirrored half of the time. `keep_last`: also of what is left over, as in `shuffled`."""
     where, preprocess = clip.logit_scale.device, preprocess_of(clip)
     with run.progress(len(train.files), "decode training images") as done:
-        images = [image.to(where) for image in decode_all(train.files, done, train.as_seen)]
-    labels = torch.tensor(train.labels, device=where)
+        images = keep_images(decode_all(train.files, done, train.as_seen), preprocess, where)
+    labels = torch.tensor(train.labels)
 
     def epoch(_: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        for rows in shuffled(len(images), size, generator, keep_last):
+        batches = shuffled(len(images), size, generator, keep_last)
+        for rows, wanted in zip(batches, send_parts([labels[rows] for rows in batches], where), strict=True):
             chosen = [images[row] for row in rows.tolist()]
             boxes = [sample_crop(image.shape[1], image.shape[2], generator) for image in chosen]
             flips = (torch.rand(len(chosen), generator=generator) < 0.5).tolist()
-            yield crop_batch(chosen, boxes, flips, preprocess), labels[rows.to(where)]
+            yield crop_batch(chosen, boxes, flips, preprocess, where), wanted
 
     return epoch
 
@@ -51,8 +53,7 @@ def frozen_features(clip: Any, train: LabelledImages, size: int, views: bool, ru
 
         def taken(epoch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
             features = passes_[epoch % len(passes_)]
-            for rows in shuffled(len(labels), size, generator):
-                rows = rows.to(where)
+            for rows in send_parts(shuffled(len(labels), size, generator), where):
                 yield features[rows], labels[rows]
 
         return taken

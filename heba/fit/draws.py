@@ -5,16 +5,18 @@ nothing waits for the GPU inside an epoch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from heba.clip.blocks import Packing
+from heba.clip.device import send_parts
 from heba.clip.features import Classes
 from heba.clip.hooks import HookedCLIP
 from heba.clip.towers import embed_tokens, padded_texts, text_lengths
-from heba.data.images import sample_crop
+from heba.data.images import CPU, sample_crop
 from heba.fit.work import steps_per_epoch
 
 TEXT_BATCH = 256
@@ -143,7 +145,6 @@ def plan_epoch(
     Args:
         labels: of the training images. sizes: their (height, width).
     """
-    device = model.logit_factor().device
     order = torch.randperm(len(labels), generator=generator).tolist()
     n_blocks = model.end - model.start + 1
     steps = []
@@ -163,11 +164,33 @@ def plan_epoch(
                 images=images,
                 boxes=boxes,
                 flips=flips,
-                targets=torch.tensor(targets, device=device),
-                prompts=torch.tensor(prompts, device=device),
-                packing=model.pack([bank.lengths[p] for p in prompts]),
-                text_scales=draw_scales(n_blocks, model.scale, recipe, generator).to(device),
-                visual_scales=draw_scales(n_blocks, model.scale, recipe, generator).to(device),
+                targets=torch.tensor(targets),
+                prompts=torch.tensor(prompts),
+                packing=model.pack([bank.lengths[p] for p in prompts], CPU),
+                text_scales=draw_scales(n_blocks, model.scale, recipe, generator),
+                visual_scales=draw_scales(n_blocks, model.scale, recipe, generator),
             )
         )
-    return steps
+    return send_steps(steps, model.clip.logit_scale.device)
+
+
+def send_steps(steps: list[Step], where: torch.device) -> list[Step]:
+    """`steps` with their tensors on their way to `where`, those of one type in one copy."""
+    whole = [(s.targets, s.prompts, s.packing.eot, s.packing.read) for s in steps]
+    rows = [s.packing.rows for s in steps if s.packing.rows is not None]
+    numbers = iter(send_parts([*(part for parts in whole for part in parts), *rows], where))
+    scales = iter(send_parts([part for s in steps for part in (s.text_scales, s.visual_scales)], where))
+    moved = []
+    for step in steps:
+        targets, prompts, eot, read = islice(numbers, 4)
+        text, visual = islice(scales, 2)
+        packing = replace(step.packing, eot=eot, read=read)
+        moved.append(
+            replace(
+                step, targets=targets, prompts=prompts, packing=packing, text_scales=text, visual_scales=visual
+            )
+        )
+    # The rows come last, for a packing may have none.
+    return [
+        s if s.packing.rows is None else replace(s, packing=replace(s.packing, rows=next(numbers))) for s in moved
+    ]

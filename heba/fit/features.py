@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from heba.clip.device import send
 from heba.fit.loop import Schedule, cosine, finite, train_epochs, update
 from heba.fit.run import Run
 from heba.fit.search import accuracy, first_best
@@ -52,6 +53,7 @@ def train_views(
         features = views[epoch % len(views)]
         losses = []
         for rows in batches(generator):
+            rows = send(rows, views.device)
             value = loss(features[rows], labels[rows])
             update(module, optimizer, value)
             losses.append(value.detach())

@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 Progress = Callable[[int, str], AbstractContextManager[Callable[[int], object]]]
 
 
@@ -33,3 +35,7 @@ class Run:
     checkpoint: Path | None = None
     on_epoch: Callable[[dict[str, float]], object] = lambda record: None
     progress: Progress = silent
+
+    def autocast(self, where: torch.device) -> torch.autocast:
+        """The precision of all that goes through the towers on the device `where`."""
+        return torch.autocast(where.type, torch.bfloat16, enabled=self.bf16)

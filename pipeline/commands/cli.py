@@ -471,6 +471,9 @@ def cost(
     measured: Annotated[
         bool, typer.Option("--measured", help="Write the seconds of the trainings in MLflow to timings.csv.")
     ] = False,
+    speed: Annotated[
+        Path | None, typer.Option(help="speed.json of `python -m benchmarks.gpu`, in place of the first two.")
+    ] = None,
 ) -> None:
     """Estimate compute and disk of params.yaml on the real benchmarks; nothing is run or fetched.
 
@@ -486,6 +489,10 @@ def cost(
         return
     from pipeline.commands import cost
 
+    if speed is not None:
+        found = cost.read_speed(speed)
+        print(cost.markdown(params, found.tflops, found.overhead_ms, text_length, found.device))
+        return
     print(cost.markdown(params, tflops, overhead_ms, text_length))
 
 

@@ -18,10 +18,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm
 
 from heba import methods
@@ -179,13 +180,36 @@ def disk(params: Params) -> dict[str, float]:
     }
 
 
-def markdown(params: Params, tflops: float, overhead_ms: float, text_length: int) -> str:
-    """The estimate as Markdown, with its assumptions."""
+class Speed(BaseModel):
+    """What a training step was measured to take: `overhead_ms` and its operations at `tflops`, by `sizes` sizes of
+    a step."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    device: Annotated[str, Field(min_length=1)]
+    tflops: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    overhead_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    sizes: Annotated[int, Field(ge=2)]
+
+
+def read_speed(path: Path) -> Speed:
+    """The speed.json that `benchmarks.gpu` writes; ParamsError names the file and the remedy."""
+    try:
+        return Speed.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ParamsError(f"{path}: {reason}; `python -m benchmarks.gpu --out FOLDER` writes it") from None
+
+
+def markdown(
+    params: Params, tflops: float, overhead_ms: float, text_length: int, device: str | None = None
+) -> str:
+    """The estimate as Markdown, with its assumptions; `device`: where the first two were measured."""
     frame = table(params, tflops, overhead_ms, text_length)
     sizes = disk(params)
     return (
-        f"An estimate, not a measurement: {tflops:g} TFLOP/s, {overhead_ms:g} ms overhead a step, "
-        f"{text_length} tokens a prompt.\n\n"
+        f"An estimate, not a measurement: {tflops:.3g} TFLOP/s, {overhead_ms:.3g} ms overhead a step"
+        f"{f', as measured on {device}' if device else ''}, {text_length} tokens a prompt.\n\n"
         + frame.reset_index().astype(object).to_markdown(floatfmt=".1f", index=False)
         + f"\n\nDisk besides the adapters: archives {sizes['archives']:.0f} GB and about as much again unpacked, "
         f"packed test images {sizes['packed test images']:.0f} GB.\n\n"

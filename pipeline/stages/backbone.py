@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from heba.clip import backbone
+from heba.clip.device import in_bf16
 from heba.fit.memory import keep_freed_memory
 from pipeline.core.params import Params, ParamsError
 from pipeline.core.paths import OUT, main_root, new_file, reading
@@ -58,8 +59,8 @@ def _local_files(params: Params) -> dict[str, Path]:
 
 
 def load_backbone(params: Params) -> tuple[Any, Tokenizer]:
-    """The model (fp32, eval mode, on the device of params) and its tokenizer; ValueError when the weights or the
-    config are not those of out/backbone.json."""
+    """The model (eval mode, in the precision and on the device of params) and its tokenizer; ValueError when the
+    weights or the config are not those of out/backbone.json."""
     if RECORD.is_file():
         record = read_record()
         for key, file in _local_files(params).items():
@@ -69,7 +70,8 @@ def load_backbone(params: Params) -> tuple[Any, Tokenizer]:
     if params.threads:
         torch.set_num_threads(params.threads)
     loaded = backbone.load(params.backbone.name, params.backbone.pretrained, main_root())
-    return loaded.clip.to(device(params)), loaded.tokenizer
+    clip = in_bf16(loaded.clip) if use_bf16(params) else loaded.clip
+    return clip.to(device(params)), loaded.tokenizer
 
 
 def device(params: Params) -> torch.device:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from heba import artifact, methods
+from heba.clip.device import send, sent
 from heba.clip.features import BATCH_SIZE
 from heba.clip.preprocess import normalise, preprocess_of
 from heba.data.images import Images
@@ -243,13 +244,19 @@ def predict(
     columns = columns.to(where)
     found = []
     with progress(len(rows), "test images") as done:
-        for batch in rows.split(BATCH_SIZE.get(where.type, 256)):
-            if reads == "pixels":
-                pixels = torch.from_numpy(test.packed[batch.numpy()]).to(where)
-                images = Images.of_pixels(normalise(pixels, test.preprocess))
-            else:
-                images = Images.of_features(test.features[batch].to(where), test.hidden[batch].to(where))
+        for images in test_batches(test, rows, reads, where):
             logits = [method.logits(*of, images) for of in zip(models, classifiers, strict=True)]
-            found.append(torch.stack([one[:, columns].argmax(dim=-1).cpu() for one in logits]))
-            done(len(batch))
-    return torch.cat(found, dim=1), test.labels[rows] - labels.start
+            found.append(torch.stack([one[:, columns].argmax(dim=-1) for one in logits]))
+            done(found[-1].shape[1])
+    return torch.cat(found, dim=1).cpu(), test.labels[rows] - labels.start
+
+
+def test_batches(test: TestImages, rows: Tensor, reads: str, where: torch.device) -> Iterator[Images]:
+    """The test images `rows` as a method reads them, in batches on `where`, one ahead."""
+    batches = rows.split(BATCH_SIZE.get(where.type, 256))
+    if reads == "pixels":
+        for pixels in sent((torch.from_numpy(test.packed[batch.numpy()]) for batch in batches), where):
+            yield Images.of_pixels(normalise(pixels, test.preprocess))
+    else:
+        for batch in batches:
+            yield Images.of_features(send(test.features[batch], where), send(test.hidden[batch], where))

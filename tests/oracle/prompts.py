@@ -21,6 +21,8 @@ from heba.fit.run import Run
 from pipeline.commands.cost import left_numbers
 from pipeline.commands.presets import FOLDER
 from pipeline.core.params import load_params
+from tests.oracle import device
+from tests.oracle.device import DEVICE
 from tests.oracle.features import SHARED, normalised, read, relative
 
 # The tolerances of the oracle's README.
@@ -35,7 +37,7 @@ def clip_of(path):
     state = load_file(path)
     table = torch.zeros(49408, state["token_rows"].shape[1])
     table[state.pop("token_ids").long()] = state.pop("token_rows")
-    return clip_from_openai_weights(state | {"token_embedding.weight": table}).requires_grad_(False)
+    return clip_from_openai_weights(state | {"token_embedding.weight": table}).requires_grad_(False).to(DEVICE)
 
 
 @dataclass
@@ -122,12 +124,12 @@ differences = defaultdict(float)
 
 def close(method, kind, found, expected, tolerance, scaled=False):
     """Assert it, and keep the largest difference for `pytest -s`."""
-    found, expected = torch.as_tensor(found).double(), torch.as_tensor(expected).double()
+    found, expected = torch.as_tensor(found).double().cpu(), torch.as_tensor(expected).double().cpu()
     assert found.shape == expected.shape, (method, kind, found.shape, expected.shape)
     far = relative(found, expected) if scaled else (found - expected).abs().max().item()
     differences[method, kind] = max(differences[method, kind], far)
     print(f"{method} {kind}: {far:.1e}, at most {differences[method, kind]:.1e}")
-    assert far < tolerance, (method, kind, far)
+    assert far < device.tolerance(tolerance), (method, kind, far)
 
 
 def load(module, tensors):

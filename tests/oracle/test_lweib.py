@@ -18,6 +18,7 @@ from heba.fit.static import StaticStep
 from heba.methods.lweib import method
 from heba.methods.lweib.settings import Settings
 from tests.oracle import towers
+from tests.oracle.device import DEVICE
 from tests.oracle.prompts import close
 
 every_case = towers.cases("lweib", "LwEIB")
@@ -61,11 +62,11 @@ def recorded(case, model, settings, bank, record):
         drawn, scale = torch.tensor(record[f"{tower}_uniform"][blocks]), record[f"{tower}_scale"][blocks]
         fast, slow = settings.scale * settings.scale_factor, settings.scale
         assert scale == pytest.approx(torch.where(drawn > settings.slow_ratio, fast, slow).tolist(), rel=1e-6)
-        scales[f"{tower}_scales"] = torch.tensor(scale)
+        scales[f"{tower}_scales"] = torch.tensor(scale, device=DEVICE)
     prompts = [bank.offsets[c] + t for c, t in zip(order, record["template"], strict=True)]
     packing = model.pack([bank.lengths[p] for p in prompts])
-    targets = torch.tensor(targets)
-    return Step([], [], [], targets, torch.tensor(prompts), packing, **scales)
+    targets, prompts = torch.tensor(targets, device=DEVICE), torch.tensor(prompts, device=DEVICE)
+    return Step([], [], [], targets, prompts, packing, **scales)
 
 
 def evaluation(case, model, settings, kind):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from heba.clip.features import Classes
 from heba.clip.openai import clip_from_openai_weights
 from heba.fit.batches import train_batches
+from tests.oracle.device import DEVICE
 from tests.oracle.features import SHARED, read
 from tests.oracle.prompts import close
 
@@ -36,7 +37,8 @@ class Case:
         state = {key: tensor.float() for key, tensor in self.part("clip").items()}
         rows, ids = state.pop("token_embedding.rows"), state.pop("token_embedding.ids")
         table = torch.zeros(49408, rows.shape[1]).index_copy(0, ids.long(), rows)
-        return clip_from_openai_weights(state | {"token_embedding.weight": table}).requires_grad_(False)
+        clip = clip_from_openai_weights(state | {"token_embedding.weight": table}).requires_grad_(False)
+        return clip.to(DEVICE)
 
     def part(self, prefix):
         """The tensors below `prefix`."""

@@ -1,5 +1,6 @@
 """The estimate of what the paper preset needs."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -8,6 +9,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+from benchmarks import gpu
 from heba import methods
 from heba.clip.tiny import load_tiny_clip
 from heba.evaluation.cost import Cost
@@ -54,6 +56,27 @@ def test_the_paper_preset(tmp_path, monkeypatch, listed):
     assert {title for (_, title), gb in zip(rows, memory, strict=True) if gb > weights} == keeping
     assert total[:2] == [201 * len(params.methods), sum(values[1] for values in rows.values())]
     assert total == pytest.approx([sum(column) for column in columns], abs=0.3)
+
+
+def test_a_measured_speed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    raw = yaml.safe_load(PAPER.read_text()) | {"methods": ["coop"]}
+    Path("params.yaml").write_text(yaml.safe_dump(raw))
+    rows = [
+        {"backbone": gpu.B16, "way": way, "images": n, "classes": 50, "tflop": tflop, "ms": ms}
+        for way, n, tflop, ms in [("plain", 16, 2.0, 90), ("ours", 16, 2.0, 24), ("ours", 4, 1.0, 14)]
+    ]
+    found = gpu.speed([*rows, {"backbone": gpu.B16, "ok": True}], "a GPU")
+    assert found == {"device": "a GPU", "tflops": pytest.approx(100), "overhead_ms": pytest.approx(4), "sizes": 2}
+    Path("speed.json").write_text(json.dumps(found))
+    result = CliRunner().invoke(app, ["cost", "--speed", "speed.json"], catch_exceptions=False)
+    assert "100 TFLOP/s, 4 ms overhead a step, as measured on a GPU, 32 tokens" in result.output
+    given = ["cost", "--tflops", "100", "--overhead-ms", "4"]
+    other = CliRunner().invoke(app, given, catch_exceptions=False).output
+    assert other.splitlines()[1:] == result.output.splitlines()[1:]
+    Path("speed.json").write_text('{"tflops": 0}')
+    with pytest.raises(ParamsError, match=r"speed\.json: .*benchmarks\.gpu --out"):
+        CliRunner().invoke(app, ["cost", "--speed", "speed.json"], catch_exceptions=False)
 
 
 def test_frozen_features_pass_once_over_every_data_set_and_variant():

@@ -181,7 +181,8 @@ def loss_of(model: Model, classes: Classes) -> Callable[[Tensor, Tensor, Drop], 
 def training_of(model: Model, n_images: int, classes: Classes, settings: Settings, run: Run) -> Training:
     rate, parameters = settings.dropout, model.lora.parameters()
     optimizer = torch.optim.AdamW(parameters, settings.lr, weight_decay=settings.weight_decay, fused=True)
-    loss = loss_of(model, classes)
+    with run.autocast(model.clip.logit_scale.device):
+        loss = loss_of(model, classes)
 
     def dropped(batch: tuple[Tensor, int], labels: Tensor) -> Tensor:
         images, seed = batch

@@ -144,22 +144,27 @@ class _Adapt(torch.autograd.Function):
                 dhidden, hidden, mid, None, [1, 1], [1, 1], [1, 1], False, [0, 0], len(mid), [True, True, False]
             )
             dhidden = _tokens(dhidden, grad.shape[1])
-            dmid = dmid.to(weight.dtype).div_(scale)
+            dmid = _over(dmid, scale)
         ddown = dhidden.T @ x
         dh = None
         if ctx.needs_input_grad[0]:
             dh = dz.add_(grad.flatten(0, -2)).addmm_(dhidden, down).view_as(grad).to(grad.dtype)
         return (
             dh,
-            ddown.to(weight.dtype).div_(scale),
+            _over(ddown, scale),
             dmid,
-            dup.to(weight.dtype).div_(scale),
+            _over(dup, scale),
             dweight,
             dbias,
             None,
             None,
             None,
         )
+
+
+def _over(grad: Tensor, scale: Tensor) -> Tensor:
+    """`grad` / `scale`, 0-dim, in the type of `scale`, without a pass for the cast; `grad` may be written."""
+    return grad.div_(scale) if grad.dtype == scale.dtype else grad / scale.reshape(1, 1)
 
 
 def _patches(x: Tensor, n: int, grid: tuple[int, int]) -> Tensor:

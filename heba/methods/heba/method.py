@@ -48,7 +48,9 @@ def fit(
 ) -> dict[str, float]:
     with run.progress(len(train.files), "decode training images") as done:
         images = decode_all(train.files, done, train.as_seen)
-    train_adapters(model, images, train.labels, text_bank(model, classes), settings, run)
+    with run.autocast(model.clip.logit_scale.device):
+        bank = text_bank(model, classes)
+    train_adapters(model, images, train.labels, bank, settings, run)
     return {}
 
 

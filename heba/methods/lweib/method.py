@@ -111,7 +111,9 @@ def fit(
 ) -> dict[str, float]:
     with run.progress(len(train.files), "decode training images") as done:
         images = decode_all(train.files, done, train.as_seen)
-    train_adapters(model, images, train.labels, text_bank(model, classes), recipe(settings), run)
+    with run.autocast(model.clip.logit_scale.device):
+        bank = text_bank(model, classes)
+    train_adapters(model, images, train.labels, bank, recipe(settings), run)
     return {}
 
 

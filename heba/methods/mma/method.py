@@ -153,7 +153,9 @@ def training_of(model: Model, n_images: int, classes: Classes, settings: Setting
     optimizer = make_optimizer(model.adapters, settings.lr, settings.momentum, settings.weight_decay)
     steps = steps_per_epoch(n_images, settings.batch_size)
     schedule = Schedule(settings.epochs, steps, lambda epoch: cosine(settings.lr, epoch, settings.epochs))
-    take = descend(model.adapters, optimizer, loss_of(model, classes), run.bf16)
+    with run.autocast(model.clip.logit_scale.device):
+        loss = loss_of(model, classes)
+    take = descend(model.adapters, optimizer, loss, run.bf16)
     return Training(model.adapters, optimizer, schedule, take)
 
 

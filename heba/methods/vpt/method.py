@@ -75,7 +75,8 @@ def fit(
 
 
 def training_of(model: Model, n_images: int, classes: Classes, settings: Settings, run: Run) -> Training:
-    weights = weights_of(model, classes, settings)
+    with run.autocast(model.clip.logit_scale.device):
+        weights = weights_of(model, classes, settings)
     optimizer = make_optimizer(model.learned, settings.lr, settings.momentum, settings.weight_decay)
     steps = steps_per_epoch(n_images, settings.batch_size)
     schedule = dassl_schedule(settings.lr, settings.epochs, steps)
