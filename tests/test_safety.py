@@ -110,6 +110,6 @@ def test_every_server_that_is_named_binds_to_loopback():
     ]
     assert len(commands) > 3
     for line in commands:
-        host = re.search(r"(?:--host|-h) (\S+)", line)
+        host = re.search(r"(?:--host|-h) ([\w.:]+)", line)
         assert host, line
         assert host[1] in ("127.0.0.1", "localhost"), line

@@ -2,8 +2,10 @@
 
 import json
 import os
+import runpy
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,7 +85,8 @@ def run_the_snippet(path, classifier, folder, monkeypatch, capsys):
     Image.fromarray(noise(50, 70)).save("photo.jpg")
     blocks = (ROOT / "docs" / "export.md").read_text(encoding="utf-8").split("```python\n")
     (snippet,) = (block.split("```")[0] for block in blocks if "onnxruntime.InferenceSession" in block)
-    exec(snippet, {})
+    Path("snippet.py").write_text(snippet, encoding="utf-8")
+    runpy.run_path("snippet.py")
     (expected,) = classifier.predict("photo.jpg")
     named = [f"{n} {p:.1%}" for n, p in zip(expected.classes, expected.probabilities, strict=True)]
     assert capsys.readouterr().out.splitlines() == named
