@@ -48,7 +48,9 @@ def train_on(gpu, name, data, bf16):
     return model, settings, records, places
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "bf16", [pytest.param(False, id="fp32", marks=pytest.mark.slow), pytest.param(True, id="bf16")]
+)
 @pytest.mark.parametrize("name", IN_TOWERS)
 def test_a_training_in_the_towers_and_an_evaluation(name, bf16, tmp_path):
     """Types and devices fit; losses are fetched at the end of an epoch; what is sent within it is pinned."""
