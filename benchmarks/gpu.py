@@ -74,7 +74,7 @@ def oracle(part: Part) -> None:
     for case in cases:
         bad = [child for child in case if child.tag in ("failure", "error")]
         if bad:
-            name = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
+            name = f"{case.get('classname', '').rpartition('.')[2]}: {case.get('name')}"
             part.add(test=name, ok=False, error=(bad[0].get("message") or "")[:300])
     failed, skipped = len(part.rows), sum(any(child.tag == "skipped" for child in case) for case in cases)
     part.add(test="all", ok=not failed, passed=len(cases) - failed - skipped, failed=failed, skipped=skipped)
