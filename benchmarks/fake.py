@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 import heba
-from heba.clip.preprocess import mean_and_std
 
 aten = torch.ops.aten
 OURS = f"{Path(heba.__file__).parent}/"
@@ -227,7 +226,6 @@ def move(self: nn.Module, *_: object, **__: object) -> nn.Module:
 def fake_gpu() -> Iterator[FakeGPU]:
     """Within it, "cuda" is the fake GPU. What torch refuses where there is no GPU is put in its place: autocast,
     modules that move, the walk of a backward, and the kernels of an attention."""
-    mean_and_std.cache_clear()
     yes, no = (lambda *_: True), (lambda *_: False)
     with (
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", no),
@@ -240,4 +238,3 @@ def fake_gpu() -> Iterator[FakeGPU]:
         FakeGPU() as gpu,
     ):
         yield gpu
-    mean_and_std.cache_clear()  # of fake tensors

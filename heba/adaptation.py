@@ -3,7 +3,6 @@
 The same images, settings and seed give what the stages split, precompute, views, train and evaluate give.
 """
 
-import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from heba import artifact, methods
 from heba.clip import architecture
 from heba.clip import backbone as backbones
 from heba.clip.features import BATCH_SIZE, Classes, encode_prompts, image_features
-from heba.clip.preprocess import Preprocess, decode
+from heba.clip.preprocess import Preprocess
 from heba.clip.towers import cut_texts, encode_text_plain, feature_width
 from heba.data import datasets
 from heba.data.images import LabelledImages, Views, for_each_image, make_views
@@ -31,6 +30,8 @@ from heba.evaluation.report import classification_report
 from heba.files import new_folder
 from heba.fit.run import Progress, Run, silent
 from heba.predict import Classifier, find_device, logits_of
+from heba.sources.duplicates import same_pictures
+from heba.sources.look import Look, look_at
 from heba.sources.own import read_own
 
 # Random crops of each training image for methods on frozen features, and the smallest area of one.
@@ -105,23 +106,20 @@ def adapt(
         check_out(target)
     where = find_device(device)
     chosen = choose_settings(method, settings or {}, architecture.read_architecture(backbone, root))
-    split = sample_few_shot(read_own(folder, "folder").split, shots, seed)
+    split = sample_few_shot(read_folder(folder, progress), shots, seed)
     names, embedded, bf16 = class_names(split), backbone == "tiny", where.type == "cuda"
     part, about = methods.part(method, "method"), methods.part(method, "settings")
     clip, tokenizer, preprocess = backbones.load(backbone, pretrained, root)
     clip.to(where)
-    # First what costs little: the tiny CLIP does not know every name.
     classes = encode_classes(clip, tokenizer, names, chosen.prompts, embedded, bf16)
-    check_images(split, folder, progress)
     parts = []
     for name, passes in (("train", PASSES), ("val", 0)):
         files = [file for file, _, _ in split[name]]
         views = None
         if about.READS == "features" and about.DRAWS:
             views = encode_views(clip, preprocess, folder, files, seed, passes, bf16, progress)
-        parts.append(
-            LabelledImages([folder / file for file in files], [label for _, label, _ in split[name]], views)
-        )
+        labels = [label for _, label, _ in split[name]]
+        parts.append(LabelledImages([folder / file for file in files], labels, views, as_seen=True))
     history: list[dict[str, float]] = []
     run = Run(seed, shots, bf16, on_epoch=history.append, progress=progress)
     began = time.perf_counter()
@@ -158,6 +156,7 @@ def adapt(
     logits = logits_of(method, model, clip, tensors, bf16)
     classifier = Classifier(names, logits, preprocess, where, config)
     report = test(classifier, split["test"], folder, progress)
+    low, high = wilson(report["accuracy"] / 100, report["n"])
     return Adaptation(
         method=method,
         classes=names,
@@ -167,7 +166,7 @@ def adapt(
         n_val=len(split["val"]),
         n_test=report["n"],
         accuracy=report["accuracy"],
-        interval=wilson(sum(row[i] for i, row in enumerate(report["confusion"])), report["n"]),
+        interval=(100 * low, 100 * high),
         confusion=report["confusion"],
         seconds=seconds,
         path=target,
@@ -232,9 +231,21 @@ def encode_classes(clip: Any, tokenizer: Any, names: list[str], kind: Kind, embe
     return Classes(names, tokens[rows], index[rows], features[rows], tokenizer)
 
 
-def check_images(split: Split, folder: Path, progress: Progress) -> None:
-    """Read all images; ValueError names those that cannot be read, test images that training has too, byte for
-    byte, and what there are no images for."""
+def read_folder(folder: Path, progress: Progress) -> Split:
+    """The split of a folder, each of whose images is opened once. Images that show the same picture are on one
+    side of it.
+
+    ValueError names images that cannot be read, test images that training has too, byte for byte, and what there
+    are no images for.
+    """
+    looks: dict[str, Look] = {}
+
+    def look(files: list[str]) -> tuple[list[str], list[list[str]]]:
+        with progress(len(files), "read images") as done:
+            looks.update(look_at(folder, files, done))
+        return [], same_pictures(looks)
+
+    split = read_own(folder, "folder", look_at=look).split
     names = class_names(split)
     if len(names) < 2:
         raise ValueError(f"{folder}: one class, {', '.join(names)}; two or more are needed, a folder each")
@@ -242,30 +253,19 @@ def check_images(split: Split, folder: Path, progress: Progress) -> None:
         missing = sorted(set(names) - {name for _, _, name in split[part]})
         if missing:
             raise ValueError(f"{folder}: classes without {part} images: {_some(missing)}")
-    files = {file: part for part, items in split.items() for file, _, _ in items}
-    broken, parts = [], dict[str, dict[str, str]]()
-    with progress(len(files), "read images") as done:
-        for file, found in zip(files, for_each_image(_look, [folder / file for file in files]), strict=True):
-            if isinstance(found, ValueError):
-                broken.append(str(found))
-            else:
-                parts.setdefault(found.hex(), {})[file] = files[file]
-            done(1)
+    broken = [file for file, found in looks.items() if found.problem]
     if broken:
-        more = f"\n  and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
-        raise ValueError("\n  ".join([f"{folder}: images that cannot be read:", *broken[:SHOWN]]) + more)
-    leaks = [" = ".join(found) for found in parts.values() if len({part == "test" for part in found.values()}) > 1]
+        raise ValueError(
+            f"{folder}: images that cannot be read, or have 16 bits of an unknown range: {_some(broken)}"
+        )
+    tested = {file for file, _, _ in split["test"]}
+    by_bytes: dict[str, list[str]] = {}
+    for file, found in looks.items():
+        by_bytes.setdefault(found.digest, []).append(file)
+    leaks = [" = ".join(files) for files in by_bytes.values() if len({file in tested for file in files}) > 1]
     if leaks:
         raise ValueError(f"{folder}: test images that training has too, byte for byte; remove one: {_some(leaks)}")
-
-
-def _look(path: Path) -> bytes | ValueError:
-    """The hash of an image's bytes, or why it cannot be read."""
-    try:
-        decode(path)
-        return hashlib.sha256(path.read_bytes()).digest()
-    except ValueError as error:
-        return error
+    return split
 
 
 def _some(items: list[str]) -> str:
@@ -286,7 +286,9 @@ def encode_views(
 ) -> Views:
     """What the frozen image tower makes of `files` below `folder`, and of `passes` random crops of each."""
     where = clip.logit_scale.device
-    make = partial(make_views, folder, preprocess=preprocess, seed=seed, passes=passes, smallest=CROP)
+    make = partial(
+        make_views, folder, preprocess=preprocess, seed=seed, passes=passes, smallest=CROP, as_seen=True
+    )
     size = max(1, BATCH_SIZE.get(where.type, 256) // (2 + passes))
     found: list[list[torch.Tensor]] = [[], []]
     images = for_each_image(make, files)

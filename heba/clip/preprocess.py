@@ -2,7 +2,6 @@
 
 import struct
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -179,15 +178,13 @@ def resize_and_crop(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
 
 
-@cache
-def mean_and_std(preprocess: Preprocess, device: torch.device) -> tuple[Tensor, Tensor]:
-    """[3, 1, 1] each, made once: on a GPU it waits for them."""
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (preprocess.mean, preprocess.std))
-    return mean, std
+def _of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[3, 1, 1], filled on the device: a copy from the CPU would wait for the GPU."""
+    return torch.cat([torch.full((1, 1, 1), value, device=device) for value in values])
 
 
 def normalise(images: Tensor, preprocess: Preprocess) -> Tensor:
     """uint8 or float images [n, 3, h, w] in 0..255 to the model's input: (x / 255 - mean) / std, fp32."""
-    mean, std = mean_and_std(preprocess, images.device)
+    mean, std = (_of_channels(values, images.device) for values in (preprocess.mean, preprocess.std))
     # A copy, also of floats; then in place, since each pass over a batch costs as much as reading it.
     return images.to(torch.float32, copy=True).div_(255).sub_(mean).div_(std)

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 import psutil
 import typer
 import yaml
-from click.core import ParameterSource
 
 from heba.data.prompts import TEMPLATE
 from heba.data.protocols import PROTOCOLS
@@ -121,9 +120,11 @@ def compare(
     compares the accuracies of two DVC experiments or git revisions, and says which differences are not noise:
     docs/pipeline.md. All options but --json are of the first.
     """
-    given = [name for name in context.params if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
     of_images = [name for name in given if name not in ("what", "other", "as_json")]
-    if other is None and (of_images or what.endswith("/") or Path(what).exists()):
+    path = Path(what)
+    if other is None and (of_images or what.endswith("/") or path.is_absolute() or path.exists()):
         if as_json:
             raise ParamsError("--json: is of two revisions, not of a folder of images")
         from pipeline.commands.photos import project, run
@@ -142,7 +143,7 @@ def compare(
             skip_unreadable=skip_unreadable,
             jobs=jobs,
         )
-        run.run(Path(what), out, options)
+        run.run(path, out, options)
         return
     if of_images:
         raise ParamsError(f"--{of_images[0].replace('_', '-')}: is of a folder of images, not of revisions")

@@ -107,7 +107,9 @@ def _content(name: str, path: str) -> str:
         ) from None
     except DvcException as error:
         near = difflib.get_close_matches(name, _names(), n=5, cutoff=0.5)
-        hint = f"; near it are {', '.join(near)}" if near else "; `dvc exp list -A` lists experiments"
+        hint = (
+            f"; near it are {', '.join(near)}" if near else ", and no folder; `dvc exp list -A` lists experiments"
+        )
         raise ValueError(f"{name}: {error}{hint}") from None
 
 

@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
 from heba.data.splits import PARTS
+from heba.evaluation.metrics import wilson
 from pipeline.commands.cli import app
 from pipeline.commands.photos import page, project, results, run, verdict
 from pipeline.commands.photos.choose import Choice, one_by_one, sentences
@@ -103,16 +104,14 @@ def test_a_given_test_part_stays_and_its_copies_go_from_training():
 def test_wilson_is_that_of_scipy():
     for right, n in ((0, 7), (3, 9), (60, 60)):
         theirs = stats.binomtest(right, n).proportion_ci(method="wilson")
-        assert verdict.wilson(right / n, n) == pytest.approx((theirs.low, theirs.high))
+        assert wilson(right / n, n) == pytest.approx((theirs.low, theirs.high))
 
 
 def test_samples_on_the_same_test_images_widen_the_interval():
-    assert verdict.same_test([0.8, 0.8, 0.8], 100) == pytest.approx(verdict.wilson(0.8, 100))
-    assert verdict.same_test([1.0, 1.0], 50) == pytest.approx(verdict.wilson(1.0, 50))
+    assert verdict.same_test([0.8, 0.8, 0.8], 100) == pytest.approx(wilson(0.8, 100))
+    assert verdict.same_test([1.0, 1.0], 50) == pytest.approx(wilson(1.0, 50))
     # Variance 0.16 / 100 of the images and 0.01 / 3 of the samples: as of 0.16 / 0.004933 images.
-    assert verdict.same_test([0.7, 0.8, 0.9], 100) == pytest.approx(
-        verdict.wilson(0.8, 0.16 / (0.0016 + 0.01 / 3))
-    )
+    assert verdict.same_test([0.7, 0.8, 0.9], 100) == pytest.approx(wilson(0.8, 0.16 / (0.0016 + 0.01 / 3)))
 
 
 def test_the_corrected_resampled_t_by_hand():
@@ -120,8 +119,8 @@ def test_the_corrected_resampled_t_by_hand():
     half = 4.302653 * math.sqrt(0.01 * (1 / 3 + 3 / 7))
     low, high = verdict.resampled([0.7, 0.8, 0.9], 3 / 7, 1000)
     assert (low, high) == (pytest.approx(0.8 - half), 1.0)
-    assert verdict.resampled([0.8] * 3, 3 / 7, 30) == pytest.approx(verdict.wilson(0.8, 30))
-    assert verdict.resampled([0.7, 0.9], 3 / 7, 30) == pytest.approx(verdict.wilson(0.8, 30))
+    assert verdict.resampled([0.8] * 3, 3 / 7, 30) == pytest.approx(wilson(0.8, 30))
+    assert verdict.resampled([0.7, 0.9], 3 / 7, 30) == pytest.approx(wilson(0.8, 30))
 
 
 def test_images_that_one_method_alone_gets_right():
@@ -205,7 +204,7 @@ def test_the_table_has_what_was_measured(summary):
     _, found = summary
     first, second = found.lines
     assert (first.accuracy, second.accuracy, first.seconds, second.seconds) == (20.0, 90.0, None, 0.5)
-    assert (second.low, second.high) == pytest.approx(tuple(100 * x for x in verdict.wilson(0.9, 10)))
+    assert (second.low, second.high) == pytest.approx(tuple(100 * x for x in wilson(0.9, 10)))
     assert second.confused == f"{NAMES[1]} taken for {NAMES[0]} (20 %)"
     # Seven images that GDA alone got right: 2 / 2^7.
     assert "(p = 0.016)" in found.advice.text

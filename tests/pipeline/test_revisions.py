@@ -116,7 +116,8 @@ def test_what_cannot_be_compared_is_told_with_the_remedy(repo, monkeypatch):
         (["no such thing"], "exp list -A"),
         (["HEAD~1"], "HEAD~1: has no reports/evaluations.csv; it was not run to the end"),
         (["real"], "cannot be compared: suite is real and embedded"),
-        (["reports"], "this is a folder; name an experiment"),
+        (["HEAD", "few", "--methods", "gda"], "--methods: is of a folder of images, not of revisions"),
+        (["reports", "--json"], "--json: is of two revisions, not of a folder of images"),
     ):
         done = stage(repo, "compare", *names)
         assert (done.returncode, done.stdout) == (1, ""), names

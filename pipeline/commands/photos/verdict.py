@@ -1,6 +1,6 @@
 """How sure an accuracy is, and whether two methods can be told apart. All in shares, 0 to 1, at the level ALPHA.
 
-Wilson (1927); C. Nadeau and Y. Bengio, "Inference for the generalization error", Machine Learning 52 (2003).
+C. Nadeau and Y. Bengio, "Inference for the generalization error", Machine Learning 52 (2003).
 """
 
 import math
@@ -10,18 +10,11 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from heba.evaluation.metrics import wilson
 from pipeline.report.statistics import ALPHA, RESAMPLES, holm
 
 FEWEST_RUNS = 3  # of fewer splits or samples, the spread says too little
 AT_ONCE = 100  # flips of all signs
-
-
-def wilson(share: float, n: float) -> tuple[float, float]:
-    """Wilson's interval of a `share` of `n` images, which may be a number of equal worth that is not whole."""
-    z = stats.norm.ppf(1 - ALPHA / 2)
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def same_test(shares: Sequence[float], n: int) -> tuple[float, float]:
