@@ -47,7 +47,7 @@ class Adaptation:
         method: its name. classes: by label. shots, seed: of the sample.
         n_train, n_val, n_test: images that it was trained on, chose values on, and was tested on.
         accuracy: on the test images, in percent. interval: Wilson's, of 95 %, both ends in percent.
-        confusion: [n_classes][n_classes] counts of test images; rows are the true classes.
+        confusion: counts of test images, a row per true class and a column per predicted one.
         seconds: of the training alone.
         path: the artifact, for `heba.load` and `heba predict`; None where nothing was to be written.
         classifier: it, ready to classify images.
