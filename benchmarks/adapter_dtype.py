@@ -12,7 +12,7 @@ import typer
 from heba import artifact, methods
 from heba.clip.preprocess import preprocess_of
 from heba.evaluation.report import classification_report
-from pipeline.commands.cli import run_app
+from pipeline.commands.common import run_app
 from pipeline.core.params import Params, ParamsError, load_params
 from pipeline.core.trainings import Training, can, trainings
 from pipeline.stages.backbone import Tokenizer, computing, device, load_backbone

@@ -17,7 +17,9 @@ import pandas as pd
 import typer
 import yaml
 
-from pipeline.runner.dvc_inside import LOCK, SINGLE, Plan, make_plan
+from pipeline.runner.dvc_files import LOCK
+from pipeline.runner.dvc_inside import Plan, make_plan
+from pipeline.runner.dvc_locks import SINGLE
 from pipeline.runner.processes import DVC, Child, dvc
 from pipeline.runner.repro import Slot, Start, run
 

@@ -26,7 +26,7 @@ import psutil
 import yaml
 from mlflow.tracking import MlflowClient
 
-from pipeline.runner import dvc_inside, gitlock, lockfile
+from pipeline.runner import dvc_locks, gitlock, lockfile
 from pipeline.runner.warm import SERVER, stage_server
 from tests.pipeline import breakable
 from tests.pipeline.repository import ROOT, call, stage, wait_for
@@ -209,7 +209,7 @@ def again(repo: Path, name: str) -> tuple[bool, str]:
 
 def needs_mending(repo: Path) -> bool:
     """What doctor says; it takes long, so that it is asked in half of the rounds in which nothing is wrong."""
-    damaged = lockfile.damage(repo) or dvc_inside.rwlock_damage(repo) or gitlock.damage(repo)
+    damaged = lockfile.damage(repo) or dvc_locks.rwlock_damage(repo) or gitlock.damage(repo)
     if repo.stat().st_ino % 2 and not damaged:
         return False
     seen = stage(repo, "doctor").stdout

@@ -22,7 +22,7 @@ from pipeline.commands import links
 from pipeline.core.params import Params, load_params, stage_of
 from pipeline.core.paths import OUT, data_folder, main_root
 from pipeline.core.trainings import trainings
-from pipeline.runner import dvc_inside, gitlock, lockfile, machine, processes
+from pipeline.runner import dvc_inside, dvc_locks, gitlock, lockfile, machine, processes
 
 ROOT = Path(__file__).parents[2]
 INSTALL = "pip install -c constraints.txt -e '.[pipeline]'"
@@ -284,8 +284,8 @@ def dvc(params: Params | None) -> Row:
     root = main_root()
     if not (root / ".dvc").is_dir():
         return Row("DVC", "fail", f"{root} is no DVC repository", "run from the repository's root, or `dvc init`")
-    if damage := lockfile.damage(root) or dvc_inside.rwlock_damage(root) or gitlock.damage(root):
-        return Row("DVC", "fail", damage, f"{dvc_inside.MEND}, and then the same command again")
+    if damage := lockfile.damage(root) or dvc_locks.rwlock_damage(root) or gitlock.damage(root):
+        return Row("DVC", "fail", damage, f"{dvc_locks.MEND}, and then the same command again")
     waits = f"waiting for `dvc status`, {DVC_PATIENCE:.0f} s at most; ctrl-C stops it"
     message = Timer(SILENCE, lambda: print(waits, file=sys.stderr))
     message.start()

@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pipeline.core.paths import OUT
-from pipeline.runner import dvc_inside
+from pipeline.runner import dvc_inside, dvc_locks
 from pipeline.runner.locks import alone
 
 
@@ -24,7 +24,7 @@ def run(root: Path) -> list[Path]:
     ValueError when a stage runs, whose outs are not in dvc.lock yet, or when DVC cannot read the repository.
     """
     with alone(root), dvc_inside.repository(root) as repo, repo.lock:
-        if running := dvc_inside.running_stages(root):
+        if running := dvc_locks.running_stages(root):
             raise ValueError(f"{'; '.join(running)}: runs here; wait for its end")
         cache = dvc_inside.cache_folder(repo)
         damaged = _differing(dvc_inside.cached_objects(cache), "check DVC's cache")

@@ -15,7 +15,7 @@ from heba.data.prompts import TEMPLATE, read_descriptions
 from heba.evaluation.record import read_record
 from heba.sources.own import IMAGE_SUFFIXES, is_hidden
 from pipeline.commands import version
-from pipeline.commands.cli import read_settings, run_app
+from pipeline.commands.common import read_settings, run_app
 from pipeline.core.params import PARAMS_FILE, load_params
 from pipeline.core.paths import OUT
 

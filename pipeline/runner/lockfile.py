@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 
 from pipeline.core.paths import main_root, new_file
-from pipeline.runner import dvc_inside
-from pipeline.runner.dvc_inside import LOCK
+from pipeline.runner import dvc_inside, dvc_locks
+from pipeline.runner.dvc_files import LOCK
 
 HEAD = "schema: '2.0'\nstages:\n"
 KEPT = Path(".heba", LOCK)  # the copy
@@ -85,7 +85,7 @@ def mend(root: Path) -> str:
     path = root / LOCK
     if not damage(root):
         return ""
-    with dvc_inside.locked(root):
+    with dvc_locks.locked(root):
         found = damage(root)  # it may have been written just then
         if not found:
             return ""

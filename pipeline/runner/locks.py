@@ -10,7 +10,9 @@ from filelock import FileLock, Timeout
 
 from pipeline.core.paths import new_file
 from pipeline.runner import gitlock, lifetime, lockfile
-from pipeline.runner.dvc_inside import locked_stages, mend_rwlock, move_to_end, release_dead, remove_halves
+from pipeline.runner.dvc_files import remove_halves
+from pipeline.runner.dvc_inside import locked_stages, move_to_end
+from pipeline.runner.dvc_locks import mend_rwlock, release_dead
 from pipeline.runner.processes import wait_for_dying
 
 

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 import psutil
 
-from pipeline.runner.dvc_inside import SINGLE, WAIT, release
+from pipeline.runner.dvc_inside import WAIT
+from pipeline.runner.dvc_locks import SINGLE, release
 from pipeline.runner.warm import OFF, SERVER
 
 MODULE = "pipeline.runner.safe_dvc"

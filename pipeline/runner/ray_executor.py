@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.params import Params, ParamsError
-from pipeline.runner.dvc_inside import release
+from pipeline.runner.dvc_locks import release
 from pipeline.runner.processes import Child, Job, stop
 from pipeline.runner.repro import NODE, Slot, Start
 

@@ -5,7 +5,7 @@ import sys
 
 from dvc.cli import main
 
-from pipeline.runner.dvc_inside import parse_once, replace_files_whole, write_entries_alone
+from pipeline.runner.dvc_files import parse_once, replace_files_whole, write_entries_alone
 
 if __name__ == "__main__":
     # In the background of a script ctrl-C is ignored, and what starts there inherits that; we interrupt DVC by it.

@@ -65,9 +65,9 @@ COMPUTING = [stage for stage in STAGES if kind(stage) not in NO_CODE]
 
 
 def command(stage):
-    """The files that a stage's command imports, as the function of that name in cli.py does."""
+    """The files that a stage's command imports, as its function in pipeline/commands/stages.py does."""
     name = STAGES[stage]["cmd"].split()[3].replace("-", "_")
-    tree = ast.parse((ROOT / "pipeline" / "commands" / "cli.py").read_text())
+    tree = ast.parse((ROOT / "pipeline" / "commands" / "stages.py").read_text())
     (function,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
     nodes = [node for node in ast.walk(function) if isinstance(node, ast.ImportFrom)]
     modules = [f"{node.module}.{alias.name}" for node in nodes for alias in node.names]

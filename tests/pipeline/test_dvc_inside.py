@@ -1,4 +1,5 @@
-"""What pipeline/runner/dvc_inside.py assumes, against the real DVC: after an upgrade, this says what broke."""
+"""What pipeline/runner/dvc_{inside,locks,files}.py assume, against the real DVC: after an upgrade, this
+says what broke."""
 
 import hashlib
 import json
@@ -9,7 +10,7 @@ import sys
 
 import pytest
 
-from pipeline.runner import dvc_inside
+from pipeline.runner import dvc_files, dvc_inside, dvc_locks
 from tests.pipeline import small
 from tests.pipeline.repository import ROOT, call, wait_for
 
@@ -146,25 +147,25 @@ def test_moved_stages_leave_the_form_of_the_lock_file(repo):
 
 
 def test_the_rwlock_says_what_runs(repo):
-    assert dvc_inside.running_stages(repo) == []
+    assert dvc_locks.running_stages(repo) == []
     (repo / "hold-m1").touch()
     run = subprocess.Popen(
-        [sys.executable, "-m", "dvc", dvc_inside.WAIT, *dvc_inside.SINGLE, "--force", "middle@1"], cwd=repo
+        [sys.executable, "-m", "dvc", dvc_inside.WAIT, *dvc_locks.SINGLE, "--force", "middle@1"], cwd=repo
     )
     wait_for((repo / "held-m1").exists)
-    (running,) = dvc_inside.running_stages(repo)
-    assert running.endswith(" ".join([*dvc_inside.SINGLE, "--force", "middle@1"]))
-    holders = json.loads(dvc_inside.rwlock(repo).read_text())
+    (running,) = dvc_locks.running_stages(repo)
+    assert running.endswith(" ".join([*dvc_locks.SINGLE, "--force", "middle@1"]))
+    holders = json.loads(dvc_locks.rwlock(repo).read_text())
     assert list(holders["write"]) == [str(repo / "m1.txt")]
     assert {by["pid"] for by in holders["read"][str(repo / "first.txt")]} == {run.pid}
 
-    busy = dvc(repo, *dvc_inside.SINGLE, "--force", "middle@1")
+    busy = dvc(repo, *dvc_locks.SINGLE, "--force", "middle@1")
     assert busy.returncode != 0
     assert dvc_inside.is_busy(busy.stderr)
-    dvc_inside.release(repo, ["--force", "middle@2"])
-    assert json.loads(dvc_inside.rwlock(repo).read_text()) == holders
-    dvc_inside.release(repo, ["--force", "middle@1"])
-    assert not any(json.loads(dvc_inside.rwlock(repo).read_text()).values())
+    dvc_locks.release(repo, ["--force", "middle@2"])
+    assert json.loads(dvc_locks.rwlock(repo).read_text()) == holders
+    dvc_locks.release(repo, ["--force", "middle@1"])
+    assert not any(json.loads(dvc_locks.rwlock(repo).read_text()).values())
     (repo / "hold-m1").unlink()
     run.wait(timeout=60)
 
@@ -179,12 +180,12 @@ def test_a_lock_on_the_repository_is_seen_and_said(repo):
 
 
 def test_the_messages_of_damaged_files_name_them(repo, tmp_path):
-    dvc_inside.rwlock(repo).write_text('{"write": {')
+    dvc_locks.rwlock(repo).write_text('{"write": {')
     damaged = dvc(repo, "repro")
     assert damaged.returncode != 0
     assert dvc_inside.remedy(damaged.stderr) == "`python -m pipeline mend`"
-    assert "rwlock cannot be read" in dvc_inside.mend_rwlock(repo)
-    assert dvc_inside.mend_rwlock(repo) == ""
+    assert "rwlock cannot be read" in dvc_locks.mend_rwlock(repo)
+    assert dvc_locks.mend_rwlock(repo) == ""
     (repo / "dvc.lock").write_text("half: [\n")
     with pytest.raises(ValueError, match=r"DVC: .*`python -m pipeline mend`"):
         dvc_inside.make_plan(repo)
@@ -213,7 +214,7 @@ runpy.run_module("pipeline.runner.safe_dvc", run_name="__main__")
 def test_every_write_of_its_two_files_goes_through_our_open(repo, tmp_path):
     """The real writer's `open`: were it another one, nothing would replace these files."""
     noted = tmp_path / "replaced"
-    files = [repo / "dvc.lock", dvc_inside.rwlock(repo)]
+    files = [repo / "dvc.lock", dvc_locks.rwlock(repo)]
     before = [path.read_bytes() for path in files]
     kept = [tmp_path / f"kept-{path.name}" for path in files]
     for path, link in zip(files, kept, strict=True):
@@ -275,7 +276,7 @@ def plain_and_ours(repo, monkeypatch):
         (repo / "dvc.lock").write_bytes(before)
         with monkeypatch.context() as patch:
             patch.setattr(Lockfile, "dump_stages", Lockfile.dump_stages)
-            dvc_inside.write_entries_alone()
+            dvc_files.write_entries_alone()
             return plain, edits(repo, name, value)
 
     return both
@@ -305,10 +306,10 @@ def test_the_entries_of_the_committed_lock_file_are_those_that_dvc_writes():
     from dvc.utils.serialize import dumps_yaml, parse_yaml
 
     text = (ROOT / "dvc.lock").read_text()
-    found = dvc_inside.entries(text)
-    assert "".join([dvc_inside.HEAD, *found.values()]) == text
+    found = dvc_files.entries(text)
+    assert "".join([dvc_files.HEAD, *found.values()]) == text
     for name, stage in parse_yaml(text, "dvc.lock")["stages"].items():
-        assert dvc_inside.entries(dumps_yaml({"schema": "2.0", "stages": {name: stage}})) == {name: found[name]}
+        assert dvc_files.entries(dumps_yaml({"schema": "2.0", "stages": {name: stage}})) == {name: found[name]}
 
 
 @pytest.mark.parametrize(
@@ -327,8 +328,8 @@ def test_the_entries_of_the_committed_lock_file_are_those_that_dvc_writes():
 )
 def test_a_lock_file_of_another_form_is_left_to_dvc(repo, odd):
     text = (repo / "dvc.lock").read_text()
-    assert dvc_inside.entries(text)
-    assert dvc_inside.entries(odd.format(text)) is None
+    assert dvc_files.entries(text)
+    assert dvc_files.entries(odd.format(text)) is None
 
 
 def test_moved_stages_leave_comments_in_the_lock_file(repo):
@@ -347,7 +348,7 @@ def test_what_is_parsed_once_may_be_changed(repo, monkeypatch):
 
     for module in (_yaml, strictyaml):
         monkeypatch.setattr(module, "parse_yaml", module.parse_yaml)
-    dvc_inside.parse_once.__wrapped__()
+    dvc_files.parse_once.__wrapped__()
     with Repo(str(repo)) as opened:
         lock = Lockfile(opened, str(repo / "dvc.lock"))
         first = lock.load()

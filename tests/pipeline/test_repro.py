@@ -10,7 +10,7 @@ import sys
 import pytest
 import yaml
 
-from pipeline.runner import dvc_inside, processes
+from pipeline.runner import dvc_locks, processes
 from tests.pipeline import small
 from tests.pipeline.repository import noted, noting, wait_for, working_in
 
@@ -236,13 +236,13 @@ def test_what_a_killed_process_leaves_of_dvcs_files_stops_nobody(tmp_path):
     }
     path.write_text(json.dumps(lock))
     other = json.loads(path.read_text())
-    dvc_inside.release(repo, ["b@2"])
+    dvc_locks.release(repo, ["b@2"])
     assert json.loads(path.read_text()) == other
     busy = subprocess.run(
         ["dvc", "repro", "-s", "b@1"], cwd=repo, env=small.environment(), capture_output=True, text=True
     )
     assert "is busy" in busy.stderr
-    dvc_inside.release(repo, ["b@1"])
+    dvc_locks.release(repo, ["b@1"])
     subprocess.run(["dvc", "repro", "-q", "-s", "b@1"], cwd=repo, env=small.environment(), check=True)
 
 
