@@ -1,9 +1,9 @@
 """How DVC writes and reads its files, and how it does so better in our processes.
 
 DVC truncates dvc.lock and the rwlock and writes them anew: a process that is killed in between, with its node or
-at ctrl-C, would leave half a file, and no DVC process would run any more. And a long dvc.lock is slow: at the end of
-every stage DVC parses the whole of it and writes it anew, in pure Python, and it parses it again for every stage of
-a command. tests/pipeline/test_dvc_inside.py holds what is assumed here against the DVC that is installed.
+at ctrl-C, would leave half a file, and no DVC process would run any more. And a long dvc.lock is slow: at the end
+of every stage DVC parses the whole of it and writes it anew, in pure Python, and it parses it again for every
+stage of a command. tests/pipeline/test_dvc_inside.py holds what is assumed here against the DVC that is installed.
 """
 
 import os
