@@ -1,7 +1,7 @@
 """`python -m benchmarks.gpu --out FOLDER`: all that is to be known of a GPU, in one call and a given time.
 
 Correctness first, then speed, memory and a profile. Each part is a process of its own with a limit; what it has
-found is written at once, so that being cut off loses nothing:
+found is written at once, so that being cut off loses nothing but the rows of `oracle`, which pytest tells last:
 
     FOLDER/README.md        all tables
     FOLDER/<part>.json      a part's rows, and what went wrong
@@ -69,7 +69,8 @@ def oracle(part: Part) -> None:
     more = ["-n", "6", "--dist", "loadfile"] if importlib.util.find_spec("xdist") and not part.tiny else []
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", *more, *which]
     env = os.environ | {"HEBA_TEST_DEVICE": part.device}
-    subprocess.run([*command, f"--junitxml={report}"], cwd=ROOT, env=env, check=False)
+    report.unlink(missing_ok=True)  # of an earlier call
+    done = subprocess.run([*command, f"--junitxml={report}"], cwd=ROOT, env=env, check=False)
     cases = list(ElementTree.parse(report).getroot().iter("testcase"))
     for case in cases:
         bad = [child for child in case if child.tag in ("failure", "error")]
@@ -77,7 +78,13 @@ def oracle(part: Part) -> None:
             name = f"{case.get('classname', '').rpartition('.')[2]}: {case.get('name')}"
             part.add(test=name, ok=False, error=(bad[0].get("message") or "")[:300])
     failed, skipped = len(part.rows), sum(any(child.tag == "skipped" for child in case) for case in cases)
-    part.add(test="all", ok=not failed, passed=len(cases) - failed - skipped, failed=failed, skipped=skipped)
+    part.add(
+        test="all",
+        ok=not failed and done.returncode == 0,
+        passed=len(cases) - failed - skipped,
+        failed=failed,
+        skipped=skipped,
+    )
 
 
 def losses(name: str, folder: Path, device: str, epochs: int = 2, **run: Any) -> tuple[list[float], bytes]:
@@ -359,6 +366,9 @@ def run_part(name: str, out: Path, device: str, tiny: bool, limit: float) -> str
             os.killpg(process.pid, 9)  # with what it has started
             process.wait()
             return f"cut off after {limit:.0f} s; what was found until then:"
+        except BaseException:  # ctrl-C, which the part's own session does not get
+            os.killpg(process.pid, 9)
+            raise
     seconds = time.perf_counter() - begin
     if code:
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
@@ -378,6 +388,8 @@ def main(
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     if part:
+        if part not in PARTS:
+            raise typer.BadParameter(f"--part: {part}; there are {', '.join(PARTS)}")
         PARTS[part][0](Part(out, part, device, tiny))
         return
     if device == "cuda" and not torch.cuda.is_available():
@@ -388,6 +400,7 @@ def main(
         raise typer.BadParameter(f"--parts: {', '.join(unknown)}; there are {', '.join(PARTS)}")
     for name in wanted:
         (out / f"{name}.json").unlink(missing_ok=True)
+    (out / "speed.json").unlink(missing_ok=True)
     end, notes = time.monotonic() + 60 * minutes, {}
     for name in wanted:
         left = end - time.monotonic()

@@ -3,11 +3,11 @@
 The same images, settings and seed give what the stages split, precompute, views, train and evaluate give.
 """
 
+import logging
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,12 +18,11 @@ from pydantic import ValidationError
 from heba import artifact, methods
 from heba.clip import architecture
 from heba.clip import backbone as backbones
-from heba.clip.features import BATCH_SIZE, Classes, encode_prompts, image_features
-from heba.clip.preprocess import Preprocess
-from heba.clip.towers import cut_texts, encode_text_plain, feature_width
+from heba.clip.device import in_bf16
 from heba.data import datasets
-from heba.data.images import LabelledImages, Views, for_each_image, make_views
-from heba.data.prompts import KINDS, PARTS, TEMPLATE, Kind, all_prompts, tokenize
+from heba.data.frozen import classes_of, encode_texts, encode_views
+from heba.data.images import LabelledImages
+from heba.data.prompts import PARTS, TEMPLATE, all_prompts, tokenize
 from heba.data.splits import Item, Split, class_names, sample_few_shot
 from heba.evaluation.metrics import wilson
 from heba.evaluation.report import classification_report
@@ -110,18 +109,22 @@ def adapt(
     names, embedded, bf16 = class_names(split), backbone == "tiny", where.type == "cuda"
     part, about = methods.part(method, "method"), methods.part(method, "settings")
     clip, tokenizer, preprocess = backbones.load(backbone, pretrained, root)
-    clip.to(where)
-    classes = encode_classes(clip, tokenizer, names, chosen.prompts, embedded, bf16)
+    clip = (in_bf16(clip) if bf16 else clip).to(where)
+    history: list[dict[str, float]] = []
+    run = Run(seed, shots, bf16, on_epoch=history.append, progress=progress)
+    prompts = all_prompts(names, {}, TEMPLATE, datasets.ensemble(TEMPLATE, embedded))
+    tokens, _ = tokenize([text for kind in PARTS for text in prompts[kind].texts], tokenizer)
+    with run.autocast(where):
+        classes = classes_of(names, encode_texts(clip, prompts, tokens), chosen.prompts, tokenizer)
     parts = []
     for name, passes in (("train", PASSES), ("val", 0)):
         files = [file for file, _, _ in split[name]]
         views = None
         if about.READS == "features" and about.DRAWS:
-            views = encode_views(clip, preprocess, folder, files, seed, passes, bf16, progress)
+            with progress(len(files), "views of few-shot images") as done, torch.no_grad(), run.autocast(where):
+                views = encode_views(clip, folder, files, seed, passes, CROP, True, done)
         labels = [label for _, label, _ in split[name]]
         parts.append(LabelledImages([folder / file for file in files], labels, views, as_seen=True))
-    history: list[dict[str, float]] = []
-    run = Run(seed, shots, bf16, on_epoch=history.append, progress=progress)
     began = time.perf_counter()
     model = part.build(clip, len(names), chosen, seed)
     values = part.fit(model, *parts, classes, chosen, run)
@@ -149,7 +152,7 @@ def adapt(
         artifact.write_tensors(trained.state_dict(), files_of, dtype)
         # From what is on disk, so that a loaded adapter is what is tested here.
         artifact.load_tensors(trained, artifact.read_tensors(files_of), str(files_of))
-        with torch.no_grad(), torch.autocast(where.type, torch.bfloat16, enabled=bf16):
+        with torch.no_grad(), run.autocast(where):
             tensors = part.classifier(model, classes, chosen, True, progress)
         artifact.write_classifier(tensors, files_of)
     model.requires_grad_(False)
@@ -176,6 +179,8 @@ def adapt(
 
 def check_out(folder: Path) -> None:
     """Raise ValueError where `folder` holds something else than an artifact, which a new one would replace."""
+    if folder.resolve() == Path.cwd() or os.path.ismount(folder):
+        raise ValueError(f"{folder}: cannot be replaced as a whole; name a folder in it (`out`, --out)")
     if not folder.exists():
         return
     ours = {*artifact.FILES, artifact.HISTORY_FILE}
@@ -216,34 +221,21 @@ def backbone_record(name: str, pretrained: str, root: Path) -> artifact.Backbone
     return artifact.Backbone(name=name, pretrained=pretrained, sha256=backbones.sha256(file), config_sha256=config)
 
 
-def encode_classes(clip: Any, tokenizer: Any, names: list[str], kind: Kind, embedded: bool, bf16: bool) -> Classes:
-    """What frozen CLIP makes of class names by their prompts of a kind. All kinds are encoded, as the pipeline
-    does: a feature depends in its last bits on the texts beside it."""
-    prompts = all_prompts(names, {}, TEMPLATE, datasets.ensemble(TEMPLATE, embedded))
-    tokens, _ = tokenize([text for part in PARTS for text in prompts[part].texts], tokenizer)
-    tokens, where = cut_texts(clip, tokens), clip.logit_scale.device
-    with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
-        features = encode_prompts(clip, tokens, partial(encode_text_plain, clip), where)
-    index = torch.tensor([i for part in PARTS for i in prompts[part].class_index])
-    of_kind = torch.tensor([part in KINDS[kind] for part in PARTS for _ in prompts[part].texts])
-    rows = of_kind.nonzero().flatten()
-    rows = rows[index[rows].argsort(stable=True)]
-    return Classes(names, tokens[rows], index[rows], features[rows], tokenizer)
-
-
 def read_folder(folder: Path, progress: Progress) -> Split:
-    """The split of a folder, each of whose images is opened once. Images that show the same picture are on one
-    side of it.
+    """The split of a folder, each of whose images is opened once.
 
-    ValueError names images that cannot be read, test images that training has too, byte for byte, and what there
-    are no images for.
+    Images that show the same picture are on one side of it, but where the folder has a test part: then a warning
+    names them. ValueError names images that cannot be read, are in two classes or, byte for byte, in training and
+    test, and what there are no images for.
     """
     looks: dict[str, Look] = {}
+    same: list[list[str]] = []
 
     def look(files: list[str]) -> tuple[list[str], list[list[str]]]:
         with progress(len(files), "read images") as done:
             looks.update(look_at(folder, files, done))
-        return [], same_pictures(looks)
+        same.extend(same_pictures(looks))
+        return [], same
 
     split = read_own(folder, "folder", look_at=look).split
     names = class_names(split)
@@ -262,48 +254,24 @@ def read_folder(folder: Path, progress: Progress) -> Split:
     by_bytes: dict[str, list[str]] = {}
     for file, found in looks.items():
         by_bytes.setdefault(found.digest, []).append(file)
+    label = {file: label for items in split.values() for file, label, _ in items}
+    conflicts = [" = ".join(files) for files in by_bytes.values() if len({label[file] for file in files}) > 1]
+    if conflicts:
+        raise ValueError(f"{folder}: the same image, byte for byte, in different classes: {_some(conflicts)}")
     leaks = [" = ".join(files) for files in by_bytes.values() if len({file in tested for file in files}) > 1]
     if leaks:
         raise ValueError(f"{folder}: test images that training has too, byte for byte; remove one: {_some(leaks)}")
+    near = [" = ".join(files) for files in same if len({file in tested for file in files}) > 1]
+    if near:
+        logging.getLogger("heba").warning(
+            "%s: test images that show the same picture as one that is trained on: %s", folder, _some(near)
+        )
     return split
 
 
 def _some(items: list[str]) -> str:
     more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
     return ", ".join(items[:SHOWN]) + more
-
-
-@torch.no_grad()
-def encode_views(
-    clip: Any,
-    preprocess: Preprocess,
-    folder: Path,
-    files: list[str],
-    seed: int,
-    passes: int,
-    bf16: bool,
-    progress: Progress,
-) -> Views:
-    """What the frozen image tower makes of `files` below `folder`, and of `passes` random crops of each."""
-    where = clip.logit_scale.device
-    make = partial(
-        make_views, folder, preprocess=preprocess, seed=seed, passes=passes, smallest=CROP, as_seen=True
-    )
-    size = max(1, BATCH_SIZE.get(where.type, 256) // (2 + passes))
-    found: list[list[torch.Tensor]] = [[], []]
-    images = for_each_image(make, files)
-    with (
-        progress(len(files), "views of few-shot images") as done,
-        torch.autocast(where.type, torch.bfloat16, enabled=bf16),
-    ):
-        while batch := list(islice(images, size)):
-            for kept, tensor in zip(found, image_features(clip, torch.cat(batch).to(where)), strict=True):
-                kept.append(tensor.float().cpu().unflatten(0, (len(batch), 2 + passes)))
-            done(len(batch))
-    if not files:  # no val images
-        found = [[torch.zeros(0, 2 + passes, feature_width(clip))], [torch.zeros(0, 2 + passes, 0)]]
-    views, below = (torch.cat(kept).transpose(0, 1) for kept in found)
-    return Views(views[0], views[1], views[2:], below[0], below[1], below[2:])
 
 
 def test(classifier: Classifier, items: list[Item], folder: Path, progress: Progress) -> dict[str, Any]:

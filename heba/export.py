@@ -82,7 +82,9 @@ def write_onnx(
             for each image; the file would be larger than protobuf's 2 GB; its logits are not torch's.
     """
     path = Path(path)
-    if path.is_dir() or (path.exists() and not force):
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file in it")
+    if path.exists() and not force:
         raise ValueError(f"{path} exists already; name another file, or replace it with `force` (--force)")
     _check(classifier)
     proto = _proto(classifier)

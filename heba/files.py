@@ -25,7 +25,12 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield new
         if path.exists():
             os.replace(path, old)
-        os.replace(new, path)
+        try:
+            os.replace(new, path)
+        except BaseException:
+            if old.exists():
+                os.replace(old, path)
+            raise
 
 
 @contextmanager

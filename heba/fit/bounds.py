@@ -12,3 +12,4 @@ Below1 = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Steps = Annotated[int, Field(ge=1, le=10_000)]
 Words = Annotated[str, Field(min_length=1, max_length=400, pattern=r"\S")]
+Context = Annotated[int, Field(ge=1, le=64)]  # learned vectors of a prompt

@@ -19,17 +19,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from heba.clip.features import Classes, encode_images, encode_prompts, image_features
+from heba.clip.features import Classes, encode_images, image_features
 from heba.clip.preprocess import Preprocess, preprocess_of
-from heba.clip.towers import cut_texts, encode_text_plain, feature_width
+from heba.clip.towers import feature_width
 from heba.data import datasets
 from heba.data.datasets import TABLE, as_seen
+from heba.data.frozen import classes_of, encode_texts
 from heba.data.images import open_packed, pack_images
-from heba.data.prompts import KINDS, PARTS, Kind, all_prompts, read_descriptions, tokenize
+from heba.data.prompts import PARTS, Kind, all_prompts, read_descriptions, tokenize
 from heba.data.splits import Item, class_names, read_split
 from pipeline.core.params import Params, stage_of
 from pipeline.core.paths import OUT, new_folder, reading
-from pipeline.stages.backbone import Tokenizer, computing, device, load_backbone, use_bf16
+from pipeline.stages.backbone import Tokenizer, computing, device, load_backbone
 from pipeline.stages.download import template_of, verified_folder
 
 
@@ -74,11 +75,7 @@ def read_classes(dataset: str, prompts: Kind, tokenizer: Tokenizer) -> Classes:
         tensors = load_file(path)
         if len({len(tensors[key]) for key in ("tokens", "index", "part", "features")}) > 1:
             raise ValueError("tokens, index, part and features have different lengths")
-        parts = torch.tensor([PARTS.index(part) for part in KINDS[prompts]])
-        rows = torch.isin(tensors["part"], parts).nonzero().flatten()
-        rows = rows[tensors["index"][rows].argsort(stable=True)]
-        tokens, index, features = (tensors[key][rows] for key in ("tokens", "index", "features"))
-    return Classes(names, tokens, index, features, tokenizer)
+    return classes_of(names, tensors, prompts, tokenizer)
 
 
 def read_test(dataset: str, preprocess: Preprocess) -> TestImages:
@@ -116,25 +113,10 @@ def run(params: Params, dataset: str) -> str:
         info = {"class_names": names, "prompts": texts, "fallback": fallback, "cut": cut}
         text = json.dumps(info, ensure_ascii=False, indent=1)
         (out / "prompts.json").write_text(text + "\n", encoding="utf-8")
-        index = torch.tensor([i for part in PARTS for i in prompts[part].class_index])
-        part = torch.tensor([i for i, part in enumerate(PARTS) for _ in prompts[part].texts])
-        _texts(params, clip, tokens, {"index": index, "part": part}, out)
+        with tqdm(total=len(tokens), desc="prompts", delay=2, unit="prompt") as bar, computing(params):
+            save_file(encode_texts(clip, prompts, tokens, bar.update), out / "text.safetensors")
         _images(params, split["test"], data / "images", as_seen(dataset), clip, out)
     return f"{len(tokens)} prompts of {len(names)} classes, {len(split['test'])} test images"
-
-
-def _texts(params: Params, clip: Any, tokens: Tensor, about: dict[str, Tensor], out: Path) -> None:
-    """Write text.safetensors: `tokens` [n_prompts, context], their features, and what there is `about` each."""
-    tokens = cut_texts(clip, tokens)
-    where = device(params)
-
-    def encode(batch: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(where.type, torch.bfloat16, enabled=use_bf16(params)):
-            return encode_text_plain(clip, batch)
-
-    with tqdm(total=len(tokens), desc="prompts", delay=2, unit="prompt") as bar:
-        features = encode_prompts(clip, tokens, encode, where, progress=bar.update)
-    save_file(about | {"tokens": tokens.contiguous(), "features": features}, out / "text.safetensors")
 
 
 def _images(params: Params, test: list[Item], folder: Path, seen: bool, clip: Any, out: Path) -> None:

@@ -5,29 +5,24 @@ out/views/<dataset>/<shots>-<seed>.safetensors   of train and val, as `heba.data
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from heba import methods
-from heba.clip.features import BATCH_SIZE, image_features
-from heba.clip.preprocess import preprocess_of
-from heba.clip.towers import feature_width
 from heba.data.datasets import as_seen
-from heba.data.images import Views, for_each_image, make_views
+from heba.data.frozen import encode_views
+from heba.data.images import Views
 from pipeline.core import code
 from pipeline.core.params import Params, stage_of
 from pipeline.core.paths import OUT, keep_only, new_file, reading, writable
 from pipeline.core.trainings import counted, samples
-from pipeline.stages.backbone import computing, device, load_backbone, read_record, use_bf16
+from pipeline.stages.backbone import computing, load_backbone, read_record, use_bf16
 from pipeline.stages.download import manifest_path, verified_folder
 from pipeline.stages.split import read_sample, sample_path
 
@@ -108,47 +103,12 @@ def encode_sample(params: Params, clip: Any, dataset: str, shots: int, seed: int
     for part in ("train", "val"):
         files = [file for file, _, _ in sample[part]]
         passes = params.views.passes if part == "train" else 0
-        views = encode_views(params, clip, folder, files, as_seen(dataset), seed, passes)
+        with (
+            tqdm(total=len(files), desc="views of few-shot images", delay=2, unit="image") as bar,
+            computing(params),
+        ):
+            views = encode_views(
+                clip, folder, files, seed, passes, params.views.crop, as_seen(dataset), bar.update
+            )
         tensors |= {f"{part}.{field.name}": getattr(views, field.name).contiguous() for field in fields(Views)}
     return tensors
-
-
-def encode_views(
-    params: Params, clip: Any, folder: Path, files: list[str], seen: bool, seed: int, passes: int
-) -> Views:
-    """The views of `files` below `folder`, opened as seen or not, `passes` random ones of each."""
-    preprocess, where = preprocess_of(clip), device(params)
-    make = partial(
-        make_views,
-        folder,
-        preprocess=preprocess,
-        seed=seed,
-        passes=passes,
-        smallest=params.views.crop,
-        as_seen=seen,
-    )
-    size = max(1, BATCH_SIZE.get(where.type, 256) // (2 + passes))
-    features: list[Tensor] = []
-    hidden: list[Tensor] = []
-    with tqdm(total=len(files), desc="views of few-shot images", delay=2, unit="image") as bar, computing(params):
-        for batch in batches(for_each_image(make, files), size):
-            found = image_features(clip, torch.cat(batch).to(where))
-            for parts, tensor in zip((features, hidden), found, strict=True):
-                parts.append(tensor.float().cpu().unflatten(0, (len(batch), 2 + passes)))
-            bar.update(len(batch))
-    if not files:  # a data set without val images
-        features, hidden = [torch.zeros(0, 2 + passes, feature_width(clip))], [torch.zeros(0, 2 + passes, 0)]
-    views, below = torch.cat(features).transpose(0, 1), torch.cat(hidden).transpose(0, 1)
-    return Views(views[0], views[1], views[2:], below[0], below[1], below[2:])
-
-
-def batches(items: Iterator[Tensor], size: int) -> Iterator[list[Tensor]]:
-    """`items`, `size` at a time."""
-    batch: list[Tensor] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

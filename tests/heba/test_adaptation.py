@@ -1,11 +1,13 @@
 """`heba.adapt` and `heba adapt`: from a folder of images to a tested adapter."""
 
 import json
+import os
 import shutil
 import sys
 
 import pytest
 import yaml
+from PIL import Image
 
 import heba
 from heba import artifact, methods
@@ -13,6 +15,7 @@ from heba.adaptation import choose_settings
 from heba.clip.architecture import read_architecture
 from heba.evaluation.metrics import wilson
 from heba.evaluation.record import read_record
+from heba.files import new_folder
 from heba.fit.run import silent
 from pipeline.commands import use
 from pipeline.core.params import load_params
@@ -138,11 +141,46 @@ def test_images_that_cannot_be_read_or_are_tested_too_are_named(photos, tmp_path
         (folder / "fish" / name).write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"copy: images that cannot be read, .*: fish/00\.png, fish/01\.png"):
         heba.adapt(folder, "gda", out=tmp_path / "adapter")
+    picture = (folder / "fish" / "02.png").read_bytes()
     for path in (folder / "fish").iterdir():
-        shutil.copy(folder / "clock" / "00.png", path)
+        path.write_bytes(picture)
     with pytest.raises(ValueError, match=r"test images that training has too, byte for byte; .*fish/0.\.png"):
         heba.adapt(folder, "gda", out=tmp_path / "adapter")
+    shutil.rmtree(folder)
+    folder = copied(photos, tmp_path)
+    shutil.copy(folder / "fish" / "00.png", folder / "clock" / "00.png")
+    with pytest.raises(ValueError, match=r"byte for byte, in different classes: .*clock/00\.png"):
+        heba.adapt(folder, "gda", out=tmp_path / "adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_test_part_that_training_has_seen_in_another_file_is_told(photos, tmp_path, caplog):
+    for name in ("fish", "clock"):
+        for i, path in enumerate(sorted((photos / name).iterdir())[:4]):
+            for part, suffix in (("train", "png"), ("test", "bmp")):
+                out = tmp_path / "again" / part / name / f"{i}.{suffix}"
+                out.parent.mkdir(parents=True, exist_ok=True)
+                with Image.open(path) as image:
+                    image.save(out)
+    heba.adapt(tmp_path / "again", "zero_shot")
+    assert "test images that show the same picture as one that is trained on: " in caplog.text
+    assert "test/clock/0.bmp = train/clock/0.png" in caplog.text
+
+
+def test_the_folder_in_which_one_is_cannot_be_replaced(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="cannot be replaced as a whole; name a folder in it"):
+        heba.adapt(photos, "gda", out=".")
+
+
+def test_what_is_replaced_stays_where_the_new_cannot_take_its_place(tmp_path):
+    old = tmp_path / "adapter"
+    old.mkdir()
+    (old / "kept").touch()
+    with pytest.raises(OSError, match="new"), new_folder(old) as new:
+        new.rmdir()  # as if it could not be moved
+    assert [path.name for path in old.iterdir()] == ["kept"]
+    assert os.listdir(tmp_path) == ["adapter"]
 
 
 def test_another_folder_is_not_replaced_and_an_adapter_is(photos, adapted, tmp_path):

@@ -1,11 +1,11 @@
 """The settings of CoOp: a block of params.yaml."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from heba.data.prompts import Kind
-from heba.fit.bounds import Below1, Count, NotNegative, Positive, Words
+from heba.fit.bounds import Below1, Context, Count, NotNegative, Positive, Words
 from heba.fit.work import Work, epochs_by_shots, steps_per_epoch
 
 TITLE = "CoOp"
@@ -34,7 +34,7 @@ class Settings(BaseModel):
 
     prompts: Kind = "template"
     words: Words | None = None
-    context: Annotated[int, Field(ge=1, le=64)] = 16
+    context: Context = 16
     per_class: bool = False
     position: Literal["end", "middle", "front"] = "end"
     epochs: Count = 200

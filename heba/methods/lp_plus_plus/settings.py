@@ -1,10 +1,9 @@
 """The settings of LP++: a block of params.yaml."""
 
-from typing import Annotated
-
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from heba.data.prompts import Kind
+from heba.fit.bounds import Below1, Count, NotNegative
 from heba.fit.work import Work
 
 TITLE = "LP++"
@@ -29,10 +28,10 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     prompts: Kind = "template"
-    epochs: Annotated[int, Field(ge=1, le=1_000_000)] = 300
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    every: Annotated[int, Field(ge=1, le=1_000_000)] = 10
-    scale: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 250.0
+    epochs: Count = 300
+    momentum: Below1 = 0.9
+    every: Count = 10
+    scale: NotNegative = 250.0
 
 
 def problems(settings: Settings, depth: int | None, width: int | None) -> dict[str, str]:

@@ -1,11 +1,9 @@
 """The settings of MaPLe: a block of params.yaml."""
 
-from typing import Annotated
-
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from heba.data.prompts import Kind
-from heba.fit.bounds import Below1, Count, NotNegative, Positive, Words
+from heba.fit.bounds import Below1, Context, Count, NotNegative, Positive, Words
 from heba.fit.work import Work, steps_per_epoch
 
 TITLE = "MaPLe"
@@ -32,7 +30,7 @@ class Settings(BaseModel):
 
     prompts: Kind = "template"
     words: Words | None = "a photo of a"
-    context: Annotated[int, Field(ge=1, le=64)] = 2
+    context: Context = 2
     depth: Count = 9
     epochs: Count = 5
     batch_size: Count = 4

@@ -1,11 +1,9 @@
 """The settings of ProGrad: a block of params.yaml."""
 
-from typing import Annotated
-
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from heba.data.prompts import Kind
-from heba.fit.bounds import Below1, Count, NotNegative, Positive, Words
+from heba.fit.bounds import Below1, Context, Count, NotNegative, Positive, Words
 from heba.fit.work import Work, epochs_by_shots, steps_per_epoch
 
 TITLE = "ProGrad"
@@ -36,7 +34,7 @@ class Settings(BaseModel):
 
     prompts: Kind = "template"
     words: Words | None = "a photo of a"
-    context: Annotated[int, Field(ge=1, le=64)] = 16
+    context: Context = 16
     share: NotNegative = 1.0
     share_few: NotNegative = 1.0
     temperature: Positive = 1.0

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from heba.data.prompts import Kind
-from heba.fit.bounds import Below1, Count, NotNegative, Positive, Words
+from heba.fit.bounds import Below1, Context, Count, NotNegative, Positive, Words
 from heba.fit.work import Work, steps_per_epoch
 
 TITLE = "PromptSRC"
@@ -14,8 +14,6 @@ READS = "pixels"
 NEW_CLASSES = True
 DRAWS = True
 EVALUATION: frozenset[str] = frozenset()
-
-Context = Annotated[int, Field(ge=1, le=64)]
 
 
 class Settings(BaseModel):

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from heba.data.prompts import TEMPLATE_PATTERN, Kind
-from heba.fit.bounds import Count, NotNegative, Positive
+from heba.fit.bounds import Context, Count, NotNegative, Positive
 from heba.fit.work import Work, steps_per_epoch
 
 TITLE = "TCP"
@@ -36,7 +36,7 @@ class Settings(BaseModel):
 
     prompts: Kind = "template"
     text: Annotated[str, Field(max_length=400, pattern=TEMPLATE_PATTERN)] = "{}."
-    context: Annotated[int, Field(ge=1, le=64)] = 4
+    context: Context = 4
     after: Annotated[int, Field(ge=1, le=1000)] = 8
     reduction: Count = 4
     weight: NotNegative = 8.0

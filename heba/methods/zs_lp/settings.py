@@ -1,11 +1,9 @@
 """The settings of ZS-LP: a block of params.yaml."""
 
-from typing import Annotated
-
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from heba.data.prompts import Kind
-from heba.fit.bounds import Count
+from heba.fit.bounds import Below1, Count, Positive
 from heba.fit.work import Work
 
 TITLE = "ZS-LP"
@@ -30,8 +28,8 @@ class Settings(BaseModel):
     prompts: Kind = "template"
     epochs: Count = 300
     batch_size: Count = 256
-    lr: Annotated[float, Field(ge=1e-9, le=1e6, allow_inf_nan=False)] = 0.1
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    lr: Positive = 0.1
+    momentum: Below1 = 0.9
 
 
 def problems(settings: Settings, depth: int | None, width: int | None) -> dict[str, str]:
