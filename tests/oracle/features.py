@@ -95,7 +95,7 @@ def classes(raw):
 
 
 def relative(found, expected):
-    """The largest difference, relative to the largest entry; `pytest -s` shows it. On a GPU, 0 within its limit."""
+    """The largest difference, relative to the largest entry; `pytest -s` shows it. On a GPU 0 within its limit."""
     found, expected = found.double().cpu(), expected.double().cpu()
     far = ((found - expected).abs().max() / expected.abs().max()).item()
     print(f"{os.environ.get('PYTEST_CURRENT_TEST', '').rpartition(' ')[0]}: {far:.1e} relative")
