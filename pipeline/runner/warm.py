@@ -65,23 +65,24 @@ def run_in_server() -> int | None:
     if not connection:
         return None
     request = json.dumps([sys.argv, os.getcwd(), os.environ | {SERVER: address}]).encode()
-    try:
-        socket.send_fds(connection, [len(request).to_bytes(LENGTH, "big")], [0, 1, 2])
-        connection.sendall(request)
-        stage = int.from_bytes(_receive(connection, LENGTH), "big")
-    except KeyboardInterrupt:  # while the server imports
-        return 130
-    except ConnectionError:
-        return None
-    if not stage:  # the server has gone; nothing has begun
-        return None
+    stage = 0
 
     def forward(number: int, frame: FrameType | None) -> None:
         with suppress(ProcessLookupError):  # it has just ended
             os.kill(stage, number)
 
-    signal.signal(signal.SIGINT, forward)
-    signal.signal(signal.SIGTERM, forward)
+    try:
+        socket.send_fds(connection, [len(request).to_bytes(LENGTH, "big")], [0, 1, 2])
+        connection.sendall(request)
+        stage = int.from_bytes(_receive(connection, LENGTH), "big")
+        if not stage:  # the server has gone; nothing has begun
+            return None
+        signal.signal(signal.SIGINT, forward)
+        signal.signal(signal.SIGTERM, forward)
+    except KeyboardInterrupt:  # while the server imports, or before it is forwarded: the stage ends with us
+        return 130
+    except ConnectionError:
+        return None
     code = _receive(connection, CODE)
     if not code:
         print("error: the stage's process was killed", file=sys.stderr)

@@ -102,11 +102,11 @@ def main():
         "address": os.environ.get("HEBA_STAGE_SERVER", ""),
     }
     about["files"] = [os.readlink(parent / "fd" / number) for number in "012"]
-    pathlib.Path(os.environ.get("NOTES", "."), f"{name}.json").write_text(json.dumps(about))
-    if os.path.exists("edit"):
-        file = pathlib.Path(__file__)
-        file.write_text(file.read_text().replace("VERSION = 1", "VERSION = 22"))
     try:
+        pathlib.Path(os.environ.get("NOTES", "."), f"{name}.json").write_text(json.dumps(about))
+        if os.path.exists("edit"):
+            file = pathlib.Path(__file__)
+            file.write_text(file.read_text().replace("VERSION = 1", "VERSION = 22"))
         while os.path.exists(f"hold-{name}"):
             time.sleep(0.05)
     except KeyboardInterrupt:
