@@ -27,14 +27,15 @@ from heba.data.splits import Item, Split, class_names, sample_few_shot
 from heba.evaluation.metrics import wilson
 from heba.evaluation.report import classification_report
 from heba.files import new_folder
+from heba.fit.bounds import MOST_SEED
 from heba.fit.run import Progress, Run, silent
 from heba.predict import Classifier, find_device, logits_of
 from heba.sources.duplicates import same_pictures
 from heba.sources.look import Look, look_at
 from heba.sources.own import read_own
 
-# Random crops of each training image for methods on frozen features, and the smallest area of one.
-PASSES, CROP = 4, 0.5
+# For methods on frozen features: random crops of each image, and the smallest area of one.
+PASSES, CROP = {"train": 4, "val": 0}, 0.5
 SHOWN = 10  # files that an error names
 
 
@@ -86,7 +87,8 @@ def adapt(
         folder: a folder per class, or these below train/, val/ and test/. Without these the images of a class are
             split in the same way every time: half to train, a fifth to val, the rest to test.
         method: one of `heba.methods.names()`.
-        shots: training images per class, drawn by `seed` as CoOp draws them. seed: of the training's draws too.
+        shots: training images per class, 1 or more, drawn by `seed` as CoOp draws them.
+        seed: 0 to MOST_SEED; of the training's draws too.
         backbone, pretrained: as in `heba.clip.backbone.load`; the tiny CLIP sees little and knows few words.
         settings: those of the method that are not to be the paper's. Layers that the backbone does not have become
             its last ones where `settings` does not name them.
@@ -95,14 +97,16 @@ def adapt(
         root: the folder that files of the backbone are relative to.
         progress: `with progress(total, what) as done:`, where `done(n)` counts n more of the `total`.
     Raises:
-        ValueError: a folder that cannot be split or has an image that cannot be read; a method, setting or
-            backbone that does not exist; a class name that the tiny CLIP does not know; an `out` that holds
-            something else.
+        ValueError: a number out of its bounds; a folder that cannot be split or has an image that cannot be read;
+            a method, setting or backbone that does not exist; a class name that the tiny CLIP does not know; an
+            `out` that holds something else or lies in `folder`.
         FloatingPointError: a loss that is not finite.
     """
+    if shots < 1 or not 0 <= seed <= MOST_SEED:
+        raise ValueError(f"shots must be from 1 on and seed from 0 to {MOST_SEED}, not {shots} and {seed}")
     folder, root, target = Path(folder), Path(root), None if out is None else Path(out)
     if target is not None:
-        check_out(target)
+        check_out(target, folder)
     where = find_device(device)
     chosen = choose_settings(method, settings or {}, architecture.read_architecture(backbone, root))
     split = sample_few_shot(read_folder(folder, progress), shots, seed)
@@ -116,15 +120,9 @@ def adapt(
     tokens, _ = tokenize([text for kind in PARTS for text in prompts[kind].texts], tokenizer)
     with run.autocast(where):
         classes = classes_of(names, encode_texts(clip, prompts, tokens), chosen.prompts, tokenizer)
-    parts = []
-    for name, passes in (("train", PASSES), ("val", 0)):
-        files = [file for file, _, _ in split[name]]
-        views = None
-        if about.READS == "features" and about.DRAWS:
-            with progress(len(files), "views of few-shot images") as done, torch.no_grad(), run.autocast(where):
-                views = encode_views(clip, folder, files, seed, passes, CROP, True, done)
-        labels = [label for _, label, _ in split[name]]
-        parts.append(LabelledImages([folder / file for file in files], labels, views, as_seen=True))
+    with torch.no_grad(), run.autocast(where):
+        encoder = clip if about.READS == "features" and about.DRAWS else None
+        parts = [labelled(split[name], folder, encoder, run, passes) for name, passes in PASSES.items()]
     began = time.perf_counter()
     model = part.build(clip, len(names), chosen, seed)
     values = part.fit(model, *parts, classes, chosen, run)
@@ -155,6 +153,8 @@ def adapt(
         with torch.no_grad(), run.autocast(where):
             tensors = part.classifier(model, classes, chosen, True, progress)
         artifact.write_classifier(tensors, files_of)
+        if target is not None:
+            check_out(target, folder)  # again: somebody may have put something there meanwhile
     model.requires_grad_(False)
     logits = logits_of(method, model, clip, tensors, bf16)
     classifier = Classifier(names, logits, preprocess, where, config)
@@ -177,8 +177,11 @@ def adapt(
     )
 
 
-def check_out(folder: Path) -> None:
-    """Raise ValueError where `folder` holds something else than an artifact, which a new one would replace."""
+def check_out(folder: Path, images: Path) -> None:
+    """Raise ValueError where an artifact cannot be written into `folder`: it holds something else, or lies among
+    the `images`, where it would be a class."""
+    if folder.resolve().is_relative_to(images.resolve()):
+        raise ValueError(f"{folder}: lies in the folder of the images; name another place (`out`, --out)")
     if folder.resolve() == Path.cwd() or os.path.ismount(folder):
         raise ValueError(f"{folder}: cannot be replaced as a whole; name a folder in it (`out`, --out)")
     if not folder.exists():
@@ -272,6 +275,16 @@ def read_folder(folder: Path, progress: Progress) -> Split:
 def _some(items: list[str]) -> str:
     more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
     return ", ".join(items[:SHOWN]) + more
+
+
+def labelled(items: list[Item], folder: Path, clip: Any | None, run: Run, passes: int) -> LabelledImages:
+    """The images `items` below `folder`; with `clip`, what its image tower makes of them and of `passes` crops."""
+    files, labels = [file for file, _, _ in items], [label for _, label, _ in items]
+    views = None
+    if clip is not None:
+        with run.progress(len(files), "views of few-shot images") as done:
+            views = encode_views(clip, folder, files, run.seed, passes, CROP, True, done)
+    return LabelledImages([folder / file for file in files], labels, views, as_seen=True)
 
 
 def test(classifier: Classifier, items: list[Item], folder: Path, progress: Progress) -> dict[str, Any]:

@@ -11,19 +11,21 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-
-
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-
 # What Pillow raises for files that are not images, are damaged or are too large.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, Image.DecompressionBombError),
+    *(LookupError, EOFError, struct.error),  # a GIF that is cut off
+    RuntimeError,  # a damaged AVIF
+)
 
+# Of 65536: an image of 16 bits that is darker everywhere uses 12 bits or fewer of them, and would come out black.
+LEAST_OF_16_BITS = 4096
 
 # The longer side of an image to its shorter one. Resizing takes memory in proportion to it: a line of one pixel by
 # 65500, which is a small file, takes 13 GB at 224.
 MAX_ASPECT = 100
-
 
 # What turns an image as its EXIF orientation says; 1 is upright.
 TURNS = {
@@ -79,10 +81,6 @@ def preprocess_of(clip: Any) -> Preprocess:
     return Preprocess(height, **values)
 
 
-# Of 65536: an image of 16 bits that is darker everywhere uses 12 bits or fewer of them, and would come out black.
-LEAST_OF_16_BITS = 4096
-
-
 class DeepImage(ValueError):
     """An image of 16 or more bits a channel, of which the range of its values is not known; Pillow would turn it
     white in RGB without a warning."""
@@ -130,7 +128,7 @@ def upright(image: Image.Image) -> Image.Image:
     """The image, turned and mirrored as its EXIF tag says."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except (struct.error, *UNREADABLE):  # damaged tags; the picture may be whole
+    except UNREADABLE:  # damaged tags; the picture may be whole
         return image
     return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 

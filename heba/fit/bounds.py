@@ -4,6 +4,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+MOST_SEED = 2**32 - 1
+
 Positive = Annotated[float, Field(ge=1e-9, le=1e6, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 Scale = Annotated[float, Field(ge=0.1, le=1e6, allow_inf_nan=False)]

@@ -76,8 +76,17 @@ def _oddities(image: Image.Image) -> dict[str, bool]:
     """Of each of ODD, whether an image is so; before it is decoded, which may change its mode."""
     return {
         # Many cameras save a preview as a second frame (MPO).
-        "animated": getattr(image, "is_animated", False) and image.format != "MPO",
+        "animated": image.format != "MPO" and _is_animated(image),
         "cmyk": image.mode == "CMYK",
         "deep": is_deep(image),
         "transparent": is_transparent(image),
     }
+
+
+def _is_animated(image: Image.Image) -> bool:
+    """Whether there is a second frame. Pillow looks for all of them; those behind a damaged one do not count."""
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except UNREADABLE:
+        image.seek(0)
+        return True

@@ -1,11 +1,12 @@
 """`heba adapt photos/`: progress, the result as a table, and what to type next."""
 
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pipeline.commands.common import predict_command, shown
 
 if TYPE_CHECKING:
     from heba.adaptation import Adaptation
@@ -23,20 +24,19 @@ def run(
     shots: int,
     seed: int,
     backbone: str,
-    pretrained: str | None,
+    pretrained: str,
     settings: Mapping[str, Any],
     out: Path,
     device: str | None,
     root: Path,
 ) -> None:
-    """Adapt, and print the result. Arguments as in `heba.adapt`; no `pretrained` for the tiny CLIP."""
-    if pretrained is None:
+    """Adapt, and print the result. Arguments as in `heba.adapt`."""
+    if backbone == "tiny":
         print(TINY, file=sys.stderr)
     from heba.adaptation import adapt
 
-    weights = pretrained or "embedded"
-    found = adapt(folder, method, shots, seed, backbone, weights, settings, out, device, root, progress)
-    print(text(found))
+    found = adapt(folder, method, shots, seed, backbone, pretrained, settings, out, device, root, progress)
+    print(text(found, predict_command(out, backbone, pretrained, root)))
 
 
 @contextmanager
@@ -48,8 +48,8 @@ def progress(total: int, what: str) -> Iterator[Callable[[int], object]]:
         yield bar.update
 
 
-def text(found: "Adaptation") -> str:
-    """The result as lines for a terminal."""
+def text(found: "Adaptation", following: str) -> str:
+    """The result as lines for a terminal, and the command that comes next."""
     low, high = found.interval
     rows = {
         "method": f"{found.method}, {found.shots} shots, seed {found.seed}",
@@ -58,9 +58,9 @@ def text(found: "Adaptation") -> str:
         "confuses": mistakes(found),
         "training": f"{found.seconds:.1f} s",
         "adapter": str(found.path),
-        "next": shlex.join(["heba", "predict", "NEW_IMAGES", "--adapter", str(found.path)]),
+        "next": following,
     }
-    return "\n".join(f"{key + ':':<10} {value}" for key, value in rows.items())
+    return shown("\n".join(f"{key + ':':<10} {value}" for key, value in rows.items()))
 
 
 def mistakes(found: "Adaptation") -> str:

@@ -1,8 +1,10 @@
 """What the commands have in common: how they read their arguments, speak, and fail."""
 
 import logging
+import shlex
 import sys
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import psutil
@@ -46,6 +48,21 @@ def read_settings(pairs: list[str] | None) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"--set {pair}: write name=value")
     return found
+
+
+def shown(text: str) -> str:
+    """Text for a terminal, without control characters: names of classes and files may have any."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
+
+
+def predict_command(adapter: Path, backbone: str, pretrained: str, root: Path = Path()) -> str:
+    """The command that classifies images with an adapter. It names the backbone's own files: an adapter may name
+    none that lies outside of the `root` they are relative to."""
+    words = ["heba", "predict", "NEW_IMAGES", "--adapter", str(adapter)]
+    words += [] if root == Path() else ["--root", str(root)]
+    for option, value in (("--backbone", backbone), ("--pretrained", pretrained)):
+        words += [option, value] if (root / value).is_file() else []
+    return shlex.join(words)
 
 
 def run_app(command: typer.Typer) -> None:

@@ -58,7 +58,11 @@ def _entries(path: Path) -> dict[str, object]:
 
 def _without_benchmarks(text: str, own: list[str]) -> str:
     """A params.yaml's `text` in which no benchmark runs; few_shot keeps its data sets that are in `own`."""
-    kept = [name for name in yaml.safe_load(text)["few_shot"]["datasets"] if name in own]
+    start, end = _span(text, "few_shot", "datasets")
+    listed = yaml.safe_load(text[start:end])["datasets"]
+    if not isinstance(listed, list):
+        raise ParamsError(f"{PARAMS_FILE}: few_shot.datasets: must be a list; restore it with `preset {START}`")
+    kept = [name for name in listed if name in own]
     for keys in OF_BENCHMARKS:
         text = _replaced(text, f"{keys[-1]}: []", *keys)
     return _replaced(text, f"datasets: [{', '.join(kept)}]", "few_shot", "datasets")

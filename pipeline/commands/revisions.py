@@ -17,6 +17,7 @@ import dvc.api
 import pandas as pd
 import yaml
 from dvc.exceptions import DvcException, PathMissingError
+from scmrepo.exceptions import SCMError
 
 from heba.data.datasets import TABLE, title
 from heba.data.protocols import PROTOCOLS
@@ -99,13 +100,17 @@ def _content(name: str, path: str) -> str:
             raise ValueError(
                 f"{path}: {error.strerror}; `dvc repro` makes the reports, in the repository's root"
             ) from None
+    if _git("rev-parse", "--verify", "--quiet", name) and not _git(
+        "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}"
+    ):
+        raise ValueError(f"{name}: is in git, and no commit")
     try:
         return str(dvc.api.read(path, repo=".", rev=name, encoding="utf-8"))
     except PathMissingError:
         raise ValueError(
             f"{name}: has no {path}; it was not run to the end, or its reports are not in git"
         ) from None
-    except DvcException as error:
+    except (DvcException, SCMError) as error:
         near = difflib.get_close_matches(name, _names(), n=5, cutoff=0.5)
         hint = (
             f"; near it are {', '.join(near)}" if near else ", and no folder; `dvc exp list -A` lists experiments"
@@ -115,16 +120,23 @@ def _content(name: str, path: str) -> str:
 
 def _names() -> list[str]:
     """Of experiments, branches and tags."""
-    command = ["git", "for-each-ref", "--format=%(refname)", "refs/heads", "refs/tags", "refs/exps"]
-    listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout.split()
     names = [WORKSPACE]
-    for ref in listed:
+    for ref in _git("for-each-ref", "--format=%(refname)", "refs/heads", "refs/tags", "refs/exps").split():
         kind, rest = ref.split("/", 2)[1:]
         if kind != "exps":
             names.append(rest)
         elif rest.count("/") == 2:  # <two digits of a commit>/<the others>/<name>
             names.append(rest.rpartition("/")[2])
     return names
+
+
+def _git(*arguments: str) -> str:
+    """What git prints; "" where it fails, or takes more than 30 seconds."""
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return "" if done.returncode else done.stdout
 
 
 # Comparing.

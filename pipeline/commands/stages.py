@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from heba.data.protocols import PROTOCOLS
+from heba.fit.bounds import MOST_SEED
 from pipeline.commands.common import Dataset, read_params, say
-from pipeline.core.params import MOST, MOST_SEED, Params, ParamsError
+from pipeline.core.params import MOST, Params, ParamsError
 from pipeline.core.paths import new_folder
 
 

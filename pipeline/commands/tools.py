@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.common import read_params, read_settings
+from pipeline.commands.common import read_params, read_settings, shown
 
 
 def check_data(
@@ -18,7 +18,7 @@ def check_data(
     from pipeline.stages import own
 
     report = own.check(params, name, own.most_shots(params, name))
-    print(report.text())
+    print(shown(report.text()))
     if report.errors and name in params.own:
         print(own.remedy(name, report))
     if report.errors:

@@ -13,9 +13,10 @@ import heba
 from heba import artifact
 from heba.data.prompts import TEMPLATE, read_descriptions
 from heba.evaluation.record import read_record
+from heba.fit.bounds import MOST_SEED
 from heba.sources.own import IMAGE_SUFFIXES, is_hidden
 from pipeline.commands import version
-from pipeline.commands.common import read_settings, run_app
+from pipeline.commands.common import read_settings, run_app, shown
 from pipeline.core.params import PARAMS_FILE, load_params
 from pipeline.core.paths import OUT
 
@@ -69,7 +70,9 @@ def adapt(
     folder: Annotated[Path, typer.Argument(help="A folder per class, or these below train/, val/ and test/.")],
     method: Annotated[str, typer.Option(help="One of those of docs/methods.md, such as gda.")] = "heba",
     shots: Annotated[int, typer.Option(min=1, help="Training images per class.")] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="Of the images that are drawn, and of the training.")] = 1,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST_SEED, help="Of the images that are drawn, and of the training.")
+    ] = 1,
     backbone: Annotated[
         str, typer.Option(help="tiny, or a model of open_clip such as ViT-B-16-quickgelu.")
     ] = "tiny",
@@ -87,9 +90,11 @@ def adapt(
     """Train a classifier on a folder of images per class, and test it."""
     from pipeline.commands import adapt
 
-    if (pretrained is None) != (backbone == "tiny"):
-        raise ValueError("--backbone and --pretrained go together")
-    adapt.run(folder, method, shots, seed, backbone, pretrained, read_settings(setting), out, device, root)
+    if pretrained is None and backbone != "tiny":
+        raise ValueError(f"--backbone {backbone}: give --pretrained too, a tag such as openai or a file")
+    adapt.run(
+        folder, method, shots, seed, backbone, pretrained or "embedded", read_settings(setting), out, device, root
+    )
 
 
 @app.command()
@@ -195,7 +200,7 @@ def info(
     width = max(map(len, found)) + 1
     for key, value in found.items():
         if value is not None:
-            print(f"{key + ':':<{width}} {', '.join(value) if isinstance(value, list) else value}")
+            print(shown(f"{key + ':':<{width}} {', '.join(value) if isinstance(value, list) else value}"))
 
 
 def about(folder: Path) -> dict[str, Any]:
@@ -295,10 +300,10 @@ def _print(prediction: Any, width: int, as_json: bool) -> None:
             found["classes"] = [{"class": name, "probability": round(p, 6)} for name, p in pairs]
         print(json.dumps(found, ensure_ascii=False))
     elif prediction.error:
-        typer.echo(f"error: {prediction.error}", err=True)
+        typer.echo(shown(f"error: {prediction.error}"), err=True)
     else:
-        shown = "   ".join(f"{name} {100 * p:.1f} %" for name, p in pairs)
-        print(f"{prediction.image:<{width}}   {shown}")
+        classes = "   ".join(f"{name} {100 * p:.1f} %" for name, p in pairs)
+        print(shown(f"{prediction.image:<{width}}   {classes}"))
 
 
 def main() -> None:

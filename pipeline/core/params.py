@@ -13,13 +13,13 @@ from heba.data.datasets import BENCHMARKS, VARIANTS
 from heba.data.prompts import TEMPLATE, TEMPLATE_PATTERN
 from heba.data.protocols import PROTOCOLS
 from heba.data.strict_yaml import read_yaml
+from heba.fit.bounds import MOST_SEED
 from pipeline.core.paths import main_root
 
 PARAMS_FILE = Path("params.yaml")
 
 # Bounds beyond every sensible value, and within what torch, threads and file names accept.
 MOST = 1_000_000
-MOST_SEED = 2**32 - 1
 MOST_THREADS = 1024
 LONGEST_TEXT = 4096
 LONGEST_NAME = 64

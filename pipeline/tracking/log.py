@@ -247,10 +247,12 @@ def log_evaluations(records: list[Record]) -> None:
     log = Background()
     try:
         known = {path_of(record): describe.result_of(record) for record in records}
+        trained = {(training_of(record), record.inputs_sha256) for record in records}
+        results = {(training, sha): describe.results_of(training, sha, known) for training, sha in trained}
         with tempfile.TemporaryDirectory(prefix="heba-") as temporary:
             for number, record in enumerate(records):
-                results = describe.results_of(training_of(record), record.inputs_sha256, known)
-                log.send("evaluation", _message(record, results, Path(temporary) / str(number)))
+                found = results[training_of(record), record.inputs_sha256]
+                log.send("evaluation", _message(record, found, Path(temporary) / str(number)))
             log.finish()
     except Exception as error:  # a full disk, say; the stage is done
         background.warn(background.told(error))

@@ -194,6 +194,25 @@ def test_another_folder_is_not_replaced_and_an_adapter_is(photos, adapted, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "notes.txt"]
 
 
+def test_what_somebody_puts_there_during_the_training_stays(photos, adapted, tmp_path):
+    out = shutil.copytree(adapted.path, tmp_path / "adapter")
+
+    def progress(total, what):
+        (out / "thesis.txt").write_text("mine")
+        return silent(total, what)
+
+    with pytest.raises(ValueError, match="holds something else than an adapter"):
+        heba.adapt(photos, "zero_shot", shots=1, out=out, progress=progress)
+    assert (out / "thesis.txt").read_text() == "mine"
+
+
+def test_an_adapter_is_not_written_among_the_images(photos, monkeypatch):
+    monkeypatch.chdir(photos)
+    with pytest.raises(ValueError, match="adapter: lies in the folder of the images; name another place"):
+        heba.adapt(".", "zero_shot", out="adapter")
+    assert not (photos / "adapter").exists()
+
+
 def test_ctrl_c_leaves_what_was_there(photos, adapted, tmp_path):
     out = shutil.copytree(adapted.path, tmp_path / "adapter")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -235,7 +254,8 @@ def test_the_command_tells_the_result_and_what_to_type_next(photos, tmp_path, mo
     code, out, _ = run(*lines["next"].split()[1:2], str(photos / "fish"), "--adapter", "adapter", "--json")
     assert code == 0
     assert len(json.loads(out.splitlines()[0])["classes"]) == 3
-    assert run("adapt", str(photos), "--pretrained", "openai")[0] == 1
+    assert run("adapt", str(photos), "--backbone", "ViT-B-32")[0] == 1
+    assert run("adapt", str(photos), "--seed", str(2**32))[0] == 2
     code, _, err = run("adapt", str(photos), "--method", "hebba")
     assert code == 1
     assert "there is no method 'hebba'" in err

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from open_clip.transform import image_transform_v2
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, features
 
 from heba.clip.preprocess import DeepImage, LongImage, Preprocess, decode, normalise, resize_and_crop, to_rgb
 from heba.data.datasets import as_seen
@@ -18,6 +18,7 @@ from heba.data.images import crop_batch, decode_all, make_views, open_packed, pa
 from heba.data.prompts import build_prompts, read_descriptions, tokenize
 from heba.evaluation.report import classification_report
 from heba.predict import Classifier
+from heba.sources.look import look_at_one
 
 
 def test_descriptions_are_found_whatever_the_spelling_of_the_class():
@@ -231,3 +232,36 @@ def test_damaged_tags_do_not_make_an_image_unreadable(tmp_path):
     path = tmp_path / "x.jpg"
     Image.new("RGB", (8, 8), "red").save(path, exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01")
     assert decode(path, as_seen=True).size == (8, 8)
+
+
+def gif_without_its_second_frame(path):
+    frames = [Image.new("RGB", (12, 12), color) for color in ("red", "blue")]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    content = path.read_bytes()
+    path.write_bytes(content[: content.rindex(b"!\xf9") + 2])
+
+
+def avif_without_its_picture(path):
+    Image.new("RGB", (32, 32), "red").save(path)
+    content = path.read_bytes()
+    start = content.index(b"mdat") + 4
+    path.write_bytes(content[:start] + bytes(len(content) - start))
+
+
+def test_the_first_frame_of_an_animation_is_read_though_the_second_is_damaged(tmp_path):
+    path = tmp_path / "x.gif"
+    gif_without_its_second_frame(path)
+    with Image.open(path) as image, pytest.raises(IndexError):
+        _ = image.is_animated  # what Pillow makes of it
+    assert decode(path).size == (12, 12)
+    look = look_at_one(path)
+    assert (look.problem, look.odd) == ("", ("animated",))
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_a_damaged_avif_is_named(tmp_path):
+    path = tmp_path / "x.avif"
+    avif_without_its_picture(path)
+    with pytest.raises(ValueError, match=r"x\.avif: not a readable image"):
+        decode(path)
+    assert look_at_one(path).problem == "broken"

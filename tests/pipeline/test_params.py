@@ -354,6 +354,15 @@ def test_the_preset_own_leaves_all_but_the_benchmarks(tmp_path):
     assert {training.dataset for training in trainings(params)} == {"flowers"}
 
 
+@pytest.mark.parametrize("text", ["own: {}\n", "few_shot:\n", "few_shot: [1]\n", "few_shot:\n  datasets: 3\n"])
+def test_the_preset_own_needs_a_whole_few_shot(tmp_path, text):
+    target = tmp_path / "params.yaml"
+    target.write_text(text)
+    with pytest.raises(ParamsError, match=r"few_shot\.datasets: .*restore it with `preset demo`"):
+        presets.write("own", target)
+    assert target.read_text() == text
+
+
 def test_a_preset_never_overwrites_entries_that_it_cannot_read(tmp_path):
     target = tmp_path / "params.yaml"
     target.write_text("own: {flowers: [\n")

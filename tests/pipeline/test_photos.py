@@ -246,6 +246,19 @@ def test_a_folder_that_is_no_project_is_left_alone(tmp_path):
     assert [path.name for path in other.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.parametrize("text", ["a: [1\n", "", "- 1\n", "suite: embedded\n", "methods: gda\n"])
+def test_a_damaged_params_file_of_a_project_counts_as_no_earlier_call(tmp_path, text):
+    (tmp_path / "params.yaml").write_text(text)
+    assert project.methods_done(tmp_path, {"suite": "embedded", "own": {}, "backbone": {}, "few_shot": {}}) == []
+
+
+def test_the_accuracy_is_the_mean_of_the_splits():
+    """Of which one has fewer images than the other."""
+    one = frame({"gda": 9}, (1,))
+    other = frame({"gda": 0}, (1,)).head(4).assign(split="split-2")
+    assert results.shares_at(pd.concat([one, other]), 1) == {"gda": pytest.approx(0.45)}
+
+
 def test_a_folder_that_cannot_be_compared_says_why(tmp_path):
     folder_of_classes(tmp_path / "one", {"star": 4})
     folder_of_classes(tmp_path / "mixed", {"star": 4, "fish": 4})

@@ -115,6 +115,8 @@ def test_what_cannot_be_compared_is_told_with_the_remedy(repo, monkeypatch):
         (["fews"], "fews: unknown Git revision 'fews'; near it are few"),
         (["no such thing"], "exp list -A"),
         (["HEAD~1"], "HEAD~1: has no reports/evaluations.csv; it was not run to the end"),
+        (["HEAD:params.yaml"], "HEAD:params.yaml: is in git, and no commit"),
+        (["HEAD^{tree}"], "is in git, and no commit"),
         (["real"], "cannot be compared: suite is real and embedded"),
         (["HEAD", "few", "--methods", "gda"], "--methods: is of a folder of images, not of revisions"),
         (["reports", "--json"], "--json: is of two revisions, not of a folder of images"),
@@ -130,3 +132,10 @@ def test_what_cannot_be_compared_is_told_with_the_remedy(repo, monkeypatch):
     with pytest.raises(ValueError, match=r"reports/evaluations\.csv: No such file.*dvc repro"):
         revisions.read("workspace")
     call(repo, "git", "checkout", "-q", ".")
+
+
+def test_a_repository_without_commits_has_no_revisions(tmp_path):
+    call(tmp_path, "git", "init", "-q")
+    done = stage(tmp_path, "compare", "one", "other")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: one: ")

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ from heba.methods.coop import method as coop_method
 from heba.methods.coop import settings as coop
 from heba.methods.heba.model import AdaptedCLIP
 from pipeline.commands import convert, use
+from pipeline.commands.common import predict_command
 from pipeline.core.params import load_params
 from pipeline.core.trainings import Training
 from pipeline.stages.backbone import load_backbone
@@ -508,6 +510,11 @@ def test_an_adapter_on_a_local_backbone_from_elsewhere(test_images, tmp_path, ru
         assert "`root` (--root) names the folder" in lost.stderr
         found = run_heba(tmp_path, "predict", image, "--adapter", str(adapter), "--root", "repository", *more)
         assert found.returncode == 0, found.stderr
+    files = "models/small.json", "models/w.safetensors"
+    for where in ((*files, Path("repository")), tuple(str(root / file) for file in files)):
+        words = shlex.split(predict_command(adapter, *where))
+        command = [image if word == "NEW_IMAGES" else word for word in words]
+        assert run_heba(tmp_path, *command[1:]).returncode == 0, command
     assert len(next(heba.load(adapter, root=str(root)).predict(image)).classes) == 2
     (root / "models" / "w.safetensors").unlink()
     with pytest.raises(ValueError, match=r"'models/w\.safetensors' is neither a file under .*--root"):

@@ -15,6 +15,7 @@ import yaml
 
 import heba
 from heba.data.splits import write_split
+from heba.data.strict_yaml import read_yaml
 from pipeline.commands.photos.splits import Plan
 from pipeline.commands.presets import FOLDER as PRESETS
 from pipeline.core.params import PARAMS_FILE, ParamsError
@@ -132,12 +133,17 @@ def methods_done(folder: Path, raw: dict[str, Any]) -> list[str]:
     """The methods of an earlier call on the same data and backbone as `raw`, the last of which may not be done;
     none where these differ, or what all methods need is not there."""
     path = folder / PARAMS_FILE
-    earlier = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        earlier = read_yaml(path) if path.is_file() else None
+    except ValueError:  # damaged
+        earlier = None
+    if not isinstance(earlier, dict) or not isinstance(earlier.get("methods"), list):
+        return []
     same = all(earlier.get(key) == raw[key] for key in ("suite", "own", "backbone", "few_shot"))
     there = all(
         (folder / OUT / kind / name).is_dir() for kind in ("split", "precompute-own") for name in raw["own"]
     )
-    return earlier["methods"] if same and there else []
+    return list(earlier["methods"]) if same and there else []
 
 
 def write_params(folder: Path, raw: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import pandas as pd
 from heba import artifact, methods
 from heba.data.splits import class_names, read_split
 from heba.evaluation.record import read_record
+from pipeline.commands.common import shown
 from pipeline.commands.photos import verdict
 from pipeline.commands.photos.splits import Plan
 from pipeline.commands.photos.verdict import Advice
@@ -75,10 +76,18 @@ def read_tests(params: Params) -> pd.DataFrame:
 
 
 def shares_at(tests: pd.DataFrame, shots: int) -> dict[str, float]:
-    """The share of right tests, by method."""
-    own = tests[tests["shots"] == shots]
-    right = (own["label"] == own["predicted"]).astype(float).groupby(own["method"]).mean()
-    return {str(method): float(share) for method, share in right.items()}
+    """The accuracy of each method, 0 to 1: the mean over its splits or samples."""
+    return {method: float(runs.mean()) for method, runs in _runs(_right(tests, shots)).items()}
+
+
+def _right(tests: pd.DataFrame, shots: int) -> pd.DataFrame:
+    """The tests with this many shots, and whether each is `right`."""
+    return tests[tests["shots"] == shots].assign(right=lambda t: t["label"] == t["predicted"])
+
+
+def _runs(right: pd.DataFrame) -> dict[str, pd.Series]:
+    """By method, the share of right tests of each split or sample."""
+    return {str(m): part.groupby(["split", "seed"])["right"].mean() for m, part in right.groupby("method")}
 
 
 def training_seconds(params: Params, shots: int) -> dict[str, float]:
@@ -97,8 +106,8 @@ def summarise(params: Params, plan: Plan, tests: pd.DataFrame, seconds: dict[str
     """The table and the advice, of the most shots."""
     shots = max(params.few_shot.shots)
     names = class_names(next(iter(plan.splits.values())))
-    right = tests[tests["shots"] == shots].assign(right=lambda t: t["label"] == t["predicted"])
-    runs = {m: part.groupby(["split", "seed"])["right"].mean() for m, part in right.groupby("method")}
+    right = _right(tests, shots)
+    runs = _runs(right)
     n = right["file"].nunique()
     order = [method for method in params.methods if method in runs]
     titles = {method: methods.part(method, "settings").TITLE for method in order}
@@ -152,11 +161,6 @@ def confused(matrix: np.ndarray, names: list[str]) -> str:
         share = 100 * count / int(matrix[true].sum())
         return f"{names[true]} taken for {names[taken]} ({share:.0f} %)"
     return "nothing"
-
-
-def shown(text: str) -> str:
-    """Text for a terminal, without what is no letter but a command to it: names may have any."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 
 def table(results: Results) -> str:

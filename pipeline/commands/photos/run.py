@@ -2,7 +2,6 @@
 
 import contextlib
 import platform
-import shlex
 import shutil
 import sys
 import time
@@ -23,6 +22,7 @@ from heba.sources.check import Finding
 from heba.sources.duplicates import same_pictures
 from heba.sources.look import Look, look_at
 from heba.sources.own import read_own
+from pipeline.commands.common import predict_command, shown
 from pipeline.commands.photos import choose, page, project, results
 from pipeline.commands.photos.choose import Choice
 from pipeline.commands.photos.results import Results
@@ -198,7 +198,7 @@ def check(params: Params, name: str, data: Checked, plan: Plan) -> list[str]:
     be mended."""
     report = own.check_own(params, name, replace(data, split=plan.splits[name]), params.shots)
     if report.errors:
-        found = results.shown("\n".join(finding.shown(SHOWN) for finding in report.errors))
+        found = shown("\n".join(finding.shown(SHOWN) for finding in report.errors))
         unread = any(look.problem for look in data.looks.values()) and not data.skipped
         remedy = ", or set --skip-unreadable to go on without what cannot be read" if unread else ""
         raise ParamsError(f"{found}\nMend these{remedy}, and run the same again.")
@@ -206,7 +206,7 @@ def check(params: Params, name: str, data: Checked, plan: Plan) -> list[str]:
     if plan.left_out:
         notes.append(Finding("the same picture as an image of another part, left out", plan.left_out))
     for finding in notes:
-        print(f"note: {results.shown(finding.shown(SHOWN))}", file=sys.stderr)
+        print(f"note: {shown(finding.shown(SHOWN))}", file=sys.stderr)
     return [finding.shown(LISTED) for finding in notes]
 
 
@@ -294,13 +294,10 @@ def versions(params: Params, commit: str) -> str:
 def tell(folder: Path, options: Options, plan: Plan, found: Results, warning: str) -> None:
     """Where the report and the adapter are, and what to do with it."""
     line = next(line for line in found.lines if line.method == found.advice.method)
-    arguments = ["NEW_IMAGES", "--adapter", str(folder / BEST)]
-    backbone = backbone_of(options)
-    for option, value in (("--backbone", backbone["name"]), ("--pretrained", backbone["pretrained"])):
-        arguments += [option, value] if Path(value).is_file() else []
     print(f"report: {folder / REPORT}")
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
     first = "with the first sample" if plan.kind == "given" else "on the first split"
     print(f"{line.title}, trained {first}, is in {folder / BEST}. Classify other images with:")
-    print(f"  heba predict {shlex.join(arguments)}")
+    backbone = backbone_of(options)
+    print(f"  {predict_command(folder / BEST, backbone['name'], backbone['pretrained'])}")
