@@ -32,7 +32,7 @@ from heba.predict import Classifier, load
 OPSET = 18
 MOST_BYTES = 2**31 - 1  # of a file of protobuf
 TOLERANCE = 1e-4  # of the logits, relative to the largest where that is more than 1
-EXTRA = "pip install 'heba[onnx]'"
+EXTRA = "pip install '.[onnx]' in the repository"
 BITS = 2**22  # Pillow's weights are whole multiples of 1 / BITS
 
 

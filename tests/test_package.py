@@ -195,7 +195,7 @@ def test_an_adapter_from_the_wheel_alone(run, stripes, tmp_path):
     assert missing.returncode == 1
     assert missing.stderr == (
         "error: 0123456789abcdef: there is no such folder; for a run or a model of MLflow, "
-        "pip install 'heba[pipeline]'\n"
+        "pip install '.[pipeline]' in the repository\n"
     )
 
 

@@ -1,5 +1,6 @@
 """Which models of open_clip HeBA takes, read from their JSON configs without importing open_clip (seconds)."""
 
+import difflib
 import importlib.util
 import json
 from pathlib import Path
@@ -31,7 +32,8 @@ def read_architecture(name: str, root: Path) -> dict[str, Any]:
         folder = Path(spec.origin if spec and spec.origin else "").parent / "model_configs"
         path = folder / f"{name}.json"
         if path.parent != folder or not path.is_file():
-            raise ValueError(f"open_clip has no model {name!r}")
+            near = difflib.get_close_matches(name, [file.stem for file in folder.glob("*.json")])
+            raise ValueError(f"open_clip has no model {name!r}; near it are {', '.join(near) or 'none'}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

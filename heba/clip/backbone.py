@@ -139,10 +139,10 @@ def weights_file(name: str, pretrained: str, root: Path = Path()) -> Path:
     try:
         return hub.fetch(repo, list(dict.fromkeys(names)))
     except hub.HubError as error:
+        own = f"models/{names[0]}"
         raise ValueError(
-            f"the weights {pretrained!r} of {name}: {error}; get that file where there is a network, put it under "
-            f"{root.resolve()}, such as models/{names[0]}, and name it: as `backbone.pretrained` in params.yaml "
-            "or as `--pretrained`"
+            f"the weights {pretrained!r} of {name}: {error}. Get that file on a machine with a network, save it "
+            f"as {own} under {root.resolve()}, and give --pretrained {own} (in params.yaml: backbone.pretrained)"
         ) from None
 
 

@@ -11,7 +11,7 @@ import psutil
 import typer
 import yaml
 
-from pipeline.core.params import Params, ParamsError, load_params
+from pipeline.core.params import LOST, Params, ParamsError, load_params, lost_folders
 
 MOST_JOBS = 1024
 Dataset = Annotated[str, typer.Option(help="A data set of params.yaml, such as eurosat.")]
@@ -24,6 +24,12 @@ def read_params(dataset: str | None = None, argument: str = "--dataset") -> Para
     if dataset is not None and dataset not in known:
         raise ParamsError(f"{argument} {dataset}: not in params.yaml, which has {', '.join(known)}")
     return params
+
+
+def refuse_lost_folders(params: Params) -> None:
+    """ParamsError where the folder of own data is not there, before anything runs."""
+    if lost := lost_folders(params):
+        raise ParamsError("; ".join([*lost, LOST]))
 
 
 def say(stage: str, text: str) -> None:

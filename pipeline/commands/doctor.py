@@ -19,7 +19,7 @@ from typing import NamedTuple
 from urllib.parse import unquote, urlparse
 
 from pipeline.commands import links
-from pipeline.core.params import Params, load_params, stage_of
+from pipeline.core.params import LOST, PARAMS_FILE, Params, load_params, lost_folders, stage_of
 from pipeline.core.paths import OUT, data_folder, main_root
 from pipeline.core.trainings import trainings
 from pipeline.runner import dvc_inside, dvc_locks, gitlock, lockfile, machine, processes
@@ -29,7 +29,7 @@ INSTALL = "pip install -c constraints.txt -e '.[pipeline]'"
 POSTGRES = INSTALL.replace("pipeline", "postgres")
 SHOWN = ("torch", "torchvision", "open_clip_torch", "dvc", "mlflow")
 MOST_IMAGES = 50_000  # of a data set, to be counted here; the stages count them all
-EMBEDDED_BYTES = 300_000_000  # data, outs and MLflow's store of the demo, which takes 0.17 GB
+EMBEDDED_BYTES = 1_000_000_000  # data, outs and MLflow's store of the demo, which takes 0.82 GB
 PATIENCE = 20.0  # seconds for a store to answer
 DVC_PATIENCE = 180.0  # seconds for `dvc status`, which may have to hash much
 SILENCE = 3.0  # seconds before a message says what is waited for
@@ -181,13 +181,10 @@ def _datasets(params: Params) -> list[str]:
 def data(params: Params | None) -> Row:
     """Every data set that was downloaded is there and whole, and so are the folders of own data."""
     from pipeline.stages.download import manifest_path, read_manifest, verified_folder
-    from pipeline.stages.own import images_folder
 
     assert params is not None, "params.yaml cannot be read"
-    lost = [name for name in params.own if not images_folder(params, name).is_dir()]
-    if lost:
-        found = "; ".join(f"own.{name}.path: there is no folder {images_folder(params, name)}" for name in lost)
-        return Row("data", "fail", found, "set it to the folder of the images in params.yaml")
+    if lost := lost_folders(params):
+        return Row("data", "fail", "; ".join(lost), LOST)
     whole, absent, broken, problems = [], [], [], []
     for name in [*_datasets(params), *params.own]:
         if not manifest_path(name).is_file():
@@ -324,6 +321,10 @@ CHECKS: list[Callable[[Params | None], Row]] = [packages, settings, gpu, disk, c
 
 def examine() -> list[Row]:
     """The rows of all checks, which run side by side; one that breaks down is a failed row."""
+    root = main_root()
+    if not any((root / file).exists() for file in (PARAMS_FILE, "dvc.yaml")):
+        found = f"{root} is not the repository: it has neither params.yaml nor dvc.yaml"
+        return [Row("folder", "fail", found, "cd to the folder that you cloned")]
     try:
         params = load_params()
     except ValueError:

@@ -113,7 +113,9 @@ def _content(name: str, path: str) -> str:
     except (DvcException, SCMError) as error:
         near = difflib.get_close_matches(name, _names(), n=5, cutoff=0.5)
         hint = (
-            f"; near it are {', '.join(near)}" if near else ", and no folder; `dvc exp list -A` lists experiments"
+            f"; near it are {', '.join(near)}"
+            if near
+            else "; nor is there such a folder. `dvc exp list -A` lists experiments"
         )
         raise ValueError(f"{name}: {error}{hint}") from None
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from heba.data.prompts import TEMPLATE
-from pipeline.commands.common import MOST_JOBS, listed_names, read_params
+from pipeline.commands.common import MOST_JOBS, listed_names, read_params, refuse_lost_folders
 from pipeline.core.params import MOST, ParamsError
 
 
@@ -35,7 +35,7 @@ def compare(
         str, typer.Option(help="Training images per class; several, such as 1,2,4,8, also make a curve.")
     ] = "16",
     seeds: Annotated[
-        int, typer.Option(min=1, max=100, help="Splits; of a folder with a test part, few-shot samples.")
+        int, typer.Option(min=1, max=100, help="Random splits; of a folder with a test part, few-shot samples.")
     ] = 5,
     backbone: Annotated[str, typer.Option(help="tiny, a model of open_clip, or its JSON config.")] = "tiny",
     pretrained: Annotated[
@@ -56,7 +56,7 @@ def compare(
 
     `compare photos/` says how good each method is, and how sure that is: docs/own-images.md. `compare A B`
     compares the accuracies of two DVC experiments or git revisions, and says which differences are not noise:
-    docs/pipeline.md. All options but --json are of the first.
+    docs/pipeline.md. --json is for revisions, all other options are for folders.
     """
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
@@ -112,6 +112,7 @@ def repro(
 ) -> None:
     """Run `dvc repro` with independent stages side by side (docs/parallel.md)."""
     params = read_params()
+    refuse_lost_folders(params)
     from pipeline.core.paths import main_root
     from pipeline.runner import repro
 

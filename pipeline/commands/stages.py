@@ -9,7 +9,7 @@ import typer
 
 from heba.data.protocols import PROTOCOLS
 from heba.fit.bounds import MOST_SEED
-from pipeline.commands.common import Dataset, read_params, say
+from pipeline.commands.common import Dataset, read_params, refuse_lost_folders, say
 from pipeline.core.params import MOST, Params, ParamsError
 from pipeline.core.paths import new_folder
 
@@ -18,7 +18,7 @@ def check_params() -> None:
     """Read params.yaml and list all that is wrong with it; a stage, so that DVC writes nothing before."""
     from pipeline.core import paths
 
-    read_params()
+    refuse_lost_folders(read_params())
     paths.mark_params()
     say("params", "all of params.yaml is possible")
 
@@ -78,10 +78,10 @@ def train(
     dataset: Dataset,
     method: Annotated[str, typer.Option(help="A method of params.yaml, such as heba.")],
     protocol: Annotated[
-        str | None, typer.Option(help="Of this protocol alone: base_to_novel, cross_dataset or few_shot.")
+        str | None, typer.Option(help="Only this protocol: base_to_novel, cross_dataset or few_shot.")
     ] = None,
-    shots: Annotated[int | None, typer.Option(min=1, max=MOST, help="With this many shots alone.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=MOST_SEED, help="Of this seed alone.")] = None,
+    shots: Annotated[int | None, typer.Option(min=1, max=MOST, help="Only this number of shots.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=MOST_SEED, help="Only this seed.")] = None,
 ) -> None:
     """Train a method on a data set, for all protocols, shots and seeds of params.yaml or for chosen ones.
 
@@ -150,6 +150,11 @@ def report() -> None:
     records, left_out = selection.select(params)
     if left_out:
         print(selection.left_out_text(left_out), file=sys.stderr)
+    if not records:
+        raise ValueError(
+            "out/ has none of the evaluations that params.yaml asks for; `dvc repro` makes them. reports/ stays "
+            "as it is"
+        )
     with new_folder(Path("reports")) as folder:
         ablations = ablation.read(ablation.FILE, params.suite)
         real, below = params.suite == "real", provenance.lines(params, records)

@@ -43,7 +43,8 @@ def cost(
         bool, typer.Option("--measured", help="Write the seconds of the trainings in MLflow to timings.csv.")
     ] = False,
     speed: Annotated[
-        Path | None, typer.Option(help="speed.json of `python -m benchmarks.gpu`, in place of the first two.")
+        Path | None,
+        typer.Option(help="speed.json of `python -m benchmarks.gpu`, in place of --tflops and --overhead-ms."),
     ] = None,
 ) -> None:
     """Estimate compute and disk of params.yaml on the real benchmarks; nothing is run or fetched.

@@ -57,10 +57,10 @@ Root = Annotated[
     Path, typer.Option(help="Folder that a backbone's own files (weights, JSON config) are relative to.")
 ]
 Backbone = Annotated[
-    str | None, typer.Option(help="Its JSON config, where it is not that which the training names.")
+    str | None, typer.Option(help="JSON config of the backbone, if it lies elsewhere than in the training.")
 ]
 Pretrained = Annotated[
-    str | None, typer.Option(help="The file of its weights, where it is not that which the training names.")
+    str | None, typer.Option(help="File of the backbone's weights, if it lies elsewhere than in the training.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
 
@@ -71,7 +71,10 @@ def adapt(
     method: Annotated[str, typer.Option(help="One of those of docs/methods.md, such as gda.")] = "heba",
     shots: Annotated[int, typer.Option(min=1, help="Training images per class.")] = 16,
     seed: Annotated[
-        int, typer.Option(min=0, max=MOST_SEED, help="Of the images that are drawn, and of the training.")
+        int,
+        typer.Option(
+            min=0, max=MOST_SEED, help="Random seed, for the choice of training images and for the training."
+        ),
     ] = 1,
     backbone: Annotated[
         str, typer.Option(help="tiny, or a model of open_clip such as ViT-B-16-quickgelu.")
@@ -107,8 +110,9 @@ def export(
     pretrained: Pretrained = None,
 ) -> None:
     """Write an adapter as one ONNX file, with its preprocessing, for use without torch."""
+    folder = adapter_folder(adapter)
     typer.echo("export: about a minute ...", err=True)
-    written = heba.export_onnx(adapter_folder(adapter), onnx, force, root, backbone, pretrained)
+    written = heba.export_onnx(folder, onnx, force, root, backbone, pretrained)
     print(f"{written.path}: {written.bytes / 1e6:.1f} MB, {told(written.difference)}")
 
 
@@ -175,7 +179,9 @@ def zero_shot(
     """Classify images with CLIP alone."""
     files = find_images(images)
     if (backbone is None) != (pretrained is None) and backbone != "tiny":
-        raise ValueError("--backbone and --pretrained go together")
+        raise ValueError(
+            "--backbone and --pretrained go together, such as --backbone ViT-B-16-quickgelu --pretrained openai"
+        )
     if backbone is None:
         if not PARAMS_FILE.exists():
             raise ValueError(f"there is no {PARAMS_FILE} here: give --backbone and --pretrained")
@@ -230,7 +236,8 @@ def adapter_folder(adapter: str) -> Path:
         return Path(adapter)
     if find_spec("mlflow") is None:
         raise ValueError(
-            f"{adapter}: there is no such folder; for a run or a model of MLflow, pip install 'heba[pipeline]'"
+            f"{adapter}: there is no such folder; for a run or a model of MLflow, pip install '.[pipeline]' in the "
+            "repository"
         )
     from pipeline.tracking.models import fetch_adapter
 

@@ -25,6 +25,7 @@ LONGEST_TEXT = 4096
 LONGEST_NAME = 64
 SHOWN = 50  # problems of a message, and LONGEST_LINE of its letters in each
 LONGEST_LINE = 400
+LOST = "set it in params.yaml to the folder of the images, absolute or relative to the repository"
 
 Count = Annotated[int, Field(ge=1, le=MOST)]
 Seeds = list[Annotated[int, Field(ge=0, le=MOST_SEED)]]
@@ -121,6 +122,14 @@ def stage_of(stage: str, dataset: str) -> str:
     """DVC's name for the `stage` of a data set, such as split-own@flowers."""
     kind = "" if dataset in BENCHMARKS else "-variant" if dataset in VARIANTS else "-own"
     return f"{stage}{kind}@{dataset}"
+
+
+def lost_folders(params: "Params") -> list[str]:
+    """The problems of own data whose folder is not there; a relative path is of the main repository."""
+    folders = {name: main_root() / entry.path for name, entry in params.own.items()}
+    return [
+        f"own.{name}.path: there is no folder {folder}" for name, folder in folders.items() if not folder.is_dir()
+    ]
 
 
 class ParamsError(ValueError):
@@ -259,7 +268,7 @@ def _impossible_backbone(raw: dict[str, Any]) -> list[str]:
     except ValueError as error:
         problems.append(f"backbone.name: {error}")
     problems += _impossible_methods(raw, deepest, narrowest)
-    if pretrained == "openai" and not name.endswith(("-quickgelu", ".json")):
+    if deepest and pretrained == "openai" and not name.endswith(("-quickgelu", ".json")):
         problems.append(f"backbone.name: OpenAI's weights were trained with QuickGELU: use {name}-quickgelu")
     return problems
 

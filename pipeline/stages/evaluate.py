@@ -24,7 +24,7 @@ from heba.data.splits import base_labels
 from heba.evaluation.record import Group, Record, read_record, write_record
 from heba.evaluation.report import classification_report
 from pipeline.core import code
-from pipeline.core.params import Params
+from pipeline.core.params import Params, stage_of
 from pipeline.core.paths import keep_only, new_file, writable
 from pipeline.core.trainings import Evaluation, Training, counted, stage_folder, tested_on, tests, train_folder
 from pipeline.stages.backbone import Tokenizer, computing, device, load_backbone, use_bf16
@@ -53,7 +53,14 @@ def run_transfer(params: Params, protocol: str) -> str:
 
 
 def trained_on(params: Params, dataset: str) -> list[Training]:
-    """The trainings on a data set, without those of a method that an earlier params.yaml had."""
+    """The trainings on a data set, without those of a method that an earlier params.yaml had.
+
+    ValueError where a method has none at all, so that no result is taken away for that.
+    """
+    for method in params.methods:
+        if not (folder := train_folder(dataset) / method).is_dir():
+            made = f"dvc repro {stage_of('train', dataset)}-{method}"
+            raise ValueError(f"{folder} is not there; make it with `{made}`")
     configs = train_folder(dataset).glob(f"*/[!.]*/{artifact.CONFIG_FILE}")
     found = sorted(Training.of_folder(config.parent) for config in configs)
     return [training for training in found if training.method in params.methods]

@@ -5,6 +5,7 @@ import importlib.metadata
 import io
 import logging
 import os
+import shutil
 import tempfile
 import urllib.parse
 import urllib.request
@@ -73,20 +74,25 @@ def signature() -> Any:
 
 def save_model(adapter: Path, out: Path, run_id: str, model_id: str) -> None:
     """Write the folder `adapter` of a training as a pyfunc model into the new folder `out`, with heba's code.
-    MLflow notes `run_id` and `model_id` in it."""
+    MLflow notes `run_id` and `model_id` in it. The tiny CLIP's weights come with adapters on it alone."""
     import mlflow.pyfunc
     from mlflow.models import Model
 
-    mlflow.pyfunc.save_model(
-        out,
-        python_model=str(SERVED),
-        artifacts={"adapter": str(adapter)},
-        code_paths=[str(Path(heba.__file__).parent)],
-        signature=signature(),
-        input_example=example(),
-        pip_requirements=requirements(),
-        mlflow_model=Model(run_id=run_id, model_id=model_id),
-    )
+    package = Path(heba.__file__).parent
+    tiny = artifact.read_config(adapter).backbone.name == "tiny"
+    unused = shutil.ignore_patterns("__pycache__", *([] if tiny else ["*.safetensors"]))
+    with tempfile.TemporaryDirectory() as temporary:
+        code = shutil.copytree(package, Path(temporary) / package.name, ignore=unused)
+        mlflow.pyfunc.save_model(
+            out,
+            python_model=str(SERVED),
+            artifacts={"adapter": str(adapter)},
+            code_paths=[str(code)],
+            signature=signature(),
+            input_example=example(),
+            pip_requirements=requirements(),
+            mlflow_model=Model(run_id=run_id, model_id=model_id),
+        )
 
 
 def log_model(store: Any, run_id: str, folder: Path, name: str) -> None:
@@ -164,7 +170,10 @@ def fetch_adapter(name: str) -> Path:
     """The adapter's folder of an MLflow run (its id, or runs:/id) or model (models:/...), fetched where the store
     is not on this machine. ValueError when there is none."""
     if not has_store():
-        raise ValueError(f"{name}: no such folder, and {shown_uri()} does not exist, to have it as a run or model")
+        raise ValueError(
+            f"{name}: there is no such folder, and no store of MLflow to find such a run or model in: "
+            f"{shown_uri()} does not exist (MLFLOW_TRACKING_URI names another)"
+        )
     import mlflow
     from mlflow.exceptions import MlflowException
 
