@@ -22,6 +22,7 @@ SHOWN: tuple[Callable[..., None], ...] = (
     runs.compare,
     tools.check_data,
     runs.repro,
+    runs.dvc,
     runs.waves,
     runs.dag,
     runs.ablate,
@@ -44,6 +45,7 @@ SHOWN: tuple[Callable[..., None], ...] = (
     stages.protocols,
     stages.report,
 )
+OF_DVC = {"ignore_unknown_options": True, "help_option_names": []}  # all options are DVC's, --help too
 HIDDEN: tuple[Callable[..., None], ...] = (stages.download_own, stages.count, tools.log)  # what stages start
 
 
@@ -53,7 +55,7 @@ def _options(show_version: version.Option = False) -> None:
 
 
 for _command in SHOWN:
-    app.command()(_command)
+    app.command(context_settings=OF_DVC if _command is runs.dvc else None)(_command)
 for _command in HIDDEN:
     app.command(hidden=True)(_command)
 

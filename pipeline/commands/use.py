@@ -236,8 +236,8 @@ def adapter_folder(adapter: str) -> Path:
         return Path(adapter)
     if find_spec("mlflow") is None:
         raise ValueError(
-            f"{adapter}: there is no such folder; for a run or a model of MLflow, pip install '.[pipeline]' in the "
-            "repository"
+            f"{adapter}: there is no such folder; for a run or a model of MLflow, pip install '.[pipeline]' in "
+            "the repository"
         )
     from pipeline.tracking.models import fetch_adapter
 

@@ -50,6 +50,13 @@ def test_a_sound_repository_has_no_failed_row(repo):
     assert "nothing changed" in rows["git"]
 
 
+def test_another_folder_is_no_place_to_start_a_repository_in(tmp_path):
+    rows, code = doctor(tmp_path)
+    assert code == 1
+    assert list(rows) == ["folder"]
+    assert "cd to the folder that you cloned" in rows["folder"]
+
+
 def test_broken_things_have_a_row_and_a_remedy(repo, tmp_path):
     broken = tmp_path / "repo"
     shutil.copytree(repo, broken)
@@ -178,6 +185,7 @@ def test_dvc_status_is_never_killed(repo, tmp_path, monkeypatch):
 def test_it_runs_without_params_and_without_a_package(repo, tmp_path):
     bare = tmp_path / "repo"
     bare.mkdir()
+    shutil.copy(ROOT / "dvc.yaml", bare)
     rows, code = doctor(bare)
     assert code == 1
     assert rows["params.yaml"].startswith("fail")

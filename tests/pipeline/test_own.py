@@ -323,6 +323,14 @@ def test_damaged_and_missing_images_stop_the_stage(repo, run, pair_of_images):
     assert "own.listed: images that are missing or cannot be decoded:\n  a/0.png\n" in text
 
 
+def test_a_folder_that_is_not_there_is_told_before_anything_runs(repo, run, edit_params):
+    edit_params("path: my photos\n", "path: my fotos\n")
+    for command in ("check-params", "repro"):
+        code, text = run(command)
+        assert code == 1
+        assert f"own.listed.path: there is no folder {repo / 'my fotos'}; set it in params.yaml to the" in text
+
+
 def test_check_data_of_a_benchmark(run, edit_params):
     edit_params("datasets: []", "datasets: [dtd]")
     code, text = run("check-data", "dtd")

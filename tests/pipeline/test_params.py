@@ -281,6 +281,16 @@ def test_unusable_backbones_are_refused(tmp_path, name):
         load_params(write(tmp_path, change))
 
 
+def test_a_misspelt_backbone_is_one_problem_with_the_names_near_it(tmp_path):
+    def change(raw):
+        raw["suite"] = "real"
+        raw["backbone"] = {"name": "ViT-B-99", "pretrained": "openai"}
+
+    with pytest.raises(ParamsError, match=r"has no model 'ViT-B-99'; near it are .*ViT-B-16") as refused:
+        load_params(write(tmp_path, change))
+    assert str(refused.value).count("backbone.name") == 1
+
+
 def test_the_depth_of_timms_towers_is_only_bounded_by_the_text_tower(tmp_path):
     def change(raw, end):
         raw["suite"] = "real"

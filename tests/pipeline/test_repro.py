@@ -12,7 +12,7 @@ import yaml
 
 from pipeline.runner import dvc_locks, processes
 from tests.pipeline import small
-from tests.pipeline.repository import noted, noting, wait_for, working_in
+from tests.pipeline.repository import call, noted, noting, wait_for, working_in
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,26 @@ def test_side_by_side_gives_the_bytes_of_dvc_repro(tmp_path, sequential):
     assert again.returncode == 0, again.stderr
     assert len(small.starts(repo)) == 8
     assert small.outs(repo) == sequential
+
+
+def test_dvc_by_our_command_is_dvc_with_the_same_bytes(tmp_path):
+    repos = [small.make(tmp_path / name) for name in ("plain", "ours")]
+    for repo, dvc in zip(repos, (["dvc"], [sys.executable, "-m", "pipeline", "dvc"]), strict=True):
+        for command, code in (("repro", 0), ("exp run -n on-cpu -S device=cpu", 0), ("repro nowhere", 255)):
+            done = subprocess.run(
+                [*dvc, *command.split()],
+                cwd=repo,
+                env=small.environment(),
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == code, done.stdout + done.stderr
+    plain, ours = ((repo / "dvc.lock").read_bytes() for repo in repos)
+    assert ours == plain
+    assert b"device: cpu" in ours
+    names = [call(repo, "dvc", "exp", "list", "--name-only").stdout.split() for repo in repos]
+    assert names == [["on-cpu"], ["on-cpu"]]
 
 
 def test_gpus_and_threads_are_divided_among_the_jobs(tmp_path, sequential):

@@ -437,6 +437,17 @@ def test_errors_are_messages(repo):
         refused = stage(repo, "train", *options)
         assert refused.returncode == 1
         assert refused.stderr.startswith(f"error: {message}")
+    before = states(repo, "out/evaluate/dtd"), states(repo, "reports")
+    shutil.move(repo / "out" / "train" / "dtd" / "heba", repo / "away")
+    untrained = stage(repo, "evaluate", "--dataset", "dtd")
+    assert untrained.returncode == 1
+    assert untrained.stderr == "error: out/train/dtd/heba is not there; make it with `dvc repro train@dtd-heba`\n"
+    shutil.move(repo / "out" / "evaluate", repo / "results")
+    empty = stage(repo, "report")
+    assert empty.returncode == 1
+    assert "out/ has none of the evaluations that params.yaml asks for; `dvc repro` makes them" in empty.stderr
+    shutil.move(repo / "results", repo / "out" / "evaluate")
+    assert (states(repo, "out/evaluate/dtd"), states(repo, "reports")) == before
     image = next((repo / "data" / "embedded" / "dtd" / "images").rglob("*.png"))
     image.unlink()
     missing = stage(repo, "precompute", "--dataset", "dtd")

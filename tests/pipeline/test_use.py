@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ from pipeline.commands.common import predict_command
 from pipeline.core.params import load_params
 from pipeline.core.trainings import Training
 from pipeline.stages.backbone import load_backbone
+from pipeline.tracking import models
 from tests.heba import artifacts, checkpoints
 from tests.heba.test_backbones import SMALL, TEXT
 from tests.pipeline.repository import ROOT, call, stage
@@ -541,6 +543,19 @@ def test_damaged_files_are_named(repo, tmp_path):
         ValueError, match=r"trained on tiny, embedded: .*model\.safetensors is another file by its sha256"
     ):
         heba.load(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(("name", "weights"), [("tiny", ["model.safetensors"]), ("ViT-B-16-quickgelu", [])])
+def test_a_model_brings_the_tiny_clip_only_where_it_is_on_it(repo, tmp_path, name, weights):
+    adapter = shutil.copytree(repo / PLAIN, tmp_path / "adapter")
+    config = json.loads((adapter / "config.json").read_text())
+    config["backbone"]["name"] = name
+    (adapter / "config.json").write_text(json.dumps(config))
+    models.save_model(adapter, tmp_path / "model", run_id="1", model_id="2")
+    code = tmp_path / "model" / "code" / "heba"
+    assert (code / "predict.py").is_file()
+    assert [path.name for path in code.rglob("*.safetensors")] == weights
+    assert not list(code.rglob("__pycache__"))
 
 
 @pytest.mark.parametrize(("method", "folder"), [("heba", TRAINED), ("zero_shot", PLAIN)])
