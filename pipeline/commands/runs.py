@@ -133,7 +133,9 @@ def repro(
 
 def dvc(arguments: Annotated[list[str], typer.Argument(help="A command of DVC and its options.")]) -> None:
     """DVC itself, with dvc.lock written faster and as a whole: `python -m pipeline dvc exp run -S shots=4`."""
-    os.execv(sys.executable, [sys.executable, "-m", "pipeline.runner.safe_dvc", *arguments])
+    from pipeline.runner.processes import MODULE
+
+    os.execv(sys.executable, [sys.executable, "-m", MODULE, *arguments])
 
 
 def waves() -> None:
