@@ -52,6 +52,8 @@ def problem(words):
     """What a command names that there is not; "" where all is there."""
     while words and re.fullmatch(r"\w+=.*", words[0]):
         words = words[1:]
+    if words[:4] == ["python", "-m", "pipeline", "dvc"]:
+        words = words[3:]
     for start, group in COMMANDS.items():
         if tuple(words[: len(start)]) == start and len(words) > len(start):
             return _unknown(group, words[len(start) :])
@@ -115,6 +117,7 @@ def test_a_command_that_does_not_exist_is_found():
 X=1 python -m pipeline trian --dataset dtd   # a comment
 dvc repro splt@dtd && heba predict a.jpg --top=3 --tpo 3
 ```
+`python -m pipeline dvc exp rnu`
 `dvc exp run -Z shots=4` `dvc reproduce` `make rpro` `python -m benchmarks.setp` `heba.load` `heba info F`
 """
     found = [problem(words) for words in commands(page)]
@@ -122,6 +125,7 @@ dvc repro splt@dtd && heba predict a.jpg --top=3 --tpo 3
         "no command trian",
         "no stage splt@dtd",
         "predict has no option --tpo",
+        "dvc has no command rnu",
         "dvc has no option -Z there",
         "dvc has no command reproduce",
         "no target rpro",

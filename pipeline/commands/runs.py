@@ -133,9 +133,9 @@ def repro(
 
 def dvc(arguments: Annotated[list[str], typer.Argument(help="A command of DVC and its options.")]) -> None:
     """DVC itself, with dvc.lock written faster and as a whole: `python -m pipeline dvc exp run -S shots=4`."""
-    from pipeline.runner.processes import MODULE
+    from pipeline.runner import processes
 
-    os.execv(sys.executable, [sys.executable, "-m", MODULE, *arguments])
+    os.execv(sys.executable, [*processes.DVC, *arguments])
 
 
 def waves() -> None:

@@ -442,11 +442,12 @@ def test_errors_are_messages(repo):
     untrained = stage(repo, "evaluate", "--dataset", "dtd")
     assert untrained.returncode == 1
     assert untrained.stderr == "error: out/train/dtd/heba is not there; make it with `dvc repro train@dtd-heba`\n"
-    shutil.move(repo / "out" / "evaluate", repo / "results")
+    for folder in ("evaluate", "evaluate-transfer"):
+        shutil.move(repo / "out" / folder, repo / f"kept-{folder}")
     empty = stage(repo, "report")
     assert empty.returncode == 1
     assert "out/ has none of the evaluations that params.yaml asks for; `dvc repro` makes them" in empty.stderr
-    shutil.move(repo / "results", repo / "out" / "evaluate")
+    shutil.move(repo / "kept-evaluate", repo / "out" / "evaluate")
     assert (states(repo, "out/evaluate/dtd"), states(repo, "reports")) == before
     image = next((repo / "data" / "embedded" / "dtd" / "images").rglob("*.png"))
     image.unlink()
