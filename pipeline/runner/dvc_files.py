@@ -15,7 +15,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.paths import remove_left, temporary_name
+from heba.files import remove_left, temporary_name
 
 LOCK, RWLOCK = "dvc.lock", "rwlock"
 TMP = Path(".dvc", "tmp")  # where the rwlock lies, and what git need not see
