@@ -8,6 +8,7 @@ correction is over the methods.
 import difflib
 import io
 import json
+import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,6 @@ from dvc.exceptions import DvcException, PathMissingError
 
 from heba.data.datasets import TABLE, title
 from heba.data.protocols import PROTOCOLS
-from pipeline.core.git import run_git
 from pipeline.report import provenance, statistics
 from pipeline.report.leaderboard import holm, paired, tests
 from pipeline.report.statistics import ALPHA, FEWEST
@@ -115,9 +115,10 @@ def _content(name: str, path: str) -> str:
 
 def _names() -> list[str]:
     """Of experiments, branches and tags."""
-    listed = run_git("for-each-ref", "--format=%(refname)", "refs/heads", "refs/tags", "refs/exps")
+    command = ["git", "for-each-ref", "--format=%(refname)", "refs/heads", "refs/tags", "refs/exps"]
+    listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout.split()
     names = [WORKSPACE]
-    for ref in listed.stdout.split() if listed else []:
+    for ref in listed:
         kind, rest = ref.split("/", 2)[1:]
         if kind != "exps":
             names.append(rest)
