@@ -6,7 +6,6 @@ then. What that copy lacks is the entry of the stage that has ended since; DVC m
 """
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,9 +16,8 @@ import yaml
 from pipeline.core.git import run_git
 from pipeline.core.paths import main_root, new_file
 from pipeline.runner import dvc_inside, dvc_locks
-from pipeline.runner.dvc_files import LOCK
+from pipeline.runner.dvc_files import HEAD, LOCK, blocks
 
-HEAD = "schema: '2.0'\nstages:\n"
 KEPT = Path(".heba", LOCK)  # the copy
 BEGAN, ENDED = (
     Path(".heba", "stage.began"),
@@ -110,8 +108,8 @@ def _entries(text: str) -> dict[str, str]:
     """The entries of a dvc.lock by stage, each as text. A line at its end that is cut says nothing."""
     if not text.startswith(HEAD):
         return {}
-    parts = re.split(r"^(?=  \S)", text[len(HEAD) : text.rfind("\n") + 1], flags=re.MULTILINE)
-    return {part.splitlines()[0].strip().removesuffix(":").strip("'\""): part for part in parts if part.strip()}
+    _, *stages = blocks(text[: text.rfind("\n") + 1])
+    return {stage.partition("\n")[0].strip().removesuffix(":").strip("'\""): stage for stage in stages}
 
 
 def _without_last(entries: dict[str, str]) -> dict[str, str]:
