@@ -155,7 +155,7 @@ def compare(one: Revision, other: Revision) -> Comparison:
         rows = _rows(left, right, protocol, changed)
         datasets += [row for row in rows if row["dataset"] != AVERAGE]
         means = [row for row in rows if row["dataset"] == AVERAGE]
-        _test(means, left, right, protocol)
+        _test(means, left, right)
         averages += means
         sets = len(set(left["dataset"]) & set(TABLE))
         least = min(1.0, len(changed) * statistics.least_p(sets))
@@ -219,7 +219,7 @@ def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
 
 
-def _test(rows: list[dict[str, Any]], left: pd.DataFrame, right: pd.DataFrame, protocol: str) -> None:
+def _test(rows: list[dict[str, Any]], left: pd.DataFrame, right: pd.DataFrame) -> None:
     """Add to the averages the interval and p of their differences, and what these say."""
     both = pd.concat([left.assign(side="first"), right.assign(side="second")])
     both = both[both["dataset"].isin(TABLE)]

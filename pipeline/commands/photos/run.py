@@ -125,7 +125,7 @@ def run(images: Path, out: Path | None, options: Options) -> None:
         titled = {methods.part(name, "settings").TITLE: choice for name, choice in ran.choices.items()}
         chosen = choose.sentences(titled)
         settings = chosen + results.chosen_by_methods(params, found.shots)
-        about = versions(params, commit)
+        about = versions(commit)
         html = page.render(found, params, images, plan.text(), notes, findings, settings, about, warning)
         with new_file(root / REPORT) as path:
             path.write_text(html, encoding="utf-8")
@@ -284,7 +284,7 @@ def notes_of(plan: Plan, params: Params, ran: Ran) -> list[str]:
     return notes
 
 
-def versions(params: Params, commit: str) -> str:
+def versions(commit: str) -> str:
     return (
         f"heba {heba.__version__}, torch {torch.__version__}, Python {platform.python_version()}; "
         f"commit {commit} of this project; params in {PARAMS_FILE}."
