@@ -41,7 +41,6 @@ TINY = (
     f"images. Give a real one: {REAL}"
 )
 SHOWN, LISTED = 10, 200  # items of a finding in the terminal and in the report
-WITHOUT = "classes without descriptions"  # which no class of a folder has here
 
 
 class Options(NamedTuple):
@@ -202,7 +201,7 @@ def check(params: Params, name: str, data: Checked, plan: Plan) -> list[str]:
         unread = any(look.problem for look in data.looks.values()) and not data.skipped
         remedy = ", or set --skip-unreadable to go on without what cannot be read" if unread else ""
         raise ParamsError(f"{found}\nMend these{remedy}, and run the same again.")
-    notes = [finding for finding in report.notes if not finding.text.startswith(WITHOUT)]
+    notes = [finding for finding in report.notes if finding.kind != "undescribed"]  # no folder has descriptions
     if plan.left_out:
         notes.append(Finding("the same picture as an image of another part, left out", plan.left_out))
     for finding in notes:
