@@ -46,6 +46,7 @@ LEFT_OUT_BY_STAGE = {
     "report": {
         "heba/clip": "checks params",
         "heba/data/prompts.py": "checks params",
+        "heba/data/validation.py": "words of an error",
         "heba/fit": "costs",
     },
 }
