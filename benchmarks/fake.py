@@ -107,9 +107,7 @@ class FakeGPU(TorchDispatchMode):
                 raise TypeError(f"{name}: {', '.join(sorted(map(str, kinds)))}, and a GPU takes one type")
 
 
-def gradients(
-    outputs: Sequence[Tensor], wanted: Sequence[Tensor], retain_graph: bool = False
-) -> list[Tensor | None]:
+def gradients(outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradients of the sum of `outputs`, by a walk over autograd's graph; torch's own engine needs a GPU."""
     nodes: list[Any] = []
     seen: set[Any] = set()

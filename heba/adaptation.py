@@ -24,6 +24,7 @@ from heba.data.frozen import classes_of, encode_texts, encode_views
 from heba.data.images import LabelledImages
 from heba.data.prompts import PARTS, TEMPLATE, all_prompts, tokenize
 from heba.data.splits import Item, Split, class_names, sample_few_shot
+from heba.data.validation import keys_and_reasons
 from heba.evaluation.metrics import wilson
 from heba.evaluation.report import classification_report
 from heba.files import new_folder
@@ -199,6 +200,9 @@ def choose_settings(method: str, given: Mapping[str, Any], config: Mapping[str, 
     about = methods.part(method, "settings")
     depth, width = architecture.depth(dict(config)), architecture.width(dict(config))
     values = dict(given)
+    known = about.Settings.model_fields
+    if unknown := [key for key in values if key not in known]:
+        raise ValueError(f"{method} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
     try:
         settings = about.Settings.model_validate(values)
         for _ in range(2):  # the first layer may lie behind the last one, when that is lower
@@ -209,8 +213,7 @@ def choose_settings(method: str, given: Mapping[str, Any], config: Mapping[str, 
                     settings = fitting[0]
                     values[key] = getattr(settings, key)
     except ValidationError as error:
-        found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"settings of {method}: {found}") from None
+        raise ValueError(f"settings of {method}: {keys_and_reasons(error)}") from None
     problems = about.problems(settings, depth, width)
     if problems:
         raise ValueError(f"settings of {method}: {'; '.join(f'{key}: {text}' for key, text in problems.items())}")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from heba import methods
+from heba.data.validation import keys_and_reasons
 
 if TYPE_CHECKING:
     import torch
@@ -92,9 +93,7 @@ def read_config(folder: Path) -> Config:
         config = Config.model_validate_json(path.read_text(encoding="utf-8"))
         config.method_settings()
     except ValidationError as error:
-        told = [(".".join(map(str, e["loc"])), e["msg"]) for e in error.errors()]
-        found = "; ".join(f"{key}: {message}" if key else message for key, message in told)
-        raise ValueError(f"{path}: damaged ({found}); {REMEDY}") from None
+        raise ValueError(f"{path}: damaged ({keys_and_reasons(error)}); {REMEDY}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged ({error}); {REMEDY}") from None
     return config

@@ -23,6 +23,7 @@ from heba.clip.towers import encode_text_plain
 from heba.data import datasets
 from heba.data.images import Images, for_each_image
 from heba.data.prompts import TEMPLATE, Prompts, all_prompts, build_prompts, prompts_of, tokenize
+from heba.data.validation import keys_and_reasons
 
 Tokenizer = Callable[[list[str]], Tensor]
 ImageLike = str | os.PathLike | Image.Image
@@ -195,8 +196,7 @@ def _with_settings(config: artifact.Config, changed: Mapping[str, Any]) -> Any:
     try:
         return about.Settings.model_validate(config.settings | dict(changed))
     except ValidationError as error:
-        found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"settings: {found}") from None
+        raise ValueError(f"settings: {keys_and_reasons(error)}") from None
 
 
 def _classes(clip: Any, tokenizer: Tokenizer, names: list[str], prompts: Prompts) -> Classes:

@@ -26,8 +26,8 @@ SEES = {
     "pipeline/core": HEBA,
     "pipeline/tracking": HEBA | {"pipeline/core"},
     "pipeline/stages": HEBA | {"heba/embedded", "pipeline/core", "pipeline/tracking"},
-    "pipeline/report": {"heba/data", "heba/methods", "heba/evaluation", "pipeline/core"},
-    "pipeline/runner": {"pipeline/core"},
+    "pipeline/report": {"heba", "heba/data", "heba/methods", "heba/evaluation", "pipeline/core"},
+    "pipeline/runner": {"heba", "pipeline/core"},
     "pipeline/commands": HEBA
     | {f"pipeline/{room}" for room in ("core", "tracking", "stages", "report", "runner")},
     "pipeline": {"pipeline/runner", "pipeline/commands"},

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from heba.clip.context import Texts
+from heba.data.validation import keys_and_reasons
 
 PREFIXES = ("module.", "prompt_learner.", "adapter_learner.")  # of wrapped models, and of models saved whole
 FROZEN = ("image_encoder.", "text_encoder.", "ZS_image_encoder.", "logit_scale")  # CLIP's, in a model saved whole
@@ -132,8 +133,7 @@ def settings_of(
     try:
         return settings.model_validate({**told, **given}).model_dump()
     except ValidationError as error:
-        found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"{checkpoint.path}: settings: {found}") from None
+        raise ValueError(f"{checkpoint.path}: settings: {keys_and_reasons(error)}") from None
 
 
 @torch.no_grad()

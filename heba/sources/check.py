@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pandas as pd
 
@@ -12,10 +12,14 @@ from heba.sources.look import ODD, Look
 
 
 class Finding(NamedTuple):
-    """Something to know about a data set, and the files or classes that it is about."""
+    """Something to know about a data set, and the files or classes that it is about.
+
+    `kind` is of those alone that a remedy or a command looks for.
+    """
 
     text: str
     items: list[str]
+    kind: Literal["", "leak", "unreadable", "undescribed"] = ""
 
     def shown(self, most: int | None = None) -> str:
         """As text, with `most` of the items."""
@@ -83,14 +87,18 @@ def check(
     few = table[(table["train"] > 0) & (table["train"] < rules.shots)]
     unknown = sorted(set(texts) - {normalise_class_name(name) for name in names})
     conflict = Finding("the same image, byte for byte, in different classes", files.conflicts)
-    leak = Finding("the same bytes in more than one of train, val and test", files.leaks)
+    leak = Finding("the same bytes in more than one of train, val and test", files.leaks, "leak")
     errors = [
         Finding(
             "fewer than two classes, so that there is nothing to tell apart",
             [] if len(names) > 1 else names or ["none at all"],
         ),
-        Finding("images that are missing or cannot be decoded", files.broken),
-        Finding("images of 16 or more bits a channel, of an unknown range; convert them to 8 bit", files.deep),
+        Finding("images that are missing or cannot be decoded", files.broken, "unreadable"),
+        Finding(
+            "images of 16 or more bits a channel, of an unknown range; convert them to 8 bit",
+            files.deep,
+            "unreadable",
+        ),
         Finding("classes without test images", list(table.index[table["test"] == 0])),
         # The test sets of domain generalisation have none at all.
         Finding("classes without train images", list(table.index[table["train"] == 0]) if split["train"] else []),
@@ -110,7 +118,9 @@ def check(
             [f"{name}: {n}" for name, n in few["train"].items()],
         ),
         Finding(
-            "classes without descriptions, which use the template", list(table.index[table["descriptions"] == 0])
+            "classes without descriptions, which use the template",
+            list(table.index[table["descriptions"] == 0]),
+            "undescribed",
         ),
         Finding("descriptions of no class", unknown),
     ]

@@ -5,15 +5,12 @@ is saved anew, resized, lit a little more or mirrored, and differs in another ph
 bounds below lie between the two; tests/heba/test_duplicates.py has photographs, drawings and handwritten digits.
 """
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
-from heba.sources.look import SIDE, Look, look_at
+from heba.sources.look import SIDE, Look
 
 LIKENESS = 0.9965  # the correlation of two pictures of half the side, all colours together
 RESIDUAL = 32.0  # the largest difference of a pixel, of 255, once brightness and contrast are matched ...
@@ -26,19 +23,15 @@ CANDIDATES = 8  # of later images, the likeliest, that an image is looked at wit
 AT_ONCE = 10_000_000  # comparisons
 
 
-def near_duplicates(
-    root: Path, files: Sequence[str], done: Callable[[int], object] | None = None
-) -> list[list[str]]:
-    """The groups, of two or more, of those `files` under `root` that show the same picture: the same bytes, saved
-    anew, resized, a little brighter or darker, or mirrored.
-
-    A file that cannot be read is in no group. Groups and their files are sorted; `done` counts the files.
-    """
-    return same_pictures(look_at(root, files, done or (lambda n: None)))
-
-
 def same_pictures(looks: dict[str, Look]) -> list[list[str]]:
-    """`near_duplicates` of files that were looked at."""
+    """The groups, of two or more, of files that show the same picture: the same bytes, saved anew, resized, a
+    little brighter or darker, or mirrored.
+
+    A file that cannot be read is in no group. Groups and their files are sorted.
+
+    Args:
+        looks: by file, `heba.sources.look.look_at`.
+    """
     seen = {file: (look, look.small) for file, look in sorted(looks.items()) if look.small is not None}
     files = list(seen)
     if not files:

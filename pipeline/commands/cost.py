@@ -62,7 +62,7 @@ def built(params: Params, method: str, protocol: str) -> Iterator[Any]:
         part.detach(model)
 
 
-def left(method: str, model: Any) -> dict[str, torch.Size]:
+def trained_shapes(method: str, model: Any) -> dict[str, torch.Size]:
     """The shapes of the tensors that a training of a method leaves."""
     return {n: tensor.shape for n, tensor in methods.part(method, "method").trained(model).state_dict().items()}
 
@@ -74,7 +74,7 @@ def _numbers(shapes: Mapping[str, torch.Size]) -> int:
 def left_numbers(params: Params, method: str, protocol: str) -> int:
     """How many numbers a training of a method leaves."""
     with built(params, method, protocol) as model:
-        return _numbers(left(method, model))
+        return _numbers(trained_shapes(method, model))
 
 
 def adapter_bytes(params: Params, training: Training) -> int:
@@ -127,7 +127,7 @@ def table(params: Params, tflops: float, overhead_ms: float, text_length: int) -
         about, own = methods.part(method, "settings"), of_method[method, protocol]
         settings = settings_of(params, method, protocol)
         with built(params, method, protocol) as model:
-            shapes = left(method, model)
+            shapes = trained_shapes(method, model)
             numbers, same = _numbers(shapes), (method, str(shapes))
             if same not in counted:
                 towers = hasattr(model, "encode_image") or hasattr(model, "encode_text")
@@ -181,8 +181,7 @@ def disk(params: Params) -> dict[str, float]:
 
 
 class Speed(BaseModel):
-    """What a training step was measured to take: `overhead_ms` and its operations at `tflops`, by `sizes` sizes of
-    a step."""
+    """A least-squares fit of measured step times over `sizes` step sizes: `tflops` and a fixed `overhead_ms`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from urllib.parse import unquote, urlparse
 
 from pipeline.commands import links
+from pipeline.core.git import run_git
 from pipeline.core.params import LOST, PARAMS_FILE, Params, load_params, lost_folders, stage_of
 from pipeline.core.paths import OUT, data_folder, main_root
 from pipeline.core.trainings import trainings
@@ -30,7 +31,7 @@ POSTGRES = INSTALL.replace("pipeline", "postgres")
 SHOWN = ("torch", "torchvision", "open_clip_torch", "dvc", "mlflow")
 MOST_IMAGES = 50_000  # of a data set, to be counted here; the stages count them all
 EMBEDDED_BYTES = 1_000_000_000  # data, outs and MLflow's store of the demo, which takes 0.82 GB
-PATIENCE = 20.0  # seconds for a store to answer
+PATIENCE = 20.0  # seconds for a store or git to answer
 DVC_PATIENCE = 180.0  # seconds for `dvc status`, which may have to hash much
 SILENCE = 3.0  # seconds before a message says what is waited for
 
@@ -255,21 +256,20 @@ def _ask_database(uri: str) -> None:
 
 def git(params: Params | None) -> Row:
     """A commit that names what runs."""
-
-    def ask(*arguments: str) -> str:
-        command = ["git", *arguments]
-        return subprocess.run(command, cwd=main_root(), capture_output=True, text=True, check=True).stdout
-
-    try:
-        commit = ask("log", "-1", "--format=%h").strip()
-        changed = [line[3:] for line in ask("status", "--porcelain").splitlines()]
-    except FileNotFoundError:
+    if not shutil.which("git"):
         return Row("git", "fail", "git is not installed", "install git")
-    except subprocess.CalledProcessError as error:
-        said = _first_line(error.stderr)
-        if "dubious ownership" in said:
-            return Row("git", "fail", said, f"git config --global --add safe.directory {main_root()}")
-        return Row("git", "fail", said, "git init && git add -A && git commit -m start")
+    printed = []
+    for arguments in (["log", "-1", "--format=%h"], ["status", "--porcelain"]):
+        done = run_git(*arguments, folder=main_root(), patience=PATIENCE)
+        if done is None:
+            return Row("git", "warn", f"git {arguments[0]} takes more than {PATIENCE:.0f} s", "git status")
+        if done.returncode:
+            said = _first_line(done.stderr)
+            if "dubious ownership" in said:
+                return Row("git", "fail", said, f"git config --global --add safe.directory {main_root()}")
+            return Row("git", "fail", said, "git init && git add -A && git commit -m start")
+        printed.append(done.stdout)
+    commit, changed = printed[0].strip(), [line[3:] for line in printed[1].splitlines()]
     if changed:
         found = f"commit {commit}, and {len(changed)} changed: {_some(changed)}"
         return Row("git", "warn", found, "git commit, so that the commit in MLflow names what ran")

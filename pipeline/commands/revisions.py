@@ -8,7 +8,6 @@ correction is over the methods.
 import difflib
 import io
 import json
-import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from scmrepo.exceptions import SCMError
 
 from heba.data.datasets import TABLE, title
 from heba.data.protocols import PROTOCOLS
+from pipeline.core.git import run_git
 from pipeline.report import provenance, statistics
 from pipeline.report.leaderboard import holm, paired, tests
 from pipeline.report.statistics import ALPHA, FEWEST
@@ -133,12 +133,9 @@ def _names() -> list[str]:
 
 
 def _git(*arguments: str) -> str:
-    """What git prints; "" where it fails, or takes more than 30 seconds."""
-    try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return "" if done.returncode else done.stdout
+    """What git prints; "" where it fails or takes too long."""
+    done = run_git(*arguments)
+    return done.stdout if done and not done.returncode else ""
 
 
 # Comparing.
@@ -169,7 +166,7 @@ def compare(one: Revision, other: Revision) -> Comparison:
         rows = _rows(left, right, protocol, changed)
         datasets += [row for row in rows if row["dataset"] != AVERAGE]
         means = [row for row in rows if row["dataset"] == AVERAGE]
-        _test(means, left, right, protocol)
+        _test(means, left, right)
         averages += means
         sets = len(set(left["dataset"]) & set(TABLE))
         least = min(1.0, len(changed) * statistics.least_p(sets))
@@ -233,7 +230,7 @@ def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
 
 
-def _test(rows: list[dict[str, Any]], left: pd.DataFrame, right: pd.DataFrame, protocol: str) -> None:
+def _test(rows: list[dict[str, Any]], left: pd.DataFrame, right: pd.DataFrame) -> None:
     """Add to the averages the interval and p of their differences, and what these say."""
     both = pd.concat([left.assign(side="first"), right.assign(side="second")])
     both = both[both["dataset"].isin(TABLE)]

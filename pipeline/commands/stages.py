@@ -3,14 +3,14 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from heba.data.protocols import PROTOCOLS
 from heba.fit.bounds import MOST_SEED
 from pipeline.commands.common import Dataset, read_params, refuse_lost_folders, say
-from pipeline.core.params import MOST, Params, ParamsError
+from pipeline.core.params import MOST, ParamsError
 from pipeline.core.paths import new_folder
 
 
@@ -124,27 +124,11 @@ def protocols() -> None:
     say("protocols", "folders of all results")
 
 
-def _epochs(params: Params) -> Any:
-    """The losses of the base_to_novel trainings that are there: a frame of method, dataset, epoch and loss."""
-    import pandas as pd
-
-    from heba import artifact
-    from pipeline.core.trainings import trainings
-
-    rows = [
-        (training.method, training.dataset, int(record["epoch"]), record["loss"])
-        for training in trainings(params)
-        if training.protocol == "base_to_novel" and (training.folder / artifact.HISTORY_FILE).is_file()
-        for record in artifact.read_history(training.folder)
-    ]
-    return pd.DataFrame(rows, columns=["method", "dataset", "epoch", "loss"])
-
-
 def report() -> None:
     """Render reports/ from the evaluations that params.yaml asks for and print the summary."""
     from heba.evaluation.cost import read_cost
     from pipeline.core.trainings import cost_path
-    from pipeline.report import ablation, cost, provenance, render, selection
+    from pipeline.report import ablation, cost, epochs, provenance, render, selection
 
     params = read_params()
     records, left_out = selection.select(params)
@@ -166,7 +150,7 @@ def report() -> None:
             *(records, params.methods, folder, real, ablations, below),
             costs=costs,
             timings=timings,
-            epochs=_epochs(params),
+            epochs=epochs.read(params),
         )
     if records:
         from pipeline.tracking import log as tracking

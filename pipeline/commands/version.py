@@ -1,7 +1,6 @@
 """`--version` of both commands. Imports none of the packages that it tells the versions of."""
 
 import platform
-import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +8,7 @@ from typing import Annotated
 import typer
 
 import heba
+from pipeline.core.git import run_git
 
 PACKAGES = ("torch", "open_clip_torch", "timm", "dvc", "mlflow")  # the last two where the pipeline is installed
 ROOT = Path(heba.__file__).resolve().parents[1]
@@ -36,11 +36,8 @@ def commit(root: Path = ROOT) -> str:
 
 
 def _git(root: Path, *command: str) -> str:
-    try:
-        done = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    done = run_git(*command, folder=root)
+    return done.stdout.strip() if done and done.returncode == 0 else ""
 
 
 def _show(wanted: bool) -> None:

@@ -68,8 +68,8 @@ class Data(_Strict):
 
 class Own(_Strict):
     """A user's own data set; `path` is the folder of its images, in which `file` and `descriptions` are. Of the
-    kind coop, `split` may name a split file instead, relative to the repository, in which it lies. The data set is
-    in few_shot, which trains on all classes, and where that is asked for in base_to_novel."""
+    kind coop, `split` may name a split file instead, relative to the repository, in which it lies. Methods
+    are trained on it for few_shot, and for base_to_novel only with `base_to_novel: true`."""
 
     kind: Literal["folder", "csv", "coop"]
     path: Text

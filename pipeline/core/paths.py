@@ -1,16 +1,15 @@
 """Paths, in DVC's temporary workspaces too, and outs that appear whole or not at all."""
 
 import errno
-import glob
 import os
 import re
-import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 from safetensors import SafetensorError
+
+from heba import files
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -41,64 +40,31 @@ def manifest_path(dataset: str) -> Path:
     return OUT / "download" / f"{dataset}.json"
 
 
-def remove_left(path: Path) -> None:
-    """Remove temporary files beside `path` (see `temporary_name`) whose processes were killed."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        pid = left.name.rsplit(".", 2)[1]
-        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
-            _remove(left)
-
-
 def keep_only(folder: Path, wanted: Collection[Path]) -> None:
-    """Remove what lies under `folder`, but for `wanted` and what living processes write (`temporary_name`)."""
+    """Remove what lies under `folder`, but for `wanted` and what living processes write (`heba.files`)."""
     for path in sorted(folder.iterdir()):
         if path in wanted:
             continue
         if path.name.startswith(".") and path.suffix == ".tmp":
-            remove_left(path.with_name(path.name[1:].rsplit(".", 2)[0]))
+            files.remove_left(path.with_name(path.name[1:].rsplit(".", 2)[0]))
         elif any(kept.is_relative_to(path) for kept in wanted):
             keep_only(path, wanted)
         else:
-            _remove(path)
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def temporary_name(path: Path) -> Path:
-    """A temporary name beside `path`; files of such names that killed processes left are removed."""
-    remove_left(path)
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            files.remove(path)
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `path` that replaces it when the block ends without an exception."""
-    with writable(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_name(path)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        try:
-            yield temporary
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(temporary, path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    """`heba.files.new_folder`, with the messages of `writable`."""
+    with writable(path), files.new_folder(path) as new:
+        yield new
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Give a temporary file name beside `path` that is renamed to it when the block ends well."""
-    with writable(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_name(path)
-        try:
-            yield temporary
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    """`heba.files.new_file`, with the messages of `writable`."""
+    with writable(path), files.new_file(path) as new:
+        yield new
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def draw(protocol: str, table: pd.DataFrame, names: list[str], board: Board | No
         if board is not None:
             found |= scatter(board, names) if board.score[1] == "h" else {}
             found |= differences(board, names)
-            found |= ranks(board, names)
+            found |= ranks(board)
             found |= over_parameters(board, names)
     return found
 
@@ -201,7 +201,7 @@ def differences(board: Board, names: list[str]) -> Drawn:
     return {f"{board.protocol}_differences": svg(figure, "Differences to the reference, by data set")}
 
 
-def ranks(board: Board, names: list[str]) -> Drawn:
+def ranks(board: Board) -> Drawn:
     """The critical-difference diagram: average ranks, the best on the right; a bar joins methods that ranks do not
     tell apart."""
     if board.friedman is None:

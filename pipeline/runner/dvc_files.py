@@ -15,13 +15,13 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.paths import remove_left, temporary_name
+from heba.files import remove_left, temporary_name
 
 LOCK, RWLOCK = "dvc.lock", "rwlock"
 TMP = Path(".dvc", "tmp")  # where the rwlock lies, and what git need not see
 HEAD = "schema: '2.0'\nstages:\n"
 # Left to DVC: a line that belongs to no stage, a comment, a key of over 128 characters, an anchor, alias or tag.
-ODD = re.compile(r"^ ?\S|(?:^|\s)#|^ *\? |[:-] [&*!]", re.MULTILINE)
+NOT_PLAIN = re.compile(r"^ ?\S|(?:^|\s)#|^ *\? |[:-] [&*!]", re.MULTILINE)
 
 
 def replace_files_whole() -> None:
@@ -55,20 +55,25 @@ def remove_halves(root: Path) -> None:
         remove_left(path)
 
 
+def blocks(text: str) -> list[str]:
+    """The beginning of a dvc.lock, before its first stage, and the text of each stage."""
+    return re.split(r"^(?=  \S)", text, flags=re.MULTILINE)
+
+
 def entries(text: str) -> dict[str, str] | None:
     """The text of dvc.lock by stage; None where it has not the plain form in which DVC writes it."""
     from dvc.utils.serialize import ParseError, parse_yaml
 
-    head, *blocks = re.split(r"^(?=  \S)", text, flags=re.MULTILINE)
-    keys = [block.partition("\n")[0] for block in blocks]
-    if head != HEAD or not text.endswith("\n") or ODD.search(text, len(HEAD)):
+    head, *stages = blocks(text)
+    keys = [stage.partition("\n")[0] for stage in stages]
+    if head != HEAD or not text.endswith("\n") or NOT_PLAIN.search(text, len(HEAD)):
         return None
     try:
         names = parse_yaml("\n".join(keys), LOCK)
     except ParseError:
         return None
-    plain = isinstance(names, dict) and len(names) == len(blocks) and not any(names.values())
-    return dict(zip(names, blocks, strict=True)) if plain else None
+    plain = isinstance(names, dict) and len(names) == len(stages) and not any(names.values())
+    return dict(zip(names, stages, strict=True)) if plain else None
 
 
 def write_entries_alone() -> None:

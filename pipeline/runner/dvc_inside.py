@@ -27,7 +27,7 @@ BUSY = ("acquire lock", "is busy")  # the repository, or a file that a stage rea
 # What DVC says.
 
 
-def told(line: str) -> tuple[str, str | None] | None:
+def stage_of_line(line: str) -> tuple[str, str | None] | None:
     """The stage that a line of `dvc repro` is about, and how it has ended; None for one that begins now."""
     said = SAID.match(line)
     return (said[1], FATE[said[2]]) if said else None

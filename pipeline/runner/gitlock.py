@@ -2,10 +2,11 @@
 "the index is locked".
 """
 
-import subprocess
 from pathlib import Path
 
 import psutil
+
+from pipeline.core.git import run_git
 
 
 def damage(root: Path) -> str:
@@ -26,9 +27,8 @@ def mend(root: Path) -> str:
 
 def _path(root: Path) -> Path | None:
     """Where git has it, which in a worktree is not below .git; None outside of a repository."""
-    command = ["git", "rev-parse", "--git-path", "index.lock"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    return root / done.stdout.strip() if done.returncode == 0 else None
+    done = run_git("rev-parse", "--git-path", "index.lock", folder=root)
+    return root / done.stdout.strip() if done and done.returncode == 0 else None
 
 
 def _works(root: Path) -> bool:

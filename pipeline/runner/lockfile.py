@@ -6,8 +6,6 @@ then. What that copy lacks is the entry of the stage that has ended since; DVC m
 """
 
 import os
-import re
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,11 +13,11 @@ from typing import Any
 
 import yaml
 
+from pipeline.core.git import run_git
 from pipeline.core.paths import main_root, new_file
 from pipeline.runner import dvc_inside, dvc_locks
-from pipeline.runner.dvc_files import LOCK
+from pipeline.runner.dvc_files import HEAD, LOCK, blocks
 
-HEAD = "schema: '2.0'\nstages:\n"
 KEPT = Path(".heba", LOCK)  # the copy
 BEGAN, ENDED = (
     Path(".heba", "stage.began"),
@@ -110,8 +108,8 @@ def _entries(text: str) -> dict[str, str]:
     """The entries of a dvc.lock by stage, each as text. A line at its end that is cut says nothing."""
     if not text.startswith(HEAD):
         return {}
-    parts = re.split(r"^(?=  \S)", text[len(HEAD) : text.rfind("\n") + 1], flags=re.MULTILINE)
-    return {part.splitlines()[0].strip().removesuffix(":").strip("'\""): part for part in parts if part.strip()}
+    _, *stages = blocks(text[: text.rfind("\n") + 1])
+    return {stage.partition("\n")[0].strip().removesuffix(":").strip("'\""): stage for stage in stages}
 
 
 def _without_last(entries: dict[str, str]) -> dict[str, str]:
@@ -146,23 +144,20 @@ def _write(path: Path, text: str) -> None:
         file.write_text(text, encoding="utf-8")
 
 
-def _git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, encoding="utf-8", check=False)
-
-
 def _known_to_git(root: Path) -> bool:
     """Whether dvc.lock is one of git's: then it was checked out, and is whole."""
-    with suppress(FileNotFoundError):  # git is not installed
-        name = _git(root, "hash-object", LOCK).stdout.strip()
-        return bool(name) and _git(root, "cat-file", "-e", name).returncode == 0
-    return False
+    hashed = run_git("hash-object", LOCK, folder=root)
+    name = hashed.stdout.strip() if hashed else ""
+    there = run_git("cat-file", "-e", name, folder=root) if name else None
+    return there is not None and there.returncode == 0
 
 
 def _before(root: Path) -> str:
     """The dvc.lock of the time when the last stage began, or git's."""
-    with suppress(FileNotFoundError):
-        return _read(root / KEPT) or _git(root, "show", f"HEAD:./{LOCK}").stdout
-    return ""
+    if copy := _read(root / KEPT):
+        return copy
+    shown = run_git("show", f"HEAD:./{LOCK}", folder=root)
+    return shown.stdout if shown else ""
 
 
 def _is_beginning(text: str, before: str) -> bool:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from pipeline.core.params import Params, ParamsError
 from pipeline.runner import machine
-from pipeline.runner.dvc_inside import WAIT, Plan, failed_stages, make_plan, told
+from pipeline.runner.dvc_inside import WAIT, Plan, failed_stages, make_plan, stage_of_line
 from pipeline.runner.locks import alone, ordered_lock
 from pipeline.runner.processes import Child, Job, dvc, stop
 from pipeline.runner.progress import Progress
@@ -131,7 +131,7 @@ class Batch:
         for line in lines:
             if line.startswith(NODE):
                 self.where = line.removeprefix(NODE)
-            elif (said := told(line)) and said[0] in self.stages:
+            elif (said := stage_of_line(line)) and said[0] in self.stages:
                 stage, fate = said
                 if self.stage and self.stage != stage:
                     progress.ends(self.stage, "done")

@@ -192,9 +192,9 @@ def refuse_problems(params: Params, name: str, data: Checked) -> None:
 
 def remedy(name: str, report: "Report") -> str:
     """What to do about the errors of an own data set."""
-    text = "Mend these"
-    if any("the same bytes" in finding.text for finding in report.errors):
+    text, kinds = "Mend these", {finding.kind for finding in report.errors}
+    if "leak" in kinds:
         text += f", or set own.{name}.allow_leaks: true for the same bytes"
-    if any("decoded" in finding.text or "16 or more bits" in finding.text for finding in report.errors):
+    if "unreadable" in kinds:
         text += f", or set own.{name}.skip_unreadable: true to go on without the images that cannot be read"
     return f"{text}."

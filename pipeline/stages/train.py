@@ -19,10 +19,11 @@ from heba import artifact, methods
 from heba.data.datasets import as_seen
 from heba.data.images import LabelledImages, Views
 from heba.data.splits import Split, base_labels, class_names, select_classes
+from heba.files import remove_left
 from heba.fit.run import Run
 from pipeline.core import code
 from pipeline.core.params import Params, ParamsError, settings_of
-from pipeline.core.paths import keep_only, main_root, new_folder, temporary_name, writable
+from pipeline.core.paths import keep_only, main_root, new_folder, writable
 from pipeline.core.trainings import Training, counted, train_folder, trains
 from pipeline.stages.backbone import (
     Tokenizer,
@@ -187,7 +188,7 @@ def train(
     seen = as_seen(training.dataset)
     parts = [labelled(split, part, images, labels, views.get(part), seen) for part in ("train", "val")]
     checkpoint = checkpoint_path(config)
-    temporary_name(checkpoint)  # removes what a killed training has left of one
+    remove_left(checkpoint)  # those of a killed training
     if checkpoint.exists():
         print(f"resuming from {checkpoint}", file=sys.stderr)
     history: list[dict[str, float]] = []

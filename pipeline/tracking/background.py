@@ -30,7 +30,7 @@ END = "end"  # the name of the last message
 NOTED = 2.0  # seconds after which the wait is told
 
 
-def told(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """An error's type and first line."""
     message = (without_password(str(error)).splitlines() or [""])[0][:300]
     return f"{type(error).__name__}: {message}"
@@ -60,7 +60,7 @@ class Background:
             assert self.process.stdin is not None
             os.set_blocking(self.process.stdin.fileno(), False)
         except OSError as error:
-            warn(told(error))
+            warn(error_text(error))
 
     def send(self, name: str, argument: Any) -> None:
         """Have the call `name` done with `argument`, which must fit JSON and 4 kB. Never waits."""
@@ -139,7 +139,7 @@ def serve(calls: dict[str, Callable[[list[Any]], None]], close: Callable[[], Non
             _say(str(error))
             sys.exit(1)
         except Exception as error:  # whatever the store does
-            _say(told(error))
+            _say(error_text(error))
             with suppress(Exception, Stopped), limits():
                 close()
             sys.exit(1)

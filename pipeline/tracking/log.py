@@ -255,7 +255,7 @@ def log_evaluations(records: list[Record]) -> None:
                 log.send("evaluation", _message(record, found, Path(temporary) / str(number)))
             log.finish()
     except Exception as error:  # a full disk, say; the stage is done
-        background.warn(background.told(error))
+        background.warn(background.error_text(error))
 
 
 def log_report(reports: Path) -> None:

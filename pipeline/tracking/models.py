@@ -15,7 +15,7 @@ from typing import Any
 import heba
 from heba import artifact
 from heba.artifact import ADAPTER_FILE
-from pipeline.core.paths import temporary_name
+from heba.files import temporary_name
 from pipeline.tracking.origin import COMMIT_TAG, DIRTY_TAG
 from pipeline.tracking.store import INPUTS_TAG, SHA_TAG, client, has_store, shown_uri, store_uri
 

@@ -2,9 +2,9 @@
 
 import getpass
 import os
-import subprocess
 from pathlib import Path
 
+from pipeline.core.git import run_git
 from pipeline.core.paths import main_root
 
 EXPERIMENT_TAG = "dvc.experiment"
@@ -12,7 +12,6 @@ COMMIT_TAG = "mlflow.source.git.commit"
 DIRTY_TAG = "git.dirty"  # "false", or the names of what differs from the commit
 REWRITTEN = ("dvc.lock", "reports")  # in git, and written by the pipeline itself
 CODE = ("heba/", "pipeline/")  # whose files count before git knows them
-PATIENCE = 10.0  # seconds for git
 SHOWN = 5  # names of changed files
 
 
@@ -59,14 +58,8 @@ def changed(commit: str) -> str:
 
 def _git(*arguments: str, folder: Path = Path()) -> str | None:
     """What git prints; None where it fails, or there is none."""
-    command = ["git", "--no-optional-locks", *arguments]
-    try:
-        done = subprocess.run(
-            command, cwd=folder, capture_output=True, encoding="utf-8", errors="replace", timeout=PATIENCE
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    done = run_git(*arguments, folder=folder)
+    return done.stdout.strip() if done and done.returncode == 0 else None
 
 
 def _user() -> str:

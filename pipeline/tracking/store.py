@@ -12,7 +12,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pipeline.core.paths import main_root, temporary_name
+from heba.files import temporary_name
+from pipeline.core.paths import main_root
 
 SHA_TAG, INPUTS_TAG = "heba.adapter_sha256", "heba.inputs_sha256"
 PATIENCE = 20.0  # seconds for another process to give a lock back

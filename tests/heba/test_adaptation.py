@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -181,6 +182,17 @@ def test_what_is_replaced_stays_where_the_new_cannot_take_its_place(tmp_path):
         new.rmdir()  # as if it could not be moved
     assert [path.name for path in old.iterdir()] == ["kept"]
     assert os.listdir(tmp_path) == ["adapter"]
+
+
+def test_what_a_killed_process_left_goes_with_the_next_folder(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / f".adapter.{ended.pid}.tmp" / "old").mkdir(parents=True)
+    alive = tmp_path / ".adapter.1.tmp"  # of a process that is always there
+    alive.mkdir()
+    with new_folder(tmp_path / "adapter") as new:
+        (new / "made").touch()
+    assert sorted(tmp_path.rglob("*")) == [alive, tmp_path / "adapter", tmp_path / "adapter" / "made"]
 
 
 def test_another_folder_is_not_replaced_and_an_adapter_is(photos, adapted, tmp_path):

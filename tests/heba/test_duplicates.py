@@ -9,7 +9,8 @@ from PIL import Image, ImageEnhance
 from sklearn.datasets import load_digits, load_sample_images
 
 from heba.embedded import suite
-from heba.sources.duplicates import near_duplicates
+from heba.sources.duplicates import same_pictures
+from heba.sources.look import look_at
 
 
 def save(image, path, **options):
@@ -57,7 +58,7 @@ def test_the_same_picture_saved_anew_is_found_and_no_other(tmp_path):
     files = [file for group in wanted for file in group]
     random.Random(1).shuffle(files)
     counted = []
-    assert near_duplicates(tmp_path, files, counted.append) == sorted(wanted)
+    assert same_pictures(look_at(tmp_path, files, counted.append)) == sorted(wanted)
     assert sum(counted) == len(files)
 
 
@@ -68,7 +69,7 @@ def test_handwritten_digits_are_all_different(tmp_path, side):
         save(image.resize((side, side), Image.Resampling.BICUBIC), tmp_path / f"{i}.png")
     (tmp_path / "again.png").write_bytes((tmp_path / "7.png").read_bytes())
     files = [path.name for path in tmp_path.iterdir()]
-    assert near_duplicates(tmp_path, files) == [["7.png", "again.png"]]
+    assert same_pictures(look_at(tmp_path, files)) == [["7.png", "again.png"]]
 
 
 @pytest.mark.parametrize("dataset", ["eurosat", "fgvc_aircraft", "imagenet_sketch"])
@@ -76,7 +77,7 @@ def test_drawings_are_all_different(tmp_path, dataset):
     suite.generate(dataset, tmp_path)
     files = [path.relative_to(tmp_path).as_posix() for path in (tmp_path / "images").rglob("*.png")]
     assert len(files) >= 200
-    assert near_duplicates(tmp_path, files) == []
+    assert same_pictures(look_at(tmp_path, files)) == []
 
 
 def test_plain_images_and_those_that_differ_in_place_or_colour_are_told_apart(tmp_path):
@@ -95,7 +96,7 @@ def test_plain_images_and_those_that_differ_in_place_or_colour_are_told_apart(tm
     image = Image.open(tmp_path / "red-4.png")
     save(image.resize((80, 40)), tmp_path / "wide.png")
     files = [path.name for path in tmp_path.iterdir()]
-    assert near_duplicates(tmp_path, files) == [["plain-255.png", "plain-again.png"]]
+    assert same_pictures(look_at(tmp_path, files)) == [["plain-255.png", "plain-again.png"]]
 
 
 def test_of_a_fixed_camera_what_moves_is_another_picture_and_what_flickers_is_not(tmp_path):
@@ -110,14 +111,16 @@ def test_of_a_fixed_camera_what_moves_is_another_picture_and_what_flickers_is_no
         moved.paste("black", (left, 2, left + 5, 7))
         save(moved, tmp_path / f"moved-{left}.png")
     files = [path.name for path in tmp_path.iterdir()]
-    assert near_duplicates(tmp_path, files) == [names]
+    assert same_pictures(look_at(tmp_path, files)) == [names]
 
 
 def test_what_cannot_be_read_is_in_no_group(tmp_path):
-    assert near_duplicates(tmp_path, []) == []
+    assert same_pictures(look_at(tmp_path, [])) == []
     save(Image.new("RGB", (8, 8)), tmp_path / "a.png")
     shutil.copy(tmp_path / "a.png", tmp_path / "b.png")
     for name in ("c.png", "d.png"):
         (tmp_path / name).write_bytes(b"no image")
-    assert near_duplicates(tmp_path, ["a.png", "c.png", "gone.png", "d.png", "b.png"]) == [["a.png", "b.png"]]
-    assert near_duplicates(tmp_path, ["c.png"]) == []
+    assert same_pictures(look_at(tmp_path, ["a.png", "c.png", "gone.png", "d.png", "b.png"])) == [
+        ["a.png", "b.png"]
+    ]
+    assert same_pictures(look_at(tmp_path, ["c.png"])) == []

@@ -112,8 +112,8 @@ def test_no_member_leads_out_past_the_longest_path(repo, images):
     kept = repo / "kept" / "file.txt"
     kept.parent.mkdir()
     kept.write_text("kept")
-    # It is unpacked into data/real/.dtd.PID.tmp/raw.
-    content = tar_of(images["dtd"], past_path_max("../../../../kept/file.txt"))
+    # It is unpacked into data/real/.dtd.PID.tmp/new/raw.
+    content = tar_of(images["dtd"], past_path_max("../../../../../kept/file.txt"))
     refused(repo, "dtd", content, "'a' is a link", "Pack the archive again")
     assert kept.read_text() == "kept"
 

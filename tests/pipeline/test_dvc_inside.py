@@ -52,7 +52,7 @@ def dvc(folder, *args):
 
 
 def told(done):
-    return [said for line in done.stdout.splitlines() if (said := dvc_inside.told(line))]
+    return [said for line in done.stdout.splitlines() if (said := dvc_inside.stage_of_line(line))]
 
 
 @pytest.fixture(scope="module")

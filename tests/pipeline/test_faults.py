@@ -72,8 +72,8 @@ def is_in_second(repo):
 MOMENTS = {
     "training": ([TRAIN, EVALUATE], is_training),
     "second training": ([TRAIN, EVALUATE], is_in_second),
-    "packing": (["precompute@dtd"], exists("out/precompute/.dtd.*.tmp/images.npy")),
-    "drawing": (["download@dtd"], exists("data/embedded/.dtd.*.tmp/images/*/*")),
+    "packing": (["precompute@dtd"], exists("out/precompute/.dtd.*.tmp/new/images.npy")),
+    "drawing": (["download@dtd"], exists("data/embedded/.dtd.*.tmp/new/images/*/*")),
     "logging": ([TRAIN, EVALUATE], is_logging),
 }
 
@@ -150,7 +150,7 @@ def test_a_kill_while_an_archive_is_unpacked_leaves_no_half_data_set(tmp_path):
         shutil.rmtree(folder, ignore_errors=True)
         manifest.unlink(missing_ok=True)  # the last kill may have come before it was written
         process = breakable.start(repo, *download)
-        wait_for(lambda: any(folder.parent.glob(".eurosat.*.tmp/raw")) or process.poll() is not None)
+        wait_for(lambda: any(folder.parent.glob(".eurosat.*.tmp/new/raw")) or process.poll() is not None)
         process.kill()
         process.communicate()
         wait_for(lambda: not working_in(repo))

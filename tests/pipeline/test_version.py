@@ -1,5 +1,6 @@
 """`--version`, and the help of all commands."""
 
+import os
 import subprocess
 from importlib.metadata import version as installed
 
@@ -8,6 +9,7 @@ from typer.testing import CliRunner
 
 import heba
 from pipeline.commands import cli, use, version
+from pipeline.core.git import run_git
 
 APPS = pytest.mark.parametrize("app", [cli.app, use.app], ids=["pipeline", "heba"])
 
@@ -38,6 +40,18 @@ def test_the_commit_is_that_of_the_clone_itself(tmp_path):
     assert version.commit(inside.resolve()) == ""  # installed in somebody's repository
     (tmp_path / "file").write_text("2")
     assert version.commit(tmp_path.resolve()) == f", commit {head[:12]}, changed since"
+
+
+def test_git_that_is_not_there_or_too_slow_says_nothing(tmp_path, monkeypatch):
+    assert run_git("--version").stdout.startswith("git version")
+    assert run_git("nonsense").returncode == 1
+    slow = tmp_path / "git"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.defpath}")
+    assert run_git("--version", patience=0.1) is None
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    assert run_git("--version") is None
 
 
 @APPS

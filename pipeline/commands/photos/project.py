@@ -7,7 +7,7 @@ with, its experiments work, and no change elsewhere changes it. The next `compar
 import hashlib
 import json
 import re
-import subprocess
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from heba.data.splits import write_split
 from heba.data.strict_yaml import read_yaml
 from pipeline.commands.photos.splits import Plan
 from pipeline.commands.presets import FOLDER as PRESETS
+from pipeline.core.git import run_git
 from pipeline.core.params import PARAMS_FILE, ParamsError
 from pipeline.core.paths import OUT, new_file
 from pipeline.runner import processes
@@ -33,6 +34,7 @@ IGNORED = (
     *("/report.html", "/best/"),
 )
 DVC_IGNORED = ("/data", "/mlartifacts", ".*.tmp", "__pycache__")
+GIT_PATIENCE = 600.0  # seconds for git, which takes in the whole project
 DVC_CONFIG = "[core]\n    analytics = false\n    autostage = false\n[cache]\n    type = hardlink,symlink\n"
 
 
@@ -152,10 +154,11 @@ def write_params(folder: Path, raw: dict[str, Any]) -> None:
 
 def git(folder: Path, *args: str) -> str:
     """What git prints; OSError when it fails or is not there."""
-    try:
-        done = subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise OSError("git is not there; install it: the project of `compare` is a repository") from None
+    if not shutil.which("git"):
+        raise OSError("git is not there; install it: the project of `compare` is a repository")
+    done = run_git(*args, folder=folder, patience=GIT_PATIENCE)
+    if done is None:
+        raise OSError(f"git {args[0]} in {folder} takes more than {GIT_PATIENCE:.0f} s")
     if done.returncode:
         raise OSError(f"git {args[0]} failed in {folder}:\n{(done.stdout + done.stderr).strip()}")
     return done.stdout.strip()

@@ -41,7 +41,6 @@ TINY = (
     f"images. Give a real one: {REAL}"
 )
 SHOWN, LISTED = 10, 200  # items of a finding in the terminal and in the report
-WITHOUT = "classes without descriptions"  # which no class of a folder has here
 
 
 class Options(NamedTuple):
@@ -125,7 +124,7 @@ def run(images: Path, out: Path | None, options: Options) -> None:
         titled = {methods.part(name, "settings").TITLE: choice for name, choice in ran.choices.items()}
         chosen = choose.sentences(titled)
         settings = chosen + results.chosen_by_methods(params, found.shots)
-        about = versions(params, commit)
+        about = versions(commit)
         html = page.render(found, params, images, plan.text(), notes, findings, settings, about, warning)
         with new_file(root / REPORT) as path:
             path.write_text(html, encoding="utf-8")
@@ -202,7 +201,7 @@ def check(params: Params, name: str, data: Checked, plan: Plan) -> list[str]:
         unread = any(look.problem for look in data.looks.values()) and not data.skipped
         remedy = ", or set --skip-unreadable to go on without what cannot be read" if unread else ""
         raise ParamsError(f"{found}\nMend these{remedy}, and run the same again.")
-    notes = [finding for finding in report.notes if not finding.text.startswith(WITHOUT)]
+    notes = [finding for finding in report.notes if finding.kind != "undescribed"]  # no folder has descriptions
     if plan.left_out:
         notes.append(Finding("the same picture as an image of another part, left out", plan.left_out))
     for finding in notes:
@@ -284,7 +283,7 @@ def notes_of(plan: Plan, params: Params, ran: Ran) -> list[str]:
     return notes
 
 
-def versions(params: Params, commit: str) -> str:
+def versions(commit: str) -> str:
     return (
         f"heba {heba.__version__}, torch {torch.__version__}, Python {platform.python_version()}; "
         f"commit {commit} of this project; params in {PARAMS_FILE}."

@@ -23,7 +23,8 @@ class Plan(NamedTuple):
         kind: given, the folder has a test part; repeated, drawn anew each time; folds, of a cross-validation.
         splits: by the name of their entry in params.yaml.
         seeds: of the few-shot samples that are drawn of each.
-        left_out: images of a given split that show what a test image shows, or a validation image.
+        left_out: of a given split, training or validation images that show the same picture as a test image, and
+            training images that show the same as a validation image.
     """
 
     kind: Literal["given", "repeated", "folds"]
