@@ -107,7 +107,7 @@ def test_settings_that_are_wrong_are_named(tmp_path):
     for given, message in (
         ({"end": 5}, "settings of heba: end: 5 is beyond the last layer, 4"),
         ({"scale": "much"}, "settings of heba: scale: Input should be a valid number"),
-        ({"place": 1}, "settings of heba: place: Extra inputs are not permitted"),
+        ({"place": 1}, "heba has no setting place; it has prompts, "),
     ):
         with pytest.raises(ValueError, match=message):
             choose_settings("heba", given, config)

@@ -59,6 +59,8 @@ def test_a_flag_has_no_type_in_the_help(app):
     names = [command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands]
     assert len(names) > 2
     for name in names:
+        if name == "dvc":  # becomes DVC, whose help it is
+            continue
         shown = CliRunner().invoke(app, [name, "--help"])
         assert shown.exit_code == 0
         assert "--help " in shown.output
