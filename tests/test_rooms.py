@@ -108,7 +108,7 @@ NAMED = {
     ("heba/predict.py", "zero_shot"),  # PLAIN, the method of that function
     ("heba/adaptation.py", "heba"),  # the default
     ("pipeline/commands/use.py", "heba"),
-    ("pipeline/commands/adapt.py", "heba"),  # the command
+    ("pipeline/commands/common.py", "heba"),  # the command
     ("heba/export.py", "heba"),  # the package
 }
 

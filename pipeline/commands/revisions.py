@@ -16,7 +16,7 @@ import dvc.api
 import pandas as pd
 import yaml
 from dvc.exceptions import DvcException, PathMissingError
-from scmrepo.exceptions import SCMError
+from dvc.scm import map_scm_exception
 
 from heba.data.datasets import TABLE, title
 from heba.data.protocols import PROTOCOLS
@@ -105,12 +105,13 @@ def _content(name: str, path: str) -> str:
     ):
         raise ValueError(f"{name}: is in git, and no commit")
     try:
-        return str(dvc.api.read(path, repo=".", rev=name, encoding="utf-8"))
+        with map_scm_exception():
+            return str(dvc.api.read(path, repo=".", rev=name, encoding="utf-8"))
     except PathMissingError:
         raise ValueError(
             f"{name}: has no {path}; it was not run to the end, or its reports are not in git"
         ) from None
-    except (DvcException, SCMError) as error:
+    except DvcException as error:
         near = difflib.get_close_matches(name, _names(), n=5, cutoff=0.5)
         hint = (
             f"; near it are {', '.join(near)}"

@@ -230,8 +230,8 @@ def test_a_hub_that_cannot_be_reached_is_one_message(tmp_path, silent, name, pre
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert f"{endpoint}/{repo}/resolve/main/open_clip_model.safetensors" in done.stderr
     assert ("no answer within 10 s" in done.stderr) == (hub_is == "silent")
-    assert f"put it under {tmp_path}, such as models/open_clip_model.safetensors" in done.stderr
-    assert "`backbone.pretrained` in params.yaml" in done.stderr
+    assert f"save it as models/open_clip_model.safetensors under {tmp_path}, and give" in done.stderr
+    assert "(in params.yaml: backbone.pretrained)" in done.stderr
 
 
 def test_a_tokenizer_of_a_hub_that_is_silent(tmp_path, silent):
