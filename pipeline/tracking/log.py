@@ -104,10 +104,16 @@ class Logger:
     def outs(self, trained: list[dict[str, Any]]) -> None:
         for training in trained:
             if self.run:
-                if self.logged < 0:  # else the seconds are of its last part
-                    self.store.log_metric(self.run.id, SECONDS, training["seconds"])
-                log_outs(self.store, self.run.id, Path(training["folder"]))
-                self.run.end()
+                folder = Path(training["folder"])
+                with one_at_a_time():
+                    # The same inputs may have given the same bytes before: in a DVC that was killed then, say.
+                    if find_run(self.store, folder):
+                        self.run.remove()
+                    else:
+                        if self.logged < 0:  # else the seconds are of its last part
+                            self.store.log_metric(self.run.id, SECONDS, training["seconds"])
+                        log_outs(self.store, self.run.id, folder)
+                        self.run.end()
                 self.run = None
 
     def stopped(self, nothing: list[None]) -> None:

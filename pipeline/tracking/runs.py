@@ -34,6 +34,11 @@ class OpenRun:
         self.lock.release()
         Path(self.lock.lock_file).unlink(missing_ok=True)
 
+    def remove(self) -> None:
+        """End the run and put it into MLflow's bin."""
+        self.end("KILLED")
+        self.store.delete_run(self.id)
+
 
 def cut_off(store: Any, experiment: str, tag: str, value: str) -> Any:
     """The newest run of an experiment that has this tag and was not finished, and that no process has open; or

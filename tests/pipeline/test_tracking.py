@@ -168,6 +168,24 @@ def test_a_training_that_goes_on_in_another_experiment_goes_on_with_its_run(fold
     assert len(all_runs(store)) == 2
 
 
+def test_a_training_that_is_done_again_is_one_run_unless_it_differs(folder, monkeypatch):
+    """As where DVC was killed before it noted the first, and the next experiment begins without its outs."""
+    for experiment, inputs in (("killed", "same"), ("next", "same"), ("next", "other")):
+        monkeypatch.setenv("DVC_EXP_NAME", experiment)
+        run = begun(inputs)
+        run.epoch(EPOCH)
+        config = CONFIG.model_copy(update={"inputs_sha256": inputs})
+        run.outs(trained(folder / experiment / inputs, config=config))
+        run.finish()
+    found = all_runs(client())
+    assert {(run.data.tags[INPUTS_TAG], run.data.tags["dvc.experiment"]) for run in found} == {
+        ("same", "killed"),
+        ("other", "next"),
+    }
+    assert statuses() == ["FINISHED"] * 2
+    assert not list((folder / ".heba" / "runs").glob("*.lock"))
+
+
 def test_ctrl_c_while_a_stage_waits_for_mlflow_lets_it_be_done(folder):
     lock = FileLock(folder / ".heba-mlflow.lock")
     lock.acquire()  # nothing can be done before ctrl-C
