@@ -61,6 +61,13 @@ def shown(text: str) -> str:
     return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 
+def weights_of(backbone: str, pretrained: str | None) -> str:
+    """The weights that go with --backbone; ParamsError where they must be given. The tiny CLIP has its own."""
+    if pretrained is None and backbone != "tiny":
+        raise ParamsError(f"--backbone {backbone}: give --pretrained too, a tag such as openai or a file")
+    return pretrained or "embedded"
+
+
 def predict_command(adapter: Path, backbone: str, pretrained: str, root: Path = Path()) -> str:
     """The command that classifies images with an adapter. It names the backbone's own files: an adapter may name
     none that lies outside of the `root` they are relative to."""

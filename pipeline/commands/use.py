@@ -16,7 +16,7 @@ from heba.evaluation.record import read_record
 from heba.fit.bounds import MOST_SEED
 from heba.sources.own import IMAGE_SUFFIXES, is_hidden
 from pipeline.commands import version
-from pipeline.commands.common import read_settings, run_app, shown
+from pipeline.commands.common import read_settings, run_app, shown, weights_of
 from pipeline.core.params import PARAMS_FILE, load_params
 from pipeline.core.paths import OUT
 
@@ -93,11 +93,8 @@ def adapt(
     """Train a classifier on a folder of images per class, and test it."""
     from pipeline.commands import adapt
 
-    if pretrained is None and backbone != "tiny":
-        raise ValueError(f"--backbone {backbone}: give --pretrained too, a tag such as openai or a file")
-    adapt.run(
-        folder, method, shots, seed, backbone, pretrained or "embedded", read_settings(setting), out, device, root
-    )
+    weights, settings = weights_of(backbone, pretrained), read_settings(setting)
+    adapt.run(folder, method, shots, seed, backbone, weights, settings, out, device, root)
 
 
 @app.command()

@@ -22,7 +22,7 @@ from heba.sources.check import Finding
 from heba.sources.duplicates import same_pictures
 from heba.sources.look import Look, look_at
 from heba.sources.own import read_own
-from pipeline.commands.common import predict_command, shown
+from pipeline.commands.common import predict_command, shown, weights_of
 from pipeline.commands.photos import choose, page, project, results
 from pipeline.commands.photos.choose import Choice
 from pipeline.commands.photos.results import Results
@@ -138,10 +138,7 @@ def run(images: Path, out: Path | None, options: Options) -> None:
 
 def backbone_of(options: Options) -> dict[str, str]:
     """The backbone as in params.yaml; files by their absolute paths, since the project lies elsewhere."""
-    pretrained = options.pretrained or ("embedded" if options.backbone == "tiny" else None)
-    if pretrained is None:
-        raise ParamsError(f"--backbone {options.backbone}: give --pretrained too, a tag such as openai or a file")
-    found = {"name": options.backbone, "pretrained": pretrained}
+    found = {"name": options.backbone, "pretrained": weights_of(options.backbone, options.pretrained)}
     return {key: str(Path(value).resolve()) if Path(value).is_file() else value for key, value in found.items()}
 
 
