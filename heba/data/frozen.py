@@ -67,7 +67,18 @@ def encode_views(
     as_seen: bool,
     done: Progress = lambda n: None,
 ) -> Views:
-    """Encode images `files` below `folder`, and `passes` random crops of each (`heba.data.images.make_views`)."""
+    """Encode images and random crops of them (`heba.data.images.make_views`).
+
+    Args:
+        clip: An open_clip model, on the device that encodes.
+        folder: The folder of the images.
+        files: Their paths below it.
+        seed: Of the crops.
+        passes: Crops of each image.
+        smallest: Of a crop, the smallest part of the image's area, 0 to 1.
+        as_seen: How the files are opened (`heba.clip.preprocess.to_rgb`).
+        done: Called after each batch with its number of images.
+    """
     where, n = clip.logit_scale.device, 2 + passes
     make = partial(
         make_views,

@@ -124,7 +124,7 @@ def stage_of(stage: str, dataset: str) -> str:
     return f"{stage}{kind}@{dataset}"
 
 
-def lost_folders(params: "Params") -> list[str]:
+def lost_folders(params: Params) -> list[str]:
     """The problems of own data whose folder is not there; a relative path is of the main repository."""
     folders = {name: main_root() / entry.path for name, entry in params.own.items()}
     return [

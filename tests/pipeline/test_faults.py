@@ -392,8 +392,8 @@ def test_a_copied_repository_writes_nothing_into_the_original(finished, tmp_path
     before = files_of(original)
     evaluated = evaluated_again(repo)
     assert files_of(original) == before
-    shutil.rmtree(repo / TRAINED)
-    trained = stage(repo, "train", *ONE)
+    shutil.rmtree((repo / TRAINED).with_name("few_shot-1-1"))  # which the original has not logged
+    trained = stage(repo, "train", "--dataset", "dtd", "--method", "heba", "--protocol", "few_shot")
     assert trained.returncode == 0, trained.stderr
     assert files_of(original) == before
     assert evaluated.stderr.count("was made elsewhere") == 1
