@@ -33,7 +33,8 @@ def read_architecture(name: str, root: Path) -> dict[str, Any]:
         path = folder / f"{name}.json"
         if path.parent != folder or not path.is_file():
             near = difflib.get_close_matches(name, [file.stem for file in folder.glob("*.json")])
-            raise ValueError(f"open_clip has no model {name!r}" + (f"; near it are {', '.join(near)}" if near else ""))
+            others = f"; near it are {', '.join(near)}" if near else ""
+            raise ValueError(f"open_clip has no model {name!r}{others}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
