@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from heba.fit.run import Run
@@ -136,7 +136,8 @@ def save_checkpoint(
     # A name of this process: another experiment may run the same training.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary, metadata={"history": json.dumps(history)})
+        # `save_file` would write to a name of its own, which is left when the process is killed.
+        temporary.write_bytes(save(tensors, {"history": json.dumps(history)}))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

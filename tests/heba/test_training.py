@@ -1,10 +1,15 @@
 """The loop: resuming gives the same bytes, bad losses stop it."""
 
+import signal
+import subprocess
+import sys
+
 import open_clip
 import pytest
 import torch
 
 from heba.clip.towers import cut_texts, text_lengths
+from heba.files import remove_left
 from heba.fit.draws import TextBank
 from heba.fit.run import Run
 from heba.fit.static import masked_cross_entropy
@@ -85,6 +90,30 @@ def test_resuming_gives_the_same_bytes(tmp_path):
     assert train(*resumed) == history == seen
     for a, b in zip(whole[0].adapters.parameters(), resumed[0].adapters.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+KILLED_WHILE_WRITING = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from heba.fit.loop import save_checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # a file that grows over the limit kills the process
+module = torch.nn.Linear(100, 100)
+optimizer = torch.optim.SGD(module.parameters(), 0.1)
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+save_checkpoint(Path(sys.argv[1]), module, optimizer, torch.Generator(), [])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no limit on the size of a file")
+def test_what_a_kill_leaves_of_a_checkpoint_is_found(tmp_path):
+    path = tmp_path / "c.safetensors"
+    killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, path], check=False)
+    assert killed.returncode == -signal.SIGXFSZ
+    assert any(tmp_path.iterdir())
+    remove_left(path)
+    assert not any(tmp_path.iterdir())
 
 
 def test_it_learns_and_depends_on_the_seed():
