@@ -104,17 +104,20 @@ class Logger:
     def outs(self, trained: list[dict[str, Any]]) -> None:
         for training in trained:
             if self.run:
-                folder = Path(training["folder"])
                 with one_at_a_time():
-                    # The same inputs may have given the same bytes before: in a DVC that was killed then, say.
-                    if find_run(self.store, folder):
-                        self.run.remove()
-                    else:
-                        if self.logged < 0:  # else the seconds are of its last part
-                            self.store.log_metric(self.run.id, SECONDS, training["seconds"])
-                        log_outs(self.store, self.run.id, folder)
-                        self.run.end()
+                    self._end(self.run, Path(training["folder"]), training["seconds"])
                 self.run = None
+
+    def _end(self, run: runs.OpenRun, folder: Path, seconds: float) -> None:
+        """Log the outs of a training and end its run, or remove it: the same inputs may have given the same bytes
+        before, in a DVC that was killed then, say."""
+        if find_run(self.store, folder):
+            run.remove()
+            return
+        if self.logged < 0:  # else the seconds are of its last part
+            self.store.log_metric(run.id, SECONDS, seconds)
+        log_outs(self.store, run.id, folder)
+        run.end()
 
     def stopped(self, nothing: list[None]) -> None:
         """Ctrl-C was pressed."""
